@@ -1,0 +1,56 @@
+"""What an engine is asked to be: plain typed data, read by the scheduler, the worker, the planner and the simulator."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+WeightPrecision = Literal["float32", "bfloat16", "int8"]
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    num_blocks: int
+    """KV blocks of the engine."""
+    max_len: int
+    """Longest sequence in tokens, prompt and output."""
+    vocab_size: int
+    block_size: int = 16
+    """Tokens a block: the unit of KV allocation and of prefix hashing."""
+    max_sequences: int = 64
+    """Slots: sequences that may run at once."""
+    max_batch_tokens: int = 512
+    """Token budget of one step."""
+    depth: int = 1
+    """Plans that may be outstanding: 1 is synchronous, 2 overlaps scheduling with compute."""
+    prefix_caching: bool = True
+    max_waiting: int = 4096
+    """Waiting sequences after which requests are rejected."""
+    priority_aging: float = 10.0
+    """A waiting request gains one priority level every so many seconds, so that none starves."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: a model on a device. Sizes are in the units that the name says; None means derived at start."""
+
+    model: str
+    """Path of a checkpoint directory or a .gguf file."""
+    dtype: WeightPrecision = "float32"
+    """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    max_len: int | None = None
+    """None is the model's own limit, or what the KV cache holds if that is less."""
+    kv_cache_bytes: int | None = None
+    """None is derived from free memory."""
+    block_size: int = 16
+    max_sequences: int = 64
+    max_batch_tokens: int = 512
+    depth: int = 1
+    prefix_caching: bool = True
+    threads: int | None = None
+    """CPU threads that compute; None is one for each core this process may use."""
+    ops: Literal["auto", "native", "torch"] = "auto"
+    """Arithmetic: native CPU kernels where they are built, or torch."""
+    check: bool = False
+    """Verify the scheduler's invariants after every step (slow; for tests and bug hunts)."""
