@@ -44,10 +44,11 @@ class ModelWorker:
             self.slots[assignment.slot] = Slot(assignment)
         assert len({row.slot for row in plan.rows}) == len(plan.rows), "two rows of one slot"
         rows = [(row, self.slots[row.slot]) for row in plan.rows]
-        rows = [(row, slot) for row, slot in rows if not slot.failed]
         for row, slot in rows:  # all writes of a step come before its reads
             slot.blocks += row.new_block_ids
             end = row.start + row.num_tokens
+            if slot.failed and end > len(slot.tokens):
+                slot.append(-1)
             assert end <= len(slot.tokens), "a row reaches beyond the known tokens"
             for position in range(row.start, end):
                 block, offset = slot.blocks[position // self.block_size], position % self.block_size
@@ -59,6 +60,8 @@ class ModelWorker:
             stored = [entry for block in slot.blocks for entry in self.memory[block]]
             assert stored[:end] == slot.prefixes[:end], f"slot {row.slot} reads what is not its own"
             assert row.sample == (end == len(slot.tokens)), "sample must be set exactly at the end of what is known"
+            if slot.failed:
+                continue
             if row.slot in fail_slots:
                 slot.failed = True
                 failed.append(SequenceFailure(row.slot, "injected"))

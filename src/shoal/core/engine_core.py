@@ -257,7 +257,7 @@ class EngineCore:
         )
 
     def check(self) -> None:
-        """Raise AssertionError unless every invariant holds. For tests, and for each step under `EngineConfig.check`."""
+        """Raise AssertionError unless every invariant holds: for tests, and after each step if so configured."""
         self.scheduler.check()
         known = [s for sequences in self._sequences.values() for s in sequences]
         queued = self.scheduler.waiting + self.scheduler.running

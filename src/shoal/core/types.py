@@ -38,7 +38,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
-    """Always set: the front draws one where the client gave none. Sequence i of a request draws with (seed, i, position)."""
+    """Always set: the front draws one where the client gave none. Sequence i draws with (seed, i, position)."""
     logprobs: int | None = None
     """How many alternatives to report beside the drawn token; 0 reports the drawn one alone, None nothing."""
     grammar: Grammar | None = None
@@ -148,7 +148,9 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
 class SequenceFailure(msgspec.Struct, frozen=True, array_like=True):
     """One sequence could not be prepared or sampled. The rest of the batch goes on.
 
-    The KV of this row was computed all the same; the slot's rows of later plans, in flight by then, are skipped.
+    Its KV is computed all the same, in this step and in later plans that are in flight already, for other sequences may
+    share the blocks by then: only nothing more is drawn for the slot. Where a row reaches a token that was never drawn,
+    any token will do; such a block is not shared.
     """
 
     slot: int
