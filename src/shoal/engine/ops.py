@@ -9,20 +9,20 @@ A attention heads (query + 2 x key/value heads).
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
+import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 
-WeightPrecision = Literal["float32", "bfloat16", "int8"]
+from shoal.core.config import WeightPrecision
+
 Activation = Literal["silu", "gelu_tanh"]
 
 
-class PackedLinear(Protocol):
-    """Weights of y = x W^T + b in the form that an Ops object computes with. Opaque outside of it."""
-
-    out_features: int
-    in_features: int
-    nbytes: int
+PackedLinear = Any
+"""Weights of y = x W^T + b in the form that the Ops object which made them computes with. Opaque outside of it, but for
+`out_features`, `in_features` and `nbytes`."""
 
 
 class Ops(Protocol):
@@ -66,3 +66,102 @@ class Ops(Protocol):
 
         cos_sin_PD holds [cos | sin] of each position's D/2 angles, halves rotated (GPT-NeoX order).
         """
+
+    def argmax(self, x_SV: Tensor) -> Tensor:
+        """Index of the largest element of each row, the lowest such index, int64 (S)."""
+
+    def close(self) -> None:
+        """Give back threads. The object is not used afterwards."""
+
+
+class TorchLinear:
+    """Weights as torch keeps them: (N, K) in float, or int8 with one scale for each output feature."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, scale_N: Tensor | None) -> None:
+        self.weight_NK = weight_NK
+        self.bias_N = bias_N
+        self.scale_N = scale_N
+        self.out_features, self.in_features = weight_NK.shape
+        parts = (weight_NK, bias_N, scale_N)
+        self.nbytes = sum(part.nbytes for part in parts if part is not None)
+
+
+class TorchOps:
+    """Plain torch on any device: the reference. Activations are `dtype`; norms and rotation are done in float32."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.device = device
+        self.dtype = dtype
+
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> TorchLinear:
+        bias = None if bias_N is None else bias_N.to(self.device, self.dtype)
+        if precision == "int8":
+            weight = weight_NK.float()
+            scale_N = weight.abs().amax(dim=1).clamp_min(1e-12) / 127.0
+            quantised = (weight / scale_N[:, None]).round().to(torch.int8)
+            return TorchLinear(quantised.to(self.device), bias, scale_N.to(self.device, self.dtype))
+        stored = torch.float32 if precision == "float32" else torch.bfloat16
+        return TorchLinear(weight_NK.to(self.device, stored, copy=True).contiguous(), bias, None)
+
+    def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> TorchLinear:
+        packed = self.pack(torch.cat([gate_NK, up_NK]), None, precision)
+        packed.out_features //= 2
+        return packed
+
+    def linear(self, x_TK: Tensor, packed: TorchLinear) -> Tensor:
+        weight_NK = packed.weight_NK
+        if weight_NK.dtype != x_TK.dtype:
+            weight_NK = weight_NK.to(x_TK.dtype)
+        y_TN = F.linear(x_TK, weight_NK)
+        if packed.scale_N is not None:
+            y_TN *= packed.scale_N
+        if packed.bias_N is not None:
+            y_TN += packed.bias_N
+        return y_TN
+
+    def gated(self, x_TK: Tensor, packed: TorchLinear, activation: Activation) -> Tensor:
+        gate_TN, up_TN = self.linear(x_TK, packed).chunk(2, dim=1)
+        activated = F.silu(gate_TN) if activation == "silu" else F.gelu(gate_TN, approximate="tanh")
+        return activated * up_TN
+
+    def embedding(self, ids_T: Tensor, packed: TorchLinear) -> Tensor:
+        x_TH = packed.weight_NK[ids_T].to(self.dtype)
+        return x_TH if packed.scale_N is None else x_TH * packed.scale_N[ids_T, None]
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        wide = x_TH.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        return (wide * scale * weight_H).to(x_TH.dtype)
+
+    def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        residual_TH += x_TH
+        return self.rms_norm(residual_TH, weight_H, eps)
+
+    def rope_(
+        self,
+        qkv_TA: Tensor,
+        positions_T: Tensor,
+        cos_sin_PD: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+    ) -> None:
+        cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+        split = num_heads * head_dim
+        for part, norm_D in ((qkv_TA[:, :split], q_norm_D), (qkv_TA[:, split : split + num_kv_heads * head_dim], k_norm_D)):
+            x_THD = part.unflatten(1, (-1, head_dim))
+            x = x_THD if norm_D is None else self.rms_norm(x_THD, norm_D, eps)
+            low, high = x.float().chunk(2, dim=-1)
+            rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)
+            x_THD.copy_(rotated)
+
+    def argmax(self, x_SV: Tensor) -> Tensor:
+        return x_SV.argmax(dim=1)
+
+    def close(self) -> None:
+        """Nothing to give back."""

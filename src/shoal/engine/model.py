@@ -1,0 +1,251 @@
+"""One decoder for the whole Llama-like family, by flags of ModelSpec.
+
+Shapes: T tokens of the batch, S rows that need logits, H hidden, A fused query/key/value features, N query heads,
+M key/value heads, D head size, V vocabulary, I MLP features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from shoal.checkpoint.errors import CheckpointError
+from shoal.core.config import WeightPrecision
+from shoal.core.model_spec import ModelSpec, UnsupportedModel
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
+from shoal.engine.ops import Ops, PackedLinear
+from shoal.engine.rope import cos_sin_table
+from shoal.engine.weights import WeightSource
+
+
+class Layer:
+    """Weights of one block. Norm weights are float32 with any `+ 1` folded in."""
+
+    __slots__ = (
+        "cos_sin_PD",
+        "down",
+        "gate_up",
+        "input_norm_H",
+        "k_norm_D",
+        "mlp_norm_H",
+        "output",
+        "post_attention_norm_H",
+        "post_mlp_norm_H",
+        "q_norm_D",
+        "qkv",
+        "window",
+    )
+
+    qkv: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    input_norm_H: Tensor
+    mlp_norm_H: Tensor
+    post_attention_norm_H: Tensor | None
+    post_mlp_norm_H: Tensor | None
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    cos_sin_PD: Tensor
+    window: int | None
+
+
+class Decoder:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        ops: Ops,
+        attention: AttentionBackend,
+        precision: WeightPrecision,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        max_len: int | None = None,
+    ) -> None:
+        """`dtype` is of activations and KV cache; `max_len` bounds the positions that rotary tables are made for."""
+        if spec.moe is not None or spec.mla is not None:
+            raise UnsupportedModel(f"{spec.family}: mixture-of-experts and latent attention cannot be run yet")
+        self.spec = spec
+        self.ops = ops
+        self.attention = attention
+        self.precision = precision
+        self.device = device
+        self.dtype = dtype
+        self.max_len = min(max_len or spec.max_len, spec.max_len)
+        self.layers: list[Layer] = []
+        self.num_weight_bytes = 0
+        self._qkv_split = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim)
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    def load(self, source: WeightSource, progress: Callable[[int], None] | None = None) -> None:
+        """Read, convert and pack, a layer at a time. `progress` is called with the parameters read so far.
+
+        Raises CheckpointError for a missing tensor or a wrong shape before anything is read.
+        """
+        shapes = expected_shapes(self.spec)
+        _check_shapes(source, shapes)
+        reader = _Reader(self, source, progress)
+        spec = self.spec
+        tables = {None: cos_sin_table(spec.rope, spec.head_dim, self.max_len).to(self.device)}
+        if spec.rope_local is not None:
+            tables[spec.window] = cos_sin_table(spec.rope_local, spec.head_dim, self.max_len).to(self.device)
+        self.embedding = reader.linear(["model.embed_tokens.weight"])
+        self.head = self.embedding if spec.tied_embeddings else reader.linear(["lm_head.weight"])
+        for number in range(spec.num_layers):
+            layer = self._load_layer(reader, f"model.layers.{number}.")
+            layer.window = spec.window if spec.is_windowed(number) else None
+            layer.cos_sin_PD = tables.get(layer.window, tables[None])
+            self.layers.append(layer)
+        self.final_norm_H = reader.norm("model.norm.weight")
+
+    def _load_layer(self, reader: _Reader, prefix: str) -> Layer:
+        spec, layer = self.spec, Layer()
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        projections = [f"{attention}{name}_proj." for name in "qkv"]
+        layer.qkv = reader.linear(
+            [name + "weight" for name in projections],
+            [name + "bias" for name in projections] if spec.qkv_bias else [],
+        )
+        layer.output = reader.linear([attention + "o_proj.weight"])
+        layer.gate_up = reader.gated(mlp + "gate_proj.weight", mlp + "up_proj.weight")
+        layer.down = reader.linear([mlp + "down_proj.weight"])
+        layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
+        after_attention = reader.norm(prefix + "post_attention_layernorm.weight")
+        if spec.sandwich_norms:
+            # Gemma: the norm by this name comes after attention; the one before the MLP has a name of its own.
+            layer.post_attention_norm_H = after_attention
+            layer.mlp_norm_H = reader.norm(prefix + "pre_feedforward_layernorm.weight")
+            layer.post_mlp_norm_H = reader.norm(prefix + "post_feedforward_layernorm.weight")
+        else:
+            layer.post_attention_norm_H = layer.post_mlp_norm_H = None
+            layer.mlp_norm_H = after_attention
+        layer.q_norm_D = reader.norm(attention + "q_norm.weight") if spec.qk_norm else None
+        layer.k_norm_D = reader.norm(attention + "k_norm.weight") if spec.qk_norm else None
+        return layer
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        spec = self.spec
+        return self.attention.allocate(
+            spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.dtype, self.device
+        )
+
+    # --- compute ----------------------------------------------------------------------------------------------------
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
+        """Hidden states after the last norm, (T, H). Ids and positions are int64 on the model's device."""
+        spec, ops = self.spec, self.ops
+        eps = spec.norm_eps
+        residual_TH = ops.embedding(ids_T, self.embedding)
+        if spec.embedding_scale != 1.0:
+            residual_TH *= spec.embedding_scale
+        if not self.layers:
+            return ops.rms_norm(residual_TH, self.final_norm_H, eps)
+        x_TH = ops.rms_norm(residual_TH, self.layers[0].input_norm_H, eps)
+        for number, layer in enumerate(self.layers):
+            x_TH = self._attend(layer, number, x_TH, positions_T, batch, cache)
+            if layer.post_attention_norm_H is not None:
+                x_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, eps)
+            x_TH = ops.add_rms_norm_(x_TH, residual_TH, layer.mlp_norm_H, eps)
+            x_TH = ops.linear(ops.gated(x_TH, layer.gate_up, spec.activation), layer.down)
+            if layer.post_mlp_norm_H is not None:
+                x_TH = ops.rms_norm(x_TH, layer.post_mlp_norm_H, eps)
+            is_last = number + 1 == len(self.layers)
+            next_norm_H = self.final_norm_H if is_last else self.layers[number + 1].input_norm_H
+            x_TH = ops.add_rms_norm_(x_TH, residual_TH, next_norm_H, eps)
+        return x_TH
+
+    def _attend(
+        self, layer: Layer, number: int, x_TH: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        spec = self.spec
+        n, m, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        qkv_TA = self.ops.linear(x_TH, layer.qkv)
+        self.ops.rope_(
+            qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps
+        )
+        heads_TAD = qkv_TA.view(-1, n + 2 * m, d)
+        self.attention.write(cache, number, heads_TAD[:, n : n + m], heads_TAD[:, n + m :], batch)
+        out_TND, _ = self.attention.forward(
+            cache, number, heads_TAD[:, :n], batch, scale=spec.scale, window=layer.window
+        )
+        return self.ops.linear(out_TND.view(-1, n * d), layer.output)
+
+    def logits(self, hidden_SH: Tensor) -> Tensor:
+        """(S, V) in float32."""
+        return self.ops.linear(hidden_SH, self.head).float()
+
+
+class _Reader:
+    """Turns tensors of a source into packed weights, and counts what it read."""
+
+    def __init__(self, decoder: Decoder, source: WeightSource, progress: Callable[[int], None] | None) -> None:
+        self.decoder = decoder
+        self.source = source
+        self.progress = progress
+        self.num_read = 0
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.source.tensor(name)
+        self.num_read += tensor.numel()
+        if self.progress is not None:
+            self.progress(self.num_read)
+        return tensor
+
+    def _keep(self, packed: PackedLinear) -> PackedLinear:
+        self.decoder.num_weight_bytes += packed.nbytes
+        return packed
+
+    def linear(self, weights: list[str], biases: list[str] | None = None) -> PackedLinear:
+        """Several projections of the same input become one."""
+        parts = [self._read(name) for name in weights]
+        weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
+        bias_N = torch.cat([self._read(name).float() for name in biases]) if biases else None
+        return self._keep(self.decoder.ops.pack(weight_NK, bias_N, self.decoder.precision))
+
+    def gated(self, gate: str, up: str) -> PackedLinear:
+        return self._keep(self.decoder.ops.pack_gated(self._read(gate), self._read(up), self.decoder.precision))
+
+    def norm(self, name: str) -> Tensor:
+        weight = self._read(name).to(self.decoder.device, torch.float32, copy=True)
+        self.decoder.num_weight_bytes += weight.nbytes
+        return weight + 1.0 if self.decoder.spec.norm_plus_one else weight
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this model must hold."""
+    h, i, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    q, kv = spec.num_heads * d, spec.num_kv_heads * d
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, h), "model.norm.weight": (h,)}
+    if not spec.tied_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, h)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if spec.sandwich_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for number in range(spec.num_layers):
+        prefix = f"model.layers.{number}."
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, h)
+            if spec.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (h, q)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (i, h)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (h, i)
+        shapes |= {f"{prefix}{norm}.weight": (h,) for norm in norms}
+        if spec.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (d,)
+    return shapes
+
+
+def _check_shapes(source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> None:
+    present = dict.fromkeys(source.names())
+    missing = [name for name in shapes if name not in present]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(source.path, f"tensor {missing[0]} is missing{more}")
+    for name, shape in shapes.items():
+        found = source.shape(name)
+        if found != shape:
+            raise CheckpointError(source.path, f"tensor {name} has shape {found}, the model's configuration says {shape}")

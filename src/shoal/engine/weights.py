@@ -1,0 +1,102 @@
+"""Tensors of a checkpoint by their Hugging Face names, read when asked for.
+
+Everything that can be wrong with the files is found when they are opened, before any compute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from torch import Tensor
+
+from shoal.checkpoint.errors import CheckpointError
+
+
+class WeightSource(Protocol):
+    path: Path
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """A float tensor in whatever precision it is stored; the caller may keep it only for a moment (memory map)."""
+
+    def close(self) -> None: ...
+
+
+class SafetensorsWeights:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        try:
+            for shard in _shards(path):
+                handle = _open(path / shard)
+                self._files[shard] = handle
+                self._file_of.update(dict.fromkeys(handle.keys(), shard))
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                self.path / self._file_of[name], f"tensor {name} is {tensor.dtype}: quantised checkpoints are not read"
+            )
+        return tensor
+
+    def close(self) -> None:
+        self._files.clear()
+
+
+def _shards(path: Path) -> list[str]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(index, f"not a weight index: {error}") from None
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise CheckpointError(index, f"names a shard outside of its directory: {shard!r}")
+            if not (path / shard).exists():
+                raise CheckpointError(path / shard, f"this shard is missing; {index.name} names {len(shards)} shards")
+        return shards
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if list(path.glob("*.bin")) or list(path.glob("*.pth")):
+        raise CheckpointError(path, "holds pickled weights only, which shoal does not load: convert to safetensors")
+    raise CheckpointError(path, "holds neither model.safetensors nor model.safetensors.index.json")
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(path, f"cannot be read as safetensors (truncated or corrupt?): {error}") from None
+
+
+def open_weights(path: str | Path) -> WeightSource:
+    """The weights of a checkpoint directory or a `.gguf` file. Raises CheckpointError."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from shoal.engine.gguf_weights import GGUFWeights
+
+        return GGUFWeights(path)
+    if not path.is_dir():
+        raise CheckpointError(path, "no such checkpoint directory or .gguf file")
+    return SafetensorsWeights(path)

@@ -1,0 +1,167 @@
+"""Worker: one rank of an engine. Loads the model, sizes the KV cache, runs step plans.
+
+Each part is chosen here, once, and handed down: device, arithmetic, attention, where weights come from. Nothing below
+asks what it runs on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from shoal.core.config import EngineConfig
+from shoal.core.model_spec import ModelSpec
+from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
+from shoal.engine.grammar import GrammarFactory, tokenizer_info
+from shoal.engine.memory import OutOfMemory, available_memory, plan_blocks
+from shoal.engine.runner import Runner
+
+if TYPE_CHECKING:
+    import xgrammar
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it, 0 to 1."""
+
+_WARM_UP_TOKENS = 32
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker came up with: the scheduler's limits, and figures for people."""
+
+    spec: ModelSpec
+    num_blocks: int
+    max_len: int
+    """Longest sequence in tokens: what was asked for, or what the model and the KV cache allow."""
+    weight_bytes: int
+    """As stored in memory, packed."""
+    kv_bytes: int
+    device: str
+    ops: str
+    attention: str
+    dtype: str
+    """Of the stored weights."""
+    load_seconds: float
+    """Reading and packing the weights."""
+    start_seconds: float
+    """All of `start`, warm-up included."""
+
+
+class Worker:
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._runner: Runner | None = None
+        self._ops: Any = None
+        self._failure: str | None = None
+
+    def start(self, progress: Progress | None = None) -> WorkerInfo:
+        """Load and warm up. Raises what the checkpoint reader raises, OutOfMemory, or ValueError for the config."""
+        began = time.monotonic()
+        config = self._config
+        report = progress or (lambda what, fraction: None)
+        report("reading the checkpoint", 0.0)
+        from shoal.checkpoint.resolve import load_spec, resolve
+        from shoal.engine.model import Decoder
+
+        files = resolve(config.model, download=False)
+        spec = load_spec(files)
+        device = _device(config.device)
+        self._ops, attention = _arithmetic(config, device)
+        decoder = Decoder(spec, self._ops, attention, config.dtype)
+        source = _open_weights(files)
+        try:
+            load_began = time.monotonic()
+            decoder.load(source, lambda fraction: report("loading the weights", fraction))
+            load_seconds = time.monotonic() - load_began
+        finally:
+            source.close()
+
+        max_len = config.max_len or spec.max_len
+        if max_len > spec.max_len:
+            raise ValueError(f"max_len is {max_len}, and the model was trained for {spec.max_len} tokens: lower it")
+        num_blocks = plan_blocks(
+            config,
+            block_bytes=decoder.kv_bytes_per_block(config.block_size),
+            max_len=max_len,
+            available=available_memory(device),
+            on_cpu=device.type == "cpu",
+        )
+        max_len = min(max_len, num_blocks * config.block_size)
+        cache = decoder.new_cache(num_blocks, config.block_size)
+        self._runner = Runner(
+            decoder,
+            cache,
+            num_slots=config.max_sequences,
+            max_len=max_len,
+            vocab_size=spec.vocab_size,
+            device=device,
+            ops=self._ops,
+            grammars=GrammarFactory(lambda: _tokenizer_info(files, spec)),
+        )
+        report("warming up", 0.0)
+        self._warm_up(min(_WARM_UP_TOKENS, max_len - 1))
+        report("ready", 1.0)
+        return WorkerInfo(
+            spec=spec,
+            num_blocks=num_blocks,
+            max_len=max_len,
+            weight_bytes=decoder.weight_bytes,
+            kv_bytes=cache.nbytes,
+            device=str(device),
+            ops=self._ops.name,
+            attention=attention.name,
+            dtype=config.dtype,
+            load_seconds=load_seconds,
+            start_seconds=time.monotonic() - began,
+        )
+
+    def step(self, plan: StepPlan) -> StepResult | WorkerFailure:
+        """Run one step. Never raises: what goes wrong with the whole of it is the result."""
+        if self._failure is None and self._runner is None:
+            self._failure = "the worker is not running"
+        if self._failure is not None or self._runner is None:
+            return WorkerFailure(plan.plan_id, self._failure or "")
+        try:
+            return self._runner.step(plan)
+        except Exception as error:
+            # Slots and KV are now in an unknown state; every later step would compute from it.
+            self._failure = f"{type(error).__name__}: {error}"
+            return WorkerFailure(plan.plan_id, self._failure)
+
+    def close(self) -> None:
+        """Free model, cache and threads. May be called more than once."""
+        self._runner = None
+        ops, self._ops = self._ops, None
+        if ops is not None and hasattr(ops, "close"):
+            ops.close()
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """A prompt and a decode, so that the first request does not pay for what is set up on first use.
+
+        They write to the first blocks, which are blank.
+        """
+        if self._runner is None or num_tokens < 1:
+            return
+        blocks = list(range(-(-(num_tokens + 1) // self._config.block_size)))
+        assignment = SlotAssignment(
+            0, "warm-up", 0, [0] * num_tokens, num_tokens, blocks, Sampling(temperature=0.0), 0, []
+        )
+        self._runner.step(StepPlan(-2, [], [assignment], [Row(0, 0, num_tokens, True, [])]))
+        self._runner.step(StepPlan(-1, [], [], [Row(0, num_tokens, 1, True, [])]))
+        self._runner.step(StepPlan(0, [0], [], []))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,135 @@
+"""The Decoder against transformers on the same checkpoint, for every family and every arithmetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.checkpoint.errors import CheckpointError
+from shoal.core.model_spec import spec_from_config
+from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.model import Decoder
+from shoal.engine.ops import TorchOps
+from shoal.engine.weights import open_weights
+from tests.checkpoints import FAMILIES, VOCAB, make_checkpoint
+from tests.engine.paged import PagedRun
+
+CPU = torch.device("cpu")
+
+
+def arithmetic(name: str) -> tuple[Any, Any]:
+    if name == "torch":
+        return TorchOps(CPU), PortableAttention()
+    native_ops = pytest.importorskip("shoal.engine.native_ops")
+    native_attention = pytest.importorskip("shoal.engine.attention.native")
+    if native_ops.unavailable_reason() is not None:
+        pytest.skip(native_ops.unavailable_reason())
+    ops = native_ops.NativeOps(threads=2)
+    return ops, native_attention.NativeAttention(ops)
+
+
+def load(path: Path, name: str = "torch", precision: Any = "float32") -> Decoder:
+    ops, attention = arithmetic(name)
+    spec = spec_from_config(json.loads((path / "config.json").read_text()))
+    decoder = Decoder(spec, ops, attention, precision, device=CPU)
+    source = open_weights(path)
+    decoder.load(source)
+    source.close()
+    return decoder
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def reference_logits(path: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+def test_logits_equal_those_of_transformers_however_the_tokens_are_cut(checkpoint: Path, name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(5, VOCAB, (n,), generator=generator).tolist() for n in (70, 33, 90)]
+    expected = reference_logits(checkpoint, prompts)
+    run = PagedRun(load(checkpoint, name), len(prompts))
+    parts: list[list[torch.Tensor]] = [[], [], []]
+    at = [0, 0, 0]
+    # Whole prompts, chunks beside decodes, single tokens: what a step may hold.
+    for sizes in [(20, 1, 64), (1, 7, 1), (48, 1, 1), (0, 16, 16), (1, 1, 1), (0, 7, 7)]:
+        fed = {i: prompts[i][at[i] : at[i] + n] for i, n in enumerate(sizes) if n}
+        for i, logits in run.extend(fed).items():
+            parts[i].append(logits)
+            at[i] += len(fed[i])
+    for i, prompt in enumerate(prompts):
+        assert at[i] == len(prompt)
+        torch.testing.assert_close(torch.cat(parts[i]), expected[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+@pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.05), ("int8", 0.08)])
+def test_lower_precisions_stay_close(tmp_path: Path, name: str, precision: str, bound: float) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    prompt = torch.randint(5, VOCAB, (60,), generator=torch.Generator().manual_seed(2)).tolist()
+    (expected,) = reference_logits(path, [prompt])
+    logits = PagedRun(load(path, name, precision), 1).extend({0: prompt})[0]
+    error = (logits - expected).norm() / expected.norm()
+    assert 0 < error < bound
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+
+    def refused(**changes: Any) -> str:
+        (path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        return str(caught.value)
+
+    assert "model.layers.3" in refused(num_hidden_layers=4)
+    assert "(96, 64)" in refused(intermediate_size=80)
+    assert "lm_head.weight is missing" in refused(tie_word_embeddings=False)
+
+
+def test_truncated_missing_and_pickled_weights_are_refused(tmp_path: Path) -> None:
+    path = make_checkpoint("llama", tmp_path)
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
+        open_weights(path)
+    file.rename(path / "model-00001-of-00002.safetensors")
+    (path / "model-00001-of-00002.safetensors").write_bytes(whole)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: this shard is missing"):
+        open_weights(path)
+    index["weight_map"]["b"] = "../elsewhere.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside"):
+        open_weights(path)
+    (path / "model.safetensors.index.json").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="convert to safetensors"):
+        open_weights(path)
+
+
+def test_shards_read_as_one(tmp_path: Path) -> None:
+    import transformers
+
+    path = make_checkpoint("qwen3", tmp_path / "one")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = open_weights(path), open_weights(tmp_path / "many")
+    assert sorted(one.names()) == sorted(many.names())
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.names())
