@@ -19,6 +19,7 @@ from torch import Tensor
 from shoal.core.types import Row, Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch, KVCache
 from shoal.engine.grammar import GrammarFactory
+from shoal.engine.ops import Ops
 from shoal.engine.sampler import Sampler
 
 IntArray = NDArray[np.int64]
@@ -44,7 +45,7 @@ class Runner:
         max_len: int,
         vocab_size: int,
         device: torch.device,
-        ops: object,
+        ops: Ops,
         grammars: GrammarFactory,
     ) -> None:
         self._model = model

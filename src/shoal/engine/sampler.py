@@ -30,6 +30,7 @@ from torch import Tensor
 
 from shoal.core.types import Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarState
+from shoal.engine.ops import Ops
 from shoal.engine.random_stream import as_words, uniform_array
 
 GREEDY_TEMPERATURE = 1e-5
@@ -102,10 +103,9 @@ class Draws:
 
 
 class Sampler:
-    def __init__(self, num_slots: int, vocab_size: int, ops: object) -> None:
-        """`ops.argmax(x_SV)` finds the greedy tokens where the Ops object has it."""
+    def __init__(self, num_slots: int, vocab_size: int, ops: Ops) -> None:
         self.vocab_size = vocab_size
-        self._argmax = getattr(ops, "argmax", None) or _argmax
+        self._ops = ops
         self._slots: list[SlotSampling | None] = [None] * num_slots
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
@@ -219,7 +219,7 @@ class Sampler:
 
     def _greedy(self, logits_GV: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (G) and their logits (G): not finite where the row has a NaN, or nothing but -inf."""
-        tokens_G = self._argmax(logits_GV)
+        tokens_G = self._ops.argmax(logits_GV)
         return tokens_G, logits_GV.gather(1, tokens_G[:, None])[:, 0]
 
     def _draw(
@@ -393,10 +393,6 @@ def _report(
         count = 0 if state is None else state.sampling.logprobs or 0
         reports[row] = TokenLogprobs(drawn[place], ids_GN[place, :count].tolist(), best_GN[place, :count].tolist())
     return reports
-
-
-def _argmax(x_SV: Tensor) -> Tensor:
-    return torch.argmax(x_SV, dim=1)
 
 
 def _nucleus_floor(probs_GV: Tensor, floor_G: Tensor, top_k_G: Tensor, top_p_G: Tensor) -> Tensor:

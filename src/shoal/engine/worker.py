@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -17,12 +18,20 @@ import torch
 from shoal.core.config import EngineConfig
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
+from shoal.engine import native
+from shoal.engine.attention.base import AttentionBackend
+from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.grammar import GrammarFactory, tokenizer_info
-from shoal.engine.memory import OutOfMemory, available_memory, plan_blocks
+from shoal.engine.memory import available_memory, plan_blocks
+from shoal.engine.model import Decoder
+from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.runner import Runner
+from shoal.engine.weights import open_weights
 
 if TYPE_CHECKING:
     import xgrammar
+
+    from shoal.checkpoint.resolve import ModelFiles
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it, 0 to 1."""
@@ -55,7 +64,7 @@ class Worker:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._runner: Runner | None = None
-        self._ops: Any = None
+        self._ops: Ops | None = None
         self._failure: str | None = None
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
@@ -65,27 +74,24 @@ class Worker:
         report = progress or (lambda what, fraction: None)
         report("reading the checkpoint", 0.0)
         from shoal.checkpoint.resolve import load_spec, resolve
-        from shoal.engine.model import Decoder
 
         files = resolve(config.model, download=False)
         spec = load_spec(files)
-        device = _device(config.device)
-        self._ops, attention = _arithmetic(config, device)
-        decoder = Decoder(spec, self._ops, attention, config.dtype)
-        source = _open_weights(files)
-        try:
-            load_began = time.monotonic()
-            decoder.load(source, lambda fraction: report("loading the weights", fraction))
-            load_seconds = time.monotonic() - load_began
-        finally:
-            source.close()
-
         max_len = config.max_len or spec.max_len
         if max_len > spec.max_len:
-            raise ValueError(f"max_len is {max_len}, and the model was trained for {spec.max_len} tokens: lower it")
+            raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
+        device = _device(config.device)
+        activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
+        ops, attention = _arithmetic(config, device, activations)
+        self._ops = ops
+        decoder = Decoder(spec, ops, attention, config.dtype, device=device, dtype=activations, max_len=max_len)
+        load_began = time.monotonic()
+        _load(decoder, files.path, report)
+        load_seconds = time.monotonic() - load_began
+
         num_blocks = plan_blocks(
             config,
-            block_bytes=decoder.kv_bytes_per_block(config.block_size),
+            block_bytes=spec.kv_bytes_per_token(activations.itemsize) * config.block_size,
             max_len=max_len,
             available=available_memory(device),
             on_cpu=device.type == "cpu",
@@ -99,7 +105,7 @@ class Worker:
             max_len=max_len,
             vocab_size=spec.vocab_size,
             device=device,
-            ops=self._ops,
+            ops=ops,
             grammars=GrammarFactory(lambda: _tokenizer_info(files, spec)),
         )
         report("warming up", 0.0)
@@ -109,10 +115,10 @@ class Worker:
             spec=spec,
             num_blocks=num_blocks,
             max_len=max_len,
-            weight_bytes=decoder.weight_bytes,
+            weight_bytes=decoder.num_weight_bytes,
             kv_bytes=cache.nbytes,
             device=str(device),
-            ops=self._ops.name,
+            ops=ops.name,
             attention=attention.name,
             dtype=config.dtype,
             load_seconds=load_seconds,
@@ -136,7 +142,7 @@ class Worker:
         """Free model, cache and threads. May be called more than once."""
         self._runner = None
         ops, self._ops = self._ops, None
-        if ops is not None and hasattr(ops, "close"):
+        if ops is not None:
             ops.close()
 
     def _warm_up(self, num_tokens: int) -> None:
@@ -165,3 +171,45 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _arithmetic(config: EngineConfig, device: torch.device, activations: torch.dtype) -> tuple[Ops, AttentionBackend]:
+    """Native kernels with the attention that goes with them on a CPU that has them, else torch."""
+    threads = config.threads or _num_cores()
+    if config.ops != "torch" and device.type == "cpu":
+        reason = native.unavailable_reason()
+        if reason is None:
+            from shoal.engine.attention.native import NativeAttention
+            from shoal.engine.native_ops import NativeOps
+
+            # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
+            torch.set_num_threads(1)
+            native_ops = NativeOps(threads=threads)
+            return native_ops, NativeAttention(native_ops)
+        if config.ops == "native":
+            raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    elif config.ops == "native":
+        raise ValueError(f"ops is native, which is for CPUs, and the device is {device}: set ops to auto")
+    torch.set_num_threads(threads)
+    return TorchOps(device, activations), PortableAttention()
+
+
+def _num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load(decoder: Decoder, path: str | Path, report: Progress) -> None:
+    num_parameters = decoder.spec.num_parameters()
+    source = open_weights(path)
+    try:
+        decoder.load(source, lambda num_read: report("loading the weights", min(1.0, num_read / num_parameters)))
+    finally:
+        source.close()
+
+
+def _tokenizer_info(files: ModelFiles, spec: ModelSpec) -> xgrammar.TokenizerInfo:
+    from shoal.checkpoint.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(files)
+    return tokenizer_info(tokenizer, spec.vocab_size, tokenizer.eos_ids)

@@ -1,0 +1,120 @@
+"""Weights of a GGUF file under their Hugging Face names, dequantised to float32 by the `gguf` library.
+
+Shapes: N output features, K input features, D head size.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.checkpoint.errors import CheckpointError
+from shoal.checkpoint.gguf_file import GGUFFile, TensorEntry
+
+SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+
+_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+class GGUFWeights:
+    """Raises CheckpointError for a truncated file or an element type that is not supported, before anything is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        arch = self._file.metadata.get("general.architecture")
+        layer_names = _LAYER | _SANDWICH if arch == "gemma3" else _LAYER
+        self._heads_of: dict[str, int] = {}
+        if arch == "llama":
+            # llama.cpp reorders query and key rows of this family for interleaved rotation; see `_unpermute`.
+            heads = self._file.metadata["llama.attention.head_count"]
+            self._heads_of = {"attn_q": heads, "attn_k": self._file.metadata.get("llama.attention.head_count_kv", heads)}
+        self._entries: dict[str, tuple[TensorEntry, int]] = {}
+        for name, entry in self._file.tensors.items():
+            stem, _, suffix = name.rpartition(".")
+            match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+            target = f"model.layers.{match[1]}.{layer_names.get(match[2], '')}" if match else _GLOBAL.get(stem, "")
+            if target and not target.endswith("."):
+                self._check(entry)
+                heads = self._heads_of.get(match[2], 0) if match else 0
+                self._entries[f"{target}.{suffix}"] = (entry, heads)
+
+    def _check(self, entry: TensorEntry) -> None:
+        kind = _kind_name(entry.kind)
+        if kind not in SUPPORTED:
+            raise CheckpointError(
+                self.path, f"tensor {entry.name} is {kind}, which is not supported; supported: {', '.join(SUPPORTED)}"
+            )
+        if entry.offset + _num_bytes(entry) > len(self._file.data):
+            raise CheckpointError(self.path, f"is truncated: tensor {entry.name} reaches beyond the end of the file")
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][0].shape
+
+    def tensor(self, name: str) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        entry, heads = self._entries[name]
+        raw = np.frombuffer(self._file.data, np.uint8, _num_bytes(entry), entry.offset)
+        kind = GGMLQuantizationType(entry.kind)
+        if kind == GGMLQuantizationType.F32:
+            values: Any = raw.view(np.float32).reshape(entry.shape).copy()
+        elif kind == GGMLQuantizationType.F16:
+            values = raw.view(np.float16).reshape(entry.shape).astype(np.float32)
+        else:
+            rows = raw.reshape(*entry.shape[:-1], -1)
+            values = dequantize(rows, kind).reshape(entry.shape)
+        tensor = torch.from_numpy(values)
+        return _unpermute(tensor, heads) if heads else tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _unpermute(rows: Tensor, num_heads: int) -> Tensor:
+    """From interleaved rotation pairs (0, D/2, 1, D/2 + 1, ...) of each head back to halves."""
+    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def _kind_name(kind: int) -> str:
+    from gguf import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(kind).name
+    except ValueError:
+        return f"of unknown type {kind}"
+
+
+def _num_bytes(entry: TensorEntry) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+    return int(np.prod(entry.shape)) // per_block * block_bytes
