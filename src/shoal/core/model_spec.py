@@ -356,8 +356,8 @@ GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gem
 def spec_from_gguf(metadata: dict[str, Any]) -> ModelSpec:
     """ModelSpec of a GGUF file's metadata (keys as in the file, values plain Python).
 
-    `shoal.tied_embeddings` (no output tensor), `shoal.qkv_bias` and `shoal.vocab_size`, which only the tensor index
-    tells, are added by the reader. Raises UnsupportedModel.
+    `shoal.tied_embeddings` (no output tensor), `shoal.qkv_bias`, `shoal.vocab_size` and, for Llama 3.1 and later,
+    `shoal.rope_factor`, which only the tensors tell, are added by the reader. Raises UnsupportedModel.
     """
     arch = metadata.get("general.architecture")
     if arch not in GGUF_ARCHITECTURES:
@@ -383,6 +383,9 @@ def _from_gguf(arch: str, m: dict[str, Any]) -> ModelSpec:
         factor=float(m.get(f"{arch}.rope.scaling.factor", 1.0)),
         original_max_len=m.get(f"{arch}.rope.scaling.original_context_length", max_len),
     )
+    if "shoal.rope_factor" in m:
+        # All published Llama 3.x share these constants; GGUF keeps only the resulting divisors.
+        rope = RopeSpec(theta=rope.theta, kind="llama3", factor=m["shoal.rope_factor"], original_max_len=8192)
     pattern = 6
     eos = m.get("tokenizer.ggml.eos_token_id")
     # Gemma 3 27B scales by hidden / heads, the others by head_dim; the file does not say (Gemma 3 report, 2025).

@@ -1,0 +1,98 @@
+"""From what a user calls MODEL to files on disk: a built-in name, a directory, a .gguf file, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+import msgspec
+
+from shoal.checkpoint.builtin import BUILTINS, Progress, cached_path, pull
+from shoal.checkpoint.errors import CheckpointError, ModelNotFound
+from shoal.checkpoint.gguf_file import GGUFFile
+from shoal.core.model_spec import ModelSpec, UnsupportedModel, spec_from_config, spec_from_gguf
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+
+
+class ModelFiles(msgspec.Struct, frozen=True):
+    name: str
+    """What clients ask for, unless told otherwise."""
+    path: Path
+    """A checkpoint directory or a .gguf file."""
+
+
+def resolve(model: str, *, download: bool = True, progress: Progress | None = None) -> ModelFiles:
+    """Find a model, fetching it if need be and allowed. Raises ModelNotFound, PullError or CheckpointError."""
+    if model in BUILTINS:
+        path = pull(model, progress) if download else cached_path(BUILTINS[model])
+        if path is None:
+            raise ModelNotFound(f"{model} has not been fetched: run `shoal pull {model}`")
+        return ModelFiles(model, path)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelFiles(path.resolve().name, path.resolve())
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(path, "is not a .gguf file; give the directory of a safetensors checkpoint")
+        return ModelFiles(path.stem, path.resolve())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
+        return ModelFiles(model, _from_hub(model, download))
+    near = get_close_matches(model, BUILTINS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else f"; built-in models: {', '.join(BUILTINS)}"
+    raise ModelNotFound(f"{model!r} is no built-in model, directory, .gguf file or hub id (organisation/name){hint}")
+
+
+def _from_hub(model: str, download: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise ModelNotFound(f"{model}: fetching from the hub needs `pip install huggingface_hub`") from None
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=not download))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(
+            f"{model}: not in the local hub cache and the hub gave nothing ({reason}); "
+            f"check the name and the network, or use a local directory or a built-in model: {', '.join(BUILTINS)}"
+        ) from None
+
+
+def load_spec(path: Path) -> ModelSpec:
+    """ModelSpec of a checkpoint directory or .gguf file. Raises CheckpointError naming the file and the reason."""
+    try:
+        if path.suffix == ".gguf":
+            return _gguf_spec(path)
+        config = path / "config.json"
+        if not config.exists():
+            raise CheckpointError(config, "is missing")
+        return spec_from_config(msgspec.json.decode(config.read_bytes(), type=dict))
+    except UnsupportedModel as error:
+        raise CheckpointError(path, str(error)) from None
+    except msgspec.DecodeError as error:
+        raise CheckpointError(path / "config.json", f"is not valid JSON: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(path, f"the model's configuration makes no sense: {error}") from None
+
+
+def _gguf_spec(path: Path) -> ModelSpec:
+    file = GGUFFile(path)
+    try:
+        embedding = file.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise CheckpointError(path, "tensor token_embd.weight is missing")
+        facts = {
+            "shoal.vocab_size": embedding.shape[0],
+            "shoal.tied_embeddings": "output.weight" not in file.tensors,
+            "shoal.qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        }
+        factors = file.tensors.get("rope_freqs.weight")
+        if factors is not None:
+            # Llama 3.1 and later: one divisor for each rotation pair; the largest is the scaling factor itself.
+            values = memoryview(file.data)[factors.offset : factors.offset + 4 * factors.shape[-1]].cast("f").tolist()
+            facts["shoal.rope_factor"] = max(values)
+        return spec_from_gguf(file.metadata | facts)
+    finally:
+        file.close()
