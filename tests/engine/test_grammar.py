@@ -14,16 +14,16 @@ import pytest
 import torch
 import xgrammar
 
-from shoal.engine import grammar as grammar_module
+from shoal.engine import grammar_state
 from shoal.engine.grammar import (
     MAX_SOURCE_BYTES,
     GrammarCompiler,
     GrammarError,
-    GrammarFactory,
     GrammarTimeout,
     check_source,
     compile_grammar,
 )
+from shoal.engine.grammar_state import GrammarFactory
 from tests.engine.vocabulary import TinyVocabulary
 
 VOCABULARY = TinyVocabulary()
@@ -120,7 +120,7 @@ def test_a_state_resumes_behind_what_was_generated(compiler, factory):
 
 def test_a_grammar_that_becomes_too_expensive_is_stopped(compiler, factory, monkeypatch):
     """Compiles in a millisecond, then costs more with every token. The limit is lowered to keep the test short."""
-    monkeypatch.setattr(grammar_module, "TOKEN_CPU_SECONDS", 0.01)
+    monkeypatch.setattr(grammar_state, "TOKEN_CPU_SECONDS", 0.01)
     state = factory.state(compile_grammar("regex", "((a{1,50}){1,50}){1,50}b", compiler))
     token = VOCABULARY.encode("a")[0]
     with pytest.raises(GrammarError, match="too ambiguous"):

@@ -9,7 +9,8 @@ import xgrammar
 
 from shoal.core.types import Grammar as GrammarSource
 from shoal.core.types import Row, Sampling, SequenceFailure, SlotAssignment, StepPlan
-from shoal.engine.grammar import GrammarFactory, compile_grammar
+from shoal.engine.grammar import compile_grammar
+from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import TorchOps
 from shoal.engine.runner import Runner
 from tests.engine.vocabulary import TinyVocabulary
@@ -140,9 +141,9 @@ def test_preempted_and_assigned_again_to_another_slot():
 def test_shared_prefix_blocks_are_not_computed_again():
     plans = [
         ([], [assignment(0, PROMPT, 9, [0, 1, 2])], [Row(0, 0, 9, True, [])]),
-        ([], [assignment(1, PROMPT[:8] + [50], 9, [0, 1, 7])], [Row(1, 8, 1, True, [])]),
+        ([], [assignment(1, [*PROMPT[:8], 50], 9, [0, 1, 7])], [Row(1, 8, 1, True, [])]),
     ]
-    assert generate(runner_on(), plans)[1] == expected_greedy(PROMPT[:8] + [50], 1)
+    assert generate(runner_on(), plans)[1] == expected_greedy([*PROMPT[:8], 50], 1)
 
 
 def test_a_queued_plan_reads_the_token_that_its_predecessor_draws():
@@ -160,8 +161,9 @@ def test_random_sampling_does_not_depend_on_batch_chunks_or_preemption():
     whole += [([], [], [Row(0, 9 + i, 1, True, [])]) for i in range(5)]
     expected = generate(runner_on(), whole)[0]
     assert expected != expected_greedy(PROMPT, 6)
+    in_slot_2 = assignment(2, PROMPT, 9, [0, 1, 2, 3], sampling, 1)
     mixed = [
-        ([], [assignment(1, [5], 1, [9]), assignment(2, PROMPT, 9, [0, 1, 2, 3], sampling, 1)], [Row(2, 0, 4, False, [])]),
+        ([], [assignment(1, [5], 1, [9]), in_slot_2], [Row(2, 0, 4, False, [])]),
         ([], [], [Row(1, 0, 1, True, []), Row(2, 4, 5, True, [])]),
         ([], [], [Row(2, 9, 1, True, []), Row(1, 1, 1, True, [])]),
         ([2], [assignment(3, PROMPT + expected[:2], 9, [20, 21, 22, 23], sampling, 1)], [Row(3, 0, 11, True, [])]),
@@ -187,14 +189,18 @@ def test_a_sequence_that_cannot_be_prepared_fails_alone(sampling):
         results = []
         prompts = {0: PROMPT, 1: [7, 7, 7, 7, 7], 2: [1, 2]}
         assigned = [
-            assignment(slot, prompt, len(prompt), [10 * slot, 10 * slot + 1, 10 * slot + 2], middle if slot == 1 else GREEDY)
+            assignment(
+                slot, prompt, len(prompt), [10 * slot, 10 * slot + 1, 10 * slot + 2], middle if slot == 1 else GREEDY
+            )
             for slot, prompt in prompts.items()
         ]
         rows = [Row(slot, 0, len(prompt), True, []) for slot, prompt in prompts.items()]
         results.append(runner.step(StepPlan(0, [], assigned, rows)))
         rows = [Row(slot, len(prompt), 1, True, []) for slot, prompt in prompts.items()]
         results.append(runner.step(StepPlan(1, [], [], rows)))
-        results.append(runner.step(StepPlan(2, [1], [assignment(1, PROMPT, 9, [30, 31, 32])], [Row(1, 0, 9, True, [])])))
+        results.append(
+            runner.step(StepPlan(2, [1], [assignment(1, PROMPT, 9, [30, 31, 32])], [Row(1, 0, 9, True, [])]))
+        )
         return model, results
 
     model, results = run(sampling)

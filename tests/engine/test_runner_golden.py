@@ -10,7 +10,7 @@ from shoal.core.engine_core import EngineCore
 from shoal.core.model_spec import spec_from_config
 from shoal.core.types import Request, Row, Sampling, SlotAssignment, StepPlan
 from shoal.engine.attention.portable import PortableAttention
-from shoal.engine.grammar import GrammarFactory
+from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.model import Decoder
 from shoal.engine.ops import TorchOps
 from shoal.engine.runner import Runner
@@ -20,7 +20,9 @@ from tests.checkpoints import VOCAB, make_checkpoint
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
 NUM_TOKENS = 24
-PROMPTS = [[(7 * i * i + 13 * j + 5) % (VOCAB - 8) + 8 for i in range(length)] for j, length in enumerate((37, 5, 16, 60, 1))]
+PROMPTS = [
+    [(7 * i * i + 13 * j + 5) % (VOCAB - 8) + 8 for i in range(length)] for j, length in enumerate((37, 5, 16, 60, 1))
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +116,19 @@ def test_chunks_scrambled_blocks_and_a_preemption(decoder, expected):
     result = runner.step(StepPlan(22, [], [again], [Row(5, 0, 62, True, [])]))
     drawn[0] += [item.token_id for item in result.sampled]
     for step in range(NUM_TOKENS - 3):
-        drawn[0] += [item.token_id for item in runner.step(StepPlan(23 + step, [], [], [Row(5, 62 + step, 1, True, [])])).sampled]
+        result = runner.step(StepPlan(23 + step, [], [], [Row(5, 62 + step, 1, True, [])]))
+        drawn[0].append(result.sampled[0].token_id)
     assert drawn[0] == expected[3]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize(("num_blocks", "max_batch_tokens"), [(96, 512), (96, 8), (8, 24)], ids=["roomy", "chunked", "tight"])
-def test_under_the_scheduler(decoder, expected, depth, num_blocks, max_batch_tokens):
-    """All at once through EngineCore; the tight one has blocks for about two sequences, so that it must preempt."""
-    block_size = 16
+@pytest.mark.parametrize(
+    ("num_blocks", "block_size", "max_batch_tokens"),
+    [(96, 16, 512), (96, 16, 8), (32, 4, 128)],
+    ids=["roomy", "chunked", "tight"],
+)
+def test_under_the_scheduler(decoder, expected, depth, num_blocks, block_size, max_batch_tokens):
+    """All at once through EngineCore. The tight one has blocks for the prompts of four but not for what they become."""
     core = EngineCore(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -135,9 +141,9 @@ def test_under_the_scheduler(decoder, expected, depth, num_blocks, max_batch_tok
         )
     )
     runner = runner_on(decoder, num_blocks, block_size)
-    for number, prompt in enumerate(PROMPTS):
-        request = Request(id=str(number), prompt=prompt, max_tokens=NUM_TOKENS, sampling=GREEDY)
-        assert core.add(request, float(number)) is None
+    for number in reversed(range(len(PROMPTS))):
+        request = Request(id=str(number), prompt=PROMPTS[number], max_tokens=NUM_TOKENS, sampling=GREEDY)
+        assert core.add(request, 1.0) is None
     drawn = {str(number): [] for number in range(len(PROMPTS))}
     now, plans = 10.0, []
     while core.has_work():
@@ -151,4 +157,4 @@ def test_under_the_scheduler(decoder, expected, depth, num_blocks, max_batch_tok
         core.check()
         now += 0.01
     assert list(drawn.values()) == expected
-    assert (core.load().preemptions > 0) == (num_blocks == 8)
+    assert (core.load().preemptions > 0) == (block_size == 4)

@@ -1,4 +1,4 @@
-"""The sampler against a plain float64 implementation of one row, its distribution, and its independence of the batch."""
+"""The sampler against a plain float64 implementation of one row; its distribution; its independence of the batch."""
 
 import itertools
 
@@ -165,16 +165,16 @@ def test_a_tiny_temperature_is_greedy_and_finite():
 def test_equal_probabilities_stay_or_go_together():
     logits = torch.full((1, 8), -5.0)
     logits[0, [1, 4, 6]] = 2.0
-    seen = {
-        sample(sampler_for([Sampling(seed=seed, top_k=2)], vocab=8), logits).tokens[0] for seed in range(60)
-    }
+    seen = {sample(sampler_for([Sampling(seed=seed, top_k=2)], vocab=8), logits).tokens[0] for seed in range(60)}
     assert seen == {1, 4, 6}
 
 
 def test_min_tokens_masks_stop_tokens_until_enough_were_generated():
     logits = torch.zeros(1, 16)
     logits[0, 9] = 30.0
-    sampler = sampler_for([Sampling(temperature=0.0)], vocab=16, tokens=[1, 2, 3], num_prompt=3, min_tokens=2, stop_ids=[9])
+    sampler = sampler_for(
+        [Sampling(temperature=0.0)], vocab=16, tokens=[1, 2, 3], num_prompt=3, min_tokens=2, stop_ids=[9]
+    )
     tokens = [sampler.sample(logits.clone(), np.array([0]), np.array([position])).tokens[0] for position in (3, 4, 5)]
     # The core ends a sequence at a stop token once it has generated more than min_tokens, that one included.
     assert tokens == [0, 0, 9]

@@ -14,8 +14,8 @@ class TinyVocabulary:
         self.eos_id = self.vocab_size - 1
         self.special_ids = (self.eos_id - 1, self.eos_id)
 
-    def id_to_piece_bytes(self, token_id):
-        return self.pieces[token_id]
+    def token_bytes(self, token_id):
+        return self.pieces[token_id] if token_id < self.vocab_size else b""
 
     def encode(self, text):
         """One token a character."""

@@ -1,15 +1,14 @@
-"""Structured output: grammars compiled in a process that can be killed, followed token by token in the engine.
+"""Structured output: grammars compiled in a process that can be killed.
 
     front                          helper process (python -m shoal.engine.grammar)        engine
     GrammarCompiler.compile  --->  xgrammar compiles, within a time and a size limit
                              <---  compiled grammar as JSON
-    Request.sampling.grammar --------------------------------------------------------->   GrammarFactory.state
+    Request.sampling.grammar --------------------------------------------------------->   grammar_state.GrammarFactory
                                                                                           fill_bitmask, accept
 
 A schema of a few kilobytes can take minutes and gigabytes to compile, in native code that nothing can interrupt. So
 compilation has a process of its own: past its time it is killed and a new one is started. Other grammars compile at
-once and become ever more expensive with each token, because they are ambiguous; `GrammarState` stops those by the
-processor time of a single token.
+once and become ever more expensive with each token, because they are ambiguous: `grammar_state` stops those.
 
 xgrammar brings torch and transformers with it (seconds to import), so it is imported where it is first needed.
 """
@@ -24,9 +23,8 @@ import re
 import signal
 import struct
 import sys
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import msgspec
@@ -34,7 +32,6 @@ import msgspec
 from shoal.core.types import GrammarKind
 
 if TYPE_CHECKING:
-    import torch
     import xgrammar
 
 MAX_SOURCE_BYTES = 64 * 1024
@@ -43,8 +40,6 @@ MAX_NESTING = 64
 MAX_COMPILED_BYTES = 16 * 1024 * 1024
 """Of the compiled form. The engine reads it back at about 50 MB/s, between two steps."""
 COMPILE_SECONDS = 2.0
-TOKEN_CPU_SECONDS = 0.1
-"""Processor time after which a single token is too expensive: the others in the batch wait for it."""
 
 _HELPER_DATA_BYTES = 3 * 1024**3
 _LENGTH = struct.Struct("<I")
@@ -65,21 +60,18 @@ class Vocabulary(Protocol):
     """What a tokenizer must say of its tokens; `shoal.checkpoint.tokenizer.Tokenizer` does."""
 
     @property
-    def vocab_size(self) -> int: ...
-
-    @property
     def special_ids(self) -> Iterable[int]:
         """Control tokens: they are no text, so no grammar may produce them."""
 
-    def id_to_piece_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token adds to the text."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to the text; b"" for an id without a token."""
 
 
 def tokenizer_info(tokenizer: Vocabulary, logits_vocab_size: int, stop_ids: Sequence[int]) -> xgrammar.TokenizerInfo:
     """xgrammar's view of a vocabulary: each token's bytes, and the end-of-text ids that may end a grammar.
 
-    `logits_vocab_size` is the width of the model's logits, which may be padded beyond the tokenizer's vocabulary or
-    fall short of it. Front and engine must build it from the same arguments: a compiled grammar fits no other.
+    `logits_vocab_size` is the width of the model's logits, which may be padded beyond the tokenizer's vocabulary.
+    Front and engine must build it from the same arguments: a compiled grammar fits no other.
     """
     import xgrammar
 
@@ -87,102 +79,11 @@ def tokenizer_info(tokenizer: Vocabulary, logits_vocab_size: int, stop_ids: Sequ
         raise GrammarError("structured output needs a model with an end-of-text token, and this one names none")
     special = set(tokenizer.special_ids) | set(stop_ids)
     # An empty token is one that xgrammar never allows, which is right for control tokens and for padding.
-    pieces = [
-        b"" if token_id in special else tokenizer.id_to_piece_bytes(token_id)
-        for token_id in range(min(tokenizer.vocab_size, logits_vocab_size))
-    ]
+    pieces = [b"" if token_id in special else tokenizer.token_bytes(token_id) for token_id in range(logits_vocab_size)]
     stops = sorted({token_id for token_id in stop_ids if token_id < logits_vocab_size})
     return xgrammar.TokenizerInfo(
         pieces, xgrammar.VocabType.RAW, vocab_size=logits_vocab_size, stop_token_ids=stops, add_prefix_space=False
     )
-
-
-# --- in the engine --------------------------------------------------------------------------------------------------
-
-
-class GrammarState:
-    """How far one sequence has come in its grammar. Raises GrammarError where it cannot go on."""
-
-    def __init__(self, compiled: xgrammar.CompiledGrammar, tokens: Sequence[int] = ()) -> None:
-        """`tokens` were generated before: a sequence that comes back after a preemption resumes behind them."""
-        import xgrammar
-
-        self._matcher = xgrammar.GrammarMatcher(compiled)
-        self._stop_ids = list(self._matcher.stop_token_ids)
-        self._cpu_seconds = 0.0
-        for token in tokens:
-            self.accept(token)
-
-    @property
-    def is_terminated(self) -> bool:
-        """An end-of-text token was accepted."""
-        return bool(self._matcher.is_terminated())
-
-    def fill_bitmask(self, bitmask_SW: torch.Tensor, row: int) -> None:
-        """Set row `row` of an int32 CPU tensor (S, ceil(V / 32)): bit i of word w allows token 32 w + i.
-
-        Once the grammar has ended only end-of-text tokens are allowed, so that the text stays a sentence of it even
-        for a client that goes on past them.
-        """
-        if self.is_terminated:
-            words = bitmask_SW[row].zero_().numpy().view("uint32")
-            for token in self._stop_ids:
-                words[token >> 5] |= 1 << (token & 31)
-            return
-        began = time.thread_time()
-        self._matcher.fill_next_token_bitmask(bitmask_SW, row)
-        self._cpu_seconds = time.thread_time() - began
-
-    def accept(self, token: int) -> None:
-        """Advance over a drawn token."""
-        if self.is_terminated:
-            if token not in self._stop_ids:
-                raise GrammarError(f"token {token} follows the end of the grammar")
-            return
-        began = time.thread_time()
-        if not self._matcher.accept_token(token):
-            raise GrammarError(f"token {token} does not fit the grammar")
-        seconds = self._cpu_seconds + time.thread_time() - began
-        self._cpu_seconds = 0.0
-        if seconds > TOKEN_CPU_SECONDS:
-            raise GrammarError(
-                f"the grammar is too ambiguous to follow: one token took {seconds * 1000:.0f} ms of processor time "
-                f"and the limit is {TOKEN_CPU_SECONDS * 1000:.0f} ms; avoid repetitions within repetitions"
-            )
-
-
-class GrammarFactory:
-    """Makes the states of an engine's sequences. Keeps the grammars used last: `n` sequences and preemptions share."""
-
-    def __init__(self, load_info: Callable[[], xgrammar.TokenizerInfo], max_grammars: int = 32) -> None:
-        """`load_info` is called once, when the first grammar comes: most engines never see one."""
-        self._load_info = load_info
-        self._info: xgrammar.TokenizerInfo | None = None
-        self._max_grammars = max_grammars
-        self._grammars: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
-
-    def state(self, compiled: str, tokens: Sequence[int] = ()) -> GrammarState:
-        """A state behind `tokens`. Raises GrammarError if `compiled` is not a grammar for this vocabulary."""
-        grammar = self._grammars.get(compiled)
-        if grammar is None:
-            grammar = self._read(compiled)
-            self._grammars[compiled] = grammar
-            while len(self._grammars) > self._max_grammars:
-                self._grammars.popitem(last=False)
-        self._grammars.move_to_end(compiled)
-        return GrammarState(grammar, tokens)
-
-    def _read(self, compiled: str) -> xgrammar.CompiledGrammar:
-        import xgrammar
-
-        if self._info is None:
-            self._info = self._load_info()
-        try:
-            return xgrammar.CompiledGrammar.deserialize_json(compiled, self._info)
-        except RuntimeError as error:
-            raise GrammarError(
-                f"the compiled grammar cannot be used by this engine: {_plain_message(error)}"
-            ) from error
 
 
 # --- checks before compiling ----------------------------------------------------------------------------------------
@@ -415,7 +316,7 @@ def compile_grammar(kind: GrammarKind, source: str, compiler: xgrammar.GrammarCo
             raise GrammarError("it is too large once compiled; simplify it")
         text = compiled.serialize_json()
     except (RuntimeError, MemoryError) as error:
-        raise GrammarError(_plain_message(error)) from error
+        raise GrammarError(plain_message(error)) from error
     if len(text) > MAX_COMPILED_BYTES:
         raise GrammarError("it is too large once compiled; simplify it")
     return text
@@ -438,7 +339,7 @@ def _quote(text: str) -> str:
     return '"' + "".join(c if c.isascii() and c.isalnum() else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
-def _plain_message(error: BaseException) -> str:
+def plain_message(error: BaseException) -> str:
     """xgrammar's message without its time stamp and source position."""
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error)).strip() or type(error).__name__
 
@@ -488,6 +389,10 @@ def main(arguments: list[str]) -> None:
 
     info = xgrammar.TokenizerInfo.deserialize_json(info_json)
     compiler: Any = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    # Up to here messages help to see why it did not start; from here on clients' grammars would fill the log.
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
     _send(replies, b"ready")
     while True:
         job = msgspec.msgpack.decode(_read_exactly(jobs), type=_Job)

@@ -115,7 +115,9 @@ def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, availab
     needed = 1 if config.max_len is None else blocks_per_sequence
     if num_blocks < needed:
         fits = num_blocks * config.block_size
-        advice = f"set max_len to at most {fits}" if fits else "raise kv_cache_bytes, free memory or take a smaller model"
+        advice = (
+            f"set max_len to at most {fits}" if fits else "raise kv_cache_bytes, free memory or take a smaller model"
+        )
         raise OutOfMemory(
             f"the KV cache of one sequence of {needed * config.block_size} tokens needs "
             f"{format_bytes(needed * block_bytes)}, and there is room for {format_bytes(budget)} "

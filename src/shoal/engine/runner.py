@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.core.types import Row, Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
+from shoal.core.types import Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch, KVCache
-from shoal.engine.grammar import GrammarFactory
+from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import Ops
 from shoal.engine.sampler import Sampler
 
@@ -173,4 +173,3 @@ class Runner:
             return tensor
         # From pinned memory the copy overlaps with what the device runs; torch keeps the buffer until it is done.
         return tensor.pin_memory().to(self._device, non_blocking=True)
-

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.core.types import Sampling, TokenLogprobs
-from shoal.engine.grammar import GrammarState
+from shoal.engine.grammar_state import GrammarState
 from shoal.engine.ops import Ops
 from shoal.engine.random_stream import as_words, uniform_array
 
@@ -236,13 +236,14 @@ class Sampler:
             return self._random(logits_SV, slots_S, positions_S)
         tokens_S = torch.empty(len(slots_S), dtype=torch.int64, device=logits_SV.device)
         peak_S = torch.empty(len(slots_S), dtype=torch.float32, device=logits_SV.device)
-        for chosen_S, draw in (
-            (greedy_S, lambda logits_GV, _: self._greedy(logits_GV)),
-            (~greedy_S, lambda logits_GV, rows: self._random(logits_GV, slots_S[rows], positions_S[rows])),
-        ):
-            rows = np.flatnonzero(chosen_S)
+        for is_greedy in (True, False):
+            rows = np.flatnonzero(greedy_S == is_greedy)
             rows_G = torch.from_numpy(rows).to(logits_SV.device)
-            tokens_S[rows_G], peak_S[rows_G] = draw(logits_SV[rows_G], rows)
+            logits_GV = logits_SV.index_select(0, rows_G)
+            if is_greedy:
+                tokens_S[rows_G], peak_S[rows_G] = self._greedy(logits_GV)
+            else:
+                tokens_S[rows_G], peak_S[rows_G] = self._random(logits_GV, slots_S[rows], positions_S[rows])
         return tokens_S, peak_S
 
     def _random(
@@ -261,12 +262,13 @@ class Sampler:
             if len(rows):
                 rows_G = torch.from_numpy(rows).to(device)
                 floor_G[rows_G] = _nucleus_floor(
-                    probs_GV[rows_G],
+                    probs_GV if len(rows) == len(probs_GV) else probs_GV.index_select(0, rows_G),
                     floor_G[rows_G],
                     torch.from_numpy(top_k_G[rows]).to(device),
                     torch.from_numpy(top_p_G[rows]).to(device),
                 )
-            probs_GV *= probs_GV >= floor_G[:, None]
+            # The comparison is written as 0.0 and 1.0: several times as fast as a product with booleans.
+            probs_GV *= torch.ge(probs_GV, floor_G[:, None], out=logits_GV)
         uniform_G = uniform_array(self._seed[slots_G], self._index[slots_G], positions_G.astype(np.uint64))
         return _invert(probs_GV, torch.from_numpy(uniform_G).to(device)), peak_G1[:, 0]
 
@@ -276,12 +278,14 @@ class Sampler:
         self, logits_SV: Tensor, states: Sequence[SlotSampling | None]
     ) -> tuple[dict[int, int], Tensor | None, Tensor | None, Tensor | None]:
         """Rows that want log-probabilities (row to place among them), theirs (G, V), the best (G, n) and their ids."""
-        wants = {
-            row: state.sampling.logprobs for row, state in enumerate(states) if state and state.sampling.logprobs is not None
-        }
+        wants: dict[int, int] = {}
+        for row, state in enumerate(states):
+            if state is not None and state.sampling.logprobs is not None:
+                wants[row] = state.sampling.logprobs
         if not wants:
             return {}, None, None, None
-        logprobs_GV = torch.log_softmax(logits_SV[list(wants)], dim=1)
+        rows_G = torch.tensor(list(wants), device=logits_SV.device)
+        logprobs_GV = torch.log_softmax(logits_SV.index_select(0, rows_G), dim=1)
         best, ids = torch.topk(logprobs_GV, min(self.vocab_size, max(wants.values())), dim=1)
         return {row: place for place, row in enumerate(wants)}, logprobs_GV, best.cpu(), ids.cpu()
 
@@ -293,7 +297,7 @@ class Sampler:
         failures: dict[int, str],
     ) -> None:
         """min_tokens and grammars: forbidden tokens to -inf."""
-        flat: list[NDArray[np.int64]] = []
+        stops: list[tuple[int, NDArray[np.int64]]] = []
         masked: list[int] = []
         for row, state in enumerate(states):
             if state is None:
@@ -307,9 +311,9 @@ class Sampler:
                 else:
                     masked.append(row)
             elif forbids_stop:
-                flat.append(row * self.vocab_size + state.stop_ids)
-        if flat:
-            logits_SV.view(-1)[torch.from_numpy(np.concatenate(flat)).to(logits_SV.device)] = -torch.inf
+                stops.append((row, state.stop_ids))
+        if stops:
+            logits_SV.view(-1)[self._flat_places(stops, logits_SV.device)] = -torch.inf
         if masked and self._bitmask_SW is not None:
             import xgrammar
 
@@ -336,13 +340,15 @@ class Sampler:
         if not rows:
             return
         device = logits_SV.device
-        at_C = torch.from_numpy(np.concatenate([row * self.vocab_size + state.bias_ids for row, state in rows])).to(device)
+        at_C = torch.from_numpy(np.concatenate([row * self.vocab_size + state.bias_ids for row, state in rows])).to(
+            device
+        )
         bias_C = torch.from_numpy(np.concatenate([state.bias for _, state in rows])).to(device)
         # No token occurs twice, so this adds each bias once.
         logits_SV.view(-1)[at_C] += bias_C
 
     def _penalise(self, logits_SV: Tensor, states: Sequence[SlotSampling | None]) -> None:
-        """x / r where x > 0 else x r, then x - frequency * count - presence * (count > 0), for the tokens that occur."""
+        """x / r if x > 0 else x r, then x - frequency * count - presence * (count > 0), for the tokens that occur."""
         rows = [(row, state, state.counts) for row, state in enumerate(states) if state and state.counts is not None]
         if not rows:
             return
@@ -352,7 +358,9 @@ class Sampler:
         def spread(values: list[float]) -> Tensor:
             return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(device)
 
-        at_C = torch.from_numpy(np.concatenate([row * self.vocab_size + counts.ids for row, _, counts in rows])).to(device)
+        at_C = torch.from_numpy(np.concatenate([row * self.vocab_size + counts.ids for row, _, counts in rows])).to(
+            device
+        )
         counts_C = torch.from_numpy(np.concatenate([counts.counts for _, _, counts in rows])).to(device)
         repetition_C = spread([state.sampling.repetition_penalty for _, state, _ in rows])
         flat = logits_SV.view(-1)
@@ -361,6 +369,10 @@ class Sampler:
         x_C -= counts_C * spread([state.sampling.frequency_penalty for _, state, _ in rows])
         x_C -= (counts_C > 0) * spread([state.sampling.presence_penalty for _, state, _ in rows])
         flat[at_C] = x_C
+
+    def _flat_places(self, rows: list[tuple[int, NDArray[np.int64]]], device: torch.device) -> Tensor:
+        """Where the given tokens of the given rows lie in the flattened logits."""
+        return torch.from_numpy(np.concatenate([row * self.vocab_size + ids for row, ids in rows])).to(device)
 
     def _observe(self, draws: Draws, states: Sequence[SlotSampling | None]) -> None:
         """Let counts and grammars know what was drawn."""

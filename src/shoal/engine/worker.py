@@ -10,18 +10,19 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import torch
 
+from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
-from shoal.engine import native
 from shoal.engine.attention.base import AttentionBackend
 from shoal.engine.attention.portable import PortableAttention
-from shoal.engine.grammar import GrammarFactory, tokenizer_info
+from shoal.engine.grammar import tokenizer_info
+from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.memory import available_memory, plan_blocks
 from shoal.engine.model import Decoder
 from shoal.engine.ops import Ops, TorchOps
@@ -30,8 +31,6 @@ from shoal.engine.weights import open_weights
 
 if TYPE_CHECKING:
     import xgrammar
-
-    from shoal.checkpoint.resolve import ModelFiles
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it, 0 to 1."""
@@ -73,10 +72,8 @@ class Worker:
         config = self._config
         report = progress or (lambda what, fraction: None)
         report("reading the checkpoint", 0.0)
-        from shoal.checkpoint.resolve import load_spec, resolve
-
         files = resolve(config.model, download=False)
-        spec = load_spec(files)
+        spec = load_spec(files.path)
         max_len = config.max_len or spec.max_len
         if max_len > spec.max_len:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
@@ -106,7 +103,7 @@ class Worker:
             vocab_size=spec.vocab_size,
             device=device,
             ops=ops,
-            grammars=GrammarFactory(lambda: _tokenizer_info(files, spec)),
+            grammars=GrammarFactory(lambda: _tokenizer_info(files.path, spec)),
         )
         report("warming up", 0.0)
         self._warm_up(min(_WARM_UP_TOKENS, max_len - 1))
@@ -177,7 +174,7 @@ def _arithmetic(config: EngineConfig, device: torch.device, activations: torch.d
     """Native kernels with the attention that goes with them on a CPU that has them, else torch."""
     threads = config.threads or _num_cores()
     if config.ops != "torch" and device.type == "cpu":
-        reason = native.unavailable_reason()
+        reason = _native_unavailable()
         if reason is None:
             from shoal.engine.attention.native import NativeAttention
             from shoal.engine.native_ops import NativeOps
@@ -191,7 +188,17 @@ def _arithmetic(config: EngineConfig, device: torch.device, activations: torch.d
     elif config.ops == "native":
         raise ValueError(f"ops is native, which is for CPUs, and the device is {device}: set ops to auto")
     torch.set_num_threads(threads)
-    return TorchOps(device, activations), PortableAttention()
+    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say.
+    return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", PortableAttention())
+
+
+def _native_unavailable() -> str | None:
+    """Why the native kernels cannot be used here; None if they can."""
+    try:
+        from shoal.engine.native import unavailable_reason
+    except ImportError as error:
+        return str(error)
+    return unavailable_reason()
 
 
 def _num_cores() -> int:
@@ -199,7 +206,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(decoder: Decoder, path: str | Path, report: Progress) -> None:
+def _load(decoder: Decoder, path: Path, report: Progress) -> None:
     num_parameters = decoder.spec.num_parameters()
     source = open_weights(path)
     try:
@@ -208,8 +215,8 @@ def _load(decoder: Decoder, path: str | Path, report: Progress) -> None:
         source.close()
 
 
-def _tokenizer_info(files: ModelFiles, spec: ModelSpec) -> xgrammar.TokenizerInfo:
+def _tokenizer_info(path: Path, spec: ModelSpec) -> xgrammar.TokenizerInfo:
     from shoal.checkpoint.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(files)
+    tokenizer = load_tokenizer(path)
     return tokenizer_info(tokenizer, spec.vocab_size, tokenizer.eos_ids)

@@ -1,0 +1,237 @@
+// Paged attention. Keys of a block are stored (head, D, block_size), values (head, block_size, D): a vector of keys is
+// VW tokens of one dimension, so scores need no horizontal sums, and a vector of values is VW dimensions of one token.
+//
+// The KV of a sequence is walked in tiles of TILE tokens at fixed positions with a running maximum, so a query's result
+// does not depend on which other queries are computed beside it: a tile that it does not see adds exact zeros.
+//
+// D head size, R rows (query heads of one key/value head times queries).
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "pool.h"
+#include "simd.h"
+
+namespace shoal {
+
+constexpr int TILE = 64;
+constexpr int TILE_VECTORS = TILE / VW;
+#if defined(__AVX512F__)
+constexpr int ATTENTION_ROWS = 12;
+#else
+constexpr int ATTENTION_ROWS = 6;
+#endif
+constexpr int MAX_HEAD_DIM = 256;
+
+struct Attention {
+  const float* q;
+  int64_t q_stride;  // floats between tokens
+  const float* keys;
+  const float* values;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  int64_t table_stride;
+  float* out;  // (T, N, D)
+  float* lse;  // (T, N) or null
+  int heads, kv_heads, head_dim, block_size;
+  float scale, soft_cap;
+  int window;  // 0: none
+};
+
+// scores[r][t] = q[r] . keys[t], d in order, for `count` vectors of tokens.
+template <int ROWS, int NT>
+static void score(const float* q, const float* const* key_vectors, int block_size, int head_dim, float* scores) {
+  vf c[ROWS][NT];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int t = 0; t < NT; ++t) c[r][t] = zero();
+  for (int d = 0; d < head_dim; ++d) {
+    vf k[NT];
+#pragma GCC unroll 16
+    for (int t = 0; t < NT; ++t) k[t] = load(key_vectors[t] + (int64_t)d * block_size);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const vf a = set1(q[r * head_dim + d]);
+#pragma GCC unroll 16
+      for (int t = 0; t < NT; ++t) c[r][t] = fma(a, k[t], c[r][t]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int t = 0; t < NT; ++t) store(scores + r * TILE + t * VW, c[r][t]);
+}
+
+template <int NT, int ROWS>
+static void score_rows(int rows, const float* q, const float* const* keys, int block_size, int head_dim, float* scores) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return score<ROWS, NT>(q, keys, block_size, head_dim, scores);
+    return score_rows<NT, ROWS - 1>(rows, q, keys, block_size, head_dim, scores);
+  }
+}
+
+// out[r][0 .. ND vectors) += sum_t weights[r][t] * values[t], t in order.
+template <int ROWS, int ND>
+static void weigh(const float* weights, const float* const* value_rows, int tokens, int offset, float* out, int head_dim) {
+  vf c[ROWS][ND];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int d = 0; d < ND; ++d) c[r][d] = load(out + r * head_dim + offset + d * VW);
+  for (int t = 0; t < tokens; ++t) {
+    vf v[ND];
+#pragma GCC unroll 16
+    for (int d = 0; d < ND; ++d) v[d] = load(value_rows[t] + offset + d * VW);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const vf a = set1(weights[r * TILE + t]);
+#pragma GCC unroll 16
+      for (int d = 0; d < ND; ++d) c[r][d] = fma(a, v[d], c[r][d]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int d = 0; d < ND; ++d) store(out + r * head_dim + offset + d * VW, c[r][d]);
+}
+
+template <int ND, int ROWS>
+static void weigh_rows(int rows, const float* weights, const float* const* values, int tokens, int offset, float* out,
+                       int head_dim) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return weigh<ROWS, ND>(weights, values, tokens, offset, out, head_dim);
+    return weigh_rows<ND, ROWS - 1>(rows, weights, values, tokens, offset, out, head_dim);
+  }
+}
+
+struct Rows {  // running state of one task
+  alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];
+  alignas(64) float out[ATTENTION_ROWS * MAX_HEAD_DIM];
+  alignas(64) float scores[ATTENTION_ROWS * TILE];
+  float most[ATTENTION_ROWS], total[ATTENTION_ROWS];
+  int position[ATTENTION_ROWS];
+};
+
+// Softmax weights of one row over a tile; rescales what the row has so far.
+static void soften(const Attention& a, Rows& s, int r, int tile_start) {
+  float* scores = s.scores + r * TILE;
+  const int high = s.position[r] + 1 - tile_start;
+  const int low = a.window ? s.position[r] + 1 - a.window - tile_start : 0;
+  vf x[TILE_VECTORS];
+  vf peak = set1(-__builtin_inff());
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    x[v] = load(scores + v * VW);
+    if (a.soft_cap > 0) x[v] = mul(tanh(mul(x[v], set1(1.0f / a.soft_cap))), set1(a.soft_cap));
+    if (low > v * VW || high < (v + 1) * VW) x[v] = keep_range(x[v], low - v * VW, high - v * VW);
+    peak = max(peak, x[v]);
+  }
+  const float most = std::max(s.most[r], largest(peak));
+  if (most == -__builtin_inff()) {  // nothing seen yet, nothing here
+    for (int v = 0; v < TILE_VECTORS; ++v) store(scores + v * VW, zero());
+    return;
+  }
+  vf total = zero();
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    const vf weight = exp(sub(x[v], set1(most)));
+    store(scores + v * VW, weight);
+    total = add(total, weight);
+  }
+  if (most != s.most[r]) {
+    alignas(64) float factor[VW];
+    store(factor, exp(set1(s.most[r] - most)));
+    s.total[r] *= factor[0];
+    for (int d = 0; d < a.head_dim; d += VW)
+      store(s.out + r * a.head_dim + d, mul(load(s.out + r * a.head_dim + d), set1(factor[0])));
+    s.most[r] = most;
+  }
+  s.total[r] += sum(total);
+}
+
+static void attend_tile(const Attention& a, Rows& s, int rows, const int32_t* table, int kv_head, int tile_start,
+                        int tokens) {
+  const int64_t head_size = (int64_t)a.head_dim * a.block_size, block_stride = head_size * a.kv_heads;
+  const float* keys[TILE_VECTORS];
+  const float* values[TILE];
+  const int vectors = (tokens + VW - 1) / VW;
+  for (int v = 0; v < vectors; ++v) {
+    const int at = tile_start + v * VW;
+    keys[v] = a.keys + table[at / a.block_size] * block_stride + kv_head * head_size + at % a.block_size;
+  }
+  for (int t = 0; t < tokens; ++t) {
+    const int at = tile_start + t;
+    values[t] = a.values + table[at / a.block_size] * block_stride + kv_head * head_size + (int64_t)(at % a.block_size) * a.head_dim;
+  }
+  int v = 0;
+  if (rows <= ATTENTION_ROWS / 4)
+    for (; v + 4 <= vectors; v += 4)
+      score_rows<4, ATTENTION_ROWS / 4>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
+  if (rows <= ATTENTION_ROWS / 2)
+    for (; v + 2 <= vectors; v += 2)
+      score_rows<2, ATTENTION_ROWS / 2>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
+  for (; v < vectors; ++v)
+    score_rows<1, ATTENTION_ROWS>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
+  for (int r = 0; r < rows; ++r) soften(a, s, r, tile_start);
+
+  constexpr int HALF = ATTENTION_ROWS / 2;
+  for (int r = 0; r < rows; r += HALF) {
+    const int count = std::min(HALF, rows - r);
+    const float* weights = s.scores + r * TILE;
+    float* out = s.out + r * a.head_dim;
+    int d = 0;
+    if constexpr (VW == 16)
+      for (; d + 4 * VW <= a.head_dim; d += 4 * VW) weigh_rows<4, HALF>(count, weights, values, tokens, d, out, a.head_dim);
+    for (; d + 2 * VW <= a.head_dim; d += 2 * VW) weigh_rows<2, HALF>(count, weights, values, tokens, d, out, a.head_dim);
+    for (; d < a.head_dim; d += VW) weigh_rows<1, HALF>(count, weights, values, tokens, d, out, a.head_dim);
+  }
+}
+
+// Queries [first, first + count) of one sequence for one key/value head.
+static void attend(const Attention& a, Rows& s, int sequence, int kv_head, int first, int count) {
+  const int group = a.heads / a.kv_heads, rows = count * group, d = a.head_dim;
+  const int start = a.query_starts[sequence], queries = a.query_starts[sequence + 1] - start;
+  const int context = a.context_lens[sequence];
+  for (int r = 0; r < rows; ++r) {
+    const int query = first + r / group;
+    const float* q = a.q + (start + query) * a.q_stride + (int64_t)(kv_head * group + r % group) * d;
+    for (int i = 0; i < d; i += VW) {
+      store(s.q + r * d + i, mul(load(q + i), set1(a.scale)));
+      store(s.out + r * d + i, zero());
+    }
+    s.most[r] = -__builtin_inff();
+    s.total[r] = 0;
+    s.position[r] = context - queries + query;
+  }
+  const int32_t* table = a.block_tables + sequence * a.table_stride;
+  const int end = s.position[rows - 1] + 1;
+  const int begin = a.window ? std::max(0, s.position[0] + 1 - a.window) / TILE * TILE : 0;
+  for (int tile = begin; tile < end; tile += TILE)
+    attend_tile(a, s, rows, table, kv_head, tile, std::min(TILE, end - tile));
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = (int64_t)(start + first + r / group) * a.heads + kv_head * group + r % group;
+    for (int i = 0; i < d; i += VW) store(a.out + at * d + i, div(load(s.out + r * d + i), set1(s.total[r])));
+    if (a.lse) a.lse[at] = s.most[r] + logf(s.total[r]);
+  }
+}
+
+static void attention(Pool& pool, const Attention& a, int sequences) {
+  const int group = a.heads / a.kv_heads;
+  const int per_task = std::max(1, ATTENTION_ROWS / group);
+  int* first_task = (int*)pool.shared(sizeof(int) * (sequences + 1));
+  first_task[0] = 0;
+  for (int i = 0; i < sequences; ++i) {
+    const int queries = a.query_starts[i + 1] - a.query_starts[i];
+    first_task[i + 1] = first_task[i] + (queries + per_task - 1) / per_task * a.kv_heads;
+  }
+  pool.run(first_task[sequences], [&](int part, int) {
+    const int sequence = (int)(std::upper_bound(first_task, first_task + sequences + 1, part) - first_task) - 1;
+    const int local = part - first_task[sequence];
+    const int queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
+    const int first = local / a.kv_heads * per_task;
+    static thread_local Rows rows;
+    attend(a, rows, sequence, local % a.kv_heads, first, std::min(per_task, queries - first));
+  });
+}
+
+}  // namespace shoal

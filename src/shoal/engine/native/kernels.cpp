@@ -1,0 +1,220 @@
+// The C interface of the kernels: plain pointers, counts and strides in elements; called through ctypes.
+#include <sys/mman.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "linear_int8.h"
+
+using namespace shoal;
+
+namespace {
+
+uint16_t to_bf16(float x) {  // round to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+int rows_per_part(Pool& pool, int rows) { return std::max(4, (rows + pool.size() * 4 - 1) / (pool.size() * 4)); }
+
+template <class Body>
+void for_rows(Pool& pool, int rows, const Body& body) {
+  const int step = rows_per_part(pool, rows);
+  pool.run((rows + step - 1) / step, [&](int part, int) {
+    for (int row = part * step; row < std::min(rows, (part + 1) * step); ++row) body(row);
+  });
+}
+
+// y = x / rms(x) * weight; lanes that a short last vector lacks are handled one by one.
+void norm_row(const float* x, const float* weight, float eps, float* y, int n) {
+  vf squares = zero();
+  const int whole = n / VW * VW;
+  for (int i = 0; i < whole; i += VW) squares = fma(load(x + i), load(x + i), squares);
+  float total = sum(squares);
+  for (int i = whole; i < n; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / sqrtf(total / n + eps);
+  for (int i = 0; i < whole; i += VW) store(y + i, mul(mul(load(x + i), set1(factor)), load(weight + i)));
+  for (int i = whole; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+void rotate_row(float* x, const float* cos_sin, int head_dim) {
+  const int half = head_dim / 2;
+  int i = 0;
+  for (; i + VW <= half; i += VW) {
+    const vf c = load(cos_sin + i), s = load(cos_sin + half + i), low = load(x + i), high = load(x + half + i);
+    store(x + i, fma(low, c, sub(zero(), mul(high, s))));
+    store(x + half + i, fma(high, c, mul(low, s)));
+  }
+  for (; i < half; ++i) {
+    const float c = cos_sin[i], s = cos_sin[half + i], low = x[i], high = x[half + i];
+    x[i] = low * c - high * s;
+    x[half + i] = high * c + low * s;
+  }
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+Pool* shoal_pool_create(int threads) { return new Pool(threads); }
+void shoal_pool_destroy(Pool* pool) { delete pool; }
+
+// Memory for packed weights, in huge pages where the system has them: the matrices are read front to back every step.
+void* shoal_allocate(int64_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  return memory;
+}
+void shoal_free(void* memory, int64_t bytes) { munmap(memory, bytes); }
+
+int shoal_panel_width() { return NR; }
+int shoal_group() { return GROUP; }
+int64_t shoal_weight_bytes(const Packed* w) {
+  const int64_t elements = (int64_t)w->panels * NR;
+  return w->precision == FLOAT32 ? elements * w->k * 4 : w->precision == BFLOAT16 ? elements * w->k * 2 : elements * w->k_padded;
+}
+
+// Pack features [first, first + count) of half `half` (0 but for the ups of a gated pair) from rows of floats.
+void shoal_pack(Pool* pool, Packed* w, const float* rows, int64_t stride, int first, int count, int half) {
+  const int width = w->gated ? NR / 2 : NR;
+  for_rows(*pool, count, [&](int i) {
+    const int feature = first + i, panel = feature / width, column = feature % width + half * width;
+    const float* row = rows + i * stride;
+    if (w->precision == FLOAT32) {
+      float* to = (float*)w->weights + (int64_t)panel * w->k * NR + column;
+      for (int k = 0; k < w->k; ++k) to[(int64_t)k * NR] = row[k];
+    } else if (w->precision == BFLOAT16) {
+      uint16_t* to = (uint16_t*)w->weights + (int64_t)panel * w->k * NR + column;
+      for (int k = 0; k < w->k; ++k) to[(int64_t)k * NR] = to_bf16(row[k]);
+    } else {
+      float most = 0;
+      for (int k = 0; k < w->k; ++k) most = std::max(most, fabsf(row[k]));
+      const float inverse = most > 0 ? 127.0f / most : 0.0f;
+      w->scales[(int64_t)panel * NR + column] = most / 127.0f;
+      uint8_t* to = (uint8_t*)w->weights + (int64_t)panel * w->k_padded * NR;
+      for (int k = 0; k < w->k_padded; ++k) {
+        const int q = k < w->k ? (int)nearbyintf(row[k] * inverse) : 0;
+        to[((int64_t)(k / 4) * NR + column) * 4 + k % 4] = (uint8_t)(q + 128);
+      }
+    }
+  });
+}
+
+void shoal_linear(Pool* pool, const Packed* w, const float* x, int64_t ldx, int rows, int activation, float* y,
+                  int64_t ldy) {
+  if (w->precision == FLOAT32)
+    linear_float<float>(*pool, *w, x, ldx, rows, activation, y, ldy);
+  else if (w->precision == BFLOAT16)
+    linear_float<uint16_t>(*pool, *w, x, ldx, rows, activation, y, ldy);
+  else
+    linear_int8(*pool, *w, x, ldx, rows, activation, y, ldy);
+}
+
+// Rows of the packed matrix itself, as floats. The caller has checked that ids are in range.
+void shoal_embedding(Pool* pool, const Packed* w, const int64_t* ids, int count, float* y, int64_t ldy) {
+  for_rows(*pool, count, [&](int i) {
+    const int64_t panel = ids[i] / NR, column = ids[i] % NR;
+    float* to = y + i * ldy;
+    if (w->precision == FLOAT32) {
+      const float* from = (const float*)w->weights + panel * w->k * NR + column;
+      for (int k = 0; k < w->k; ++k) to[k] = from[(int64_t)k * NR];
+    } else if (w->precision == BFLOAT16) {
+      const uint16_t* from = (const uint16_t*)w->weights + panel * w->k * NR + column;
+      for (int k = 0; k < w->k; ++k) to[k] = from_bf16(from[(int64_t)k * NR]);
+    } else {
+      const uint8_t* from = (const uint8_t*)w->weights + panel * w->k_padded * NR;
+      const float scale = w->scales[panel * NR + column];
+      for (int k = 0; k < w->k; ++k) to[k] = (from[((int64_t)(k / 4) * NR + column) * 4 + k % 4] - 128) * scale;
+    }
+  });
+}
+
+void shoal_rms_norm(Pool* pool, const float* x, int64_t ldx, const float* weight, float eps, float* y, int rows, int n) {
+  for_rows(*pool, rows, [&](int i) { norm_row(x + i * ldx, weight, eps, y + (int64_t)i * n, n); });
+}
+
+void shoal_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float eps, float* y, int rows,
+                        int n) {
+  for_rows(*pool, rows, [&](int row) {
+    const float* from = x + (int64_t)row * n;
+    float* to = residual + (int64_t)row * n;
+    int i = 0;
+    for (; i + VW <= n; i += VW) store(to + i, add(load(to + i), load(from + i)));
+    for (; i < n; ++i) to[i] += from[i];
+    norm_row(to, weight, eps, y + (int64_t)row * n, n);
+  });
+}
+
+void shoal_rope(Pool* pool, float* qkv, int64_t stride, const int64_t* positions, const float* cos_sin, int rows,
+                int heads, int kv_heads, int head_dim, const float* q_norm, const float* k_norm, float eps) {
+  for_rows(*pool, rows, [&](int row) {
+    const float* angles = cos_sin + positions[row] * head_dim;
+    for (int h = 0; h < heads + kv_heads; ++h) {
+      float* x = qkv + row * stride + (int64_t)h * head_dim;
+      const float* norm = h < heads ? q_norm : k_norm;
+      if (norm) norm_row(x, norm, eps, x, head_dim);
+      rotate_row(x, angles, head_dim);
+    }
+  });
+}
+
+void shoal_write_kv(Pool* pool, float* keys, float* values, const float* k, const float* v, int64_t stride,
+                    const int32_t* slots, int rows, int kv_heads, int head_dim, int block_size) {
+  const int64_t head_size = (int64_t)head_dim * block_size;
+  for_rows(*pool, rows, [&](int row) {
+    const int64_t block = slots[row] / block_size, offset = slots[row] % block_size;
+    for (int h = 0; h < kv_heads; ++h) {
+      const int64_t base = (block * kv_heads + h) * head_size;
+      const float* from = k + row * stride + (int64_t)h * head_dim;
+      for (int d = 0; d < head_dim; ++d) keys[base + (int64_t)d * block_size + offset] = from[d];
+      std::memcpy(values + base + offset * head_dim, v + row * stride + (int64_t)h * head_dim, sizeof(float) * head_dim);
+    }
+  });
+}
+
+void shoal_attention(Pool* pool, const Attention* a, int sequences) { attention(*pool, *a, sequences); }
+
+// The lowest index of the largest element; NaN wins, so that it is noticed.
+void shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64_t* out) {
+  auto one = [&](int row) {
+    const float* p = x + row * ldx;
+    constexpr int UNROLL = 4;
+    vf peaks[UNROLL];
+    for (auto& peak : peaks) peak = set1(-__builtin_inff());
+    int i = 0;
+    vf poison = zero();
+    for (; i + UNROLL * VW <= n; i += UNROLL * VW)
+      for (int u = 0; u < UNROLL; ++u) {
+        const vf value = load(p + i + u * VW);
+        peaks[u] = max(peaks[u], value);
+        poison = fma(value, zero(), poison);  // NaN and infinities leave NaN here
+      }
+    float most = largest(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
+    bool odd = sum(poison) != 0.0f;
+    for (; i < n; ++i) {
+      most = std::max(most, p[i]);
+      odd |= !(p[i] - p[i] == 0.0f);
+    }
+    if (odd)
+      for (i = 0; i < n; ++i)
+        if (p[i] != p[i]) {
+          out[row] = i;
+          return;
+        }
+    for (i = 0; i + 1 < n && p[i] != most; ++i) {
+    }
+    out[row] = i;
+  };
+  pool->run(rows, [&](int row, int) { one(row); });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
