@@ -9,9 +9,12 @@ from shoal.core.config import SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.model_spec import spec_from_config
 from shoal.core.types import Request, Row, Sampling, SlotAssignment, StepPlan
+from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.model import Decoder
+from shoal.engine.native import unavailable_reason
+from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import TorchOps
 from shoal.engine.runner import Runner
 from shoal.engine.weights import open_weights
@@ -30,14 +33,22 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint("llama3", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(scope="module")
-def decoder(checkpoint):
+@pytest.fixture(scope="module", params=["torch", "native"])
+def decoder(checkpoint, request):
+    if request.param == "torch":
+        ops, attention = TorchOps(CPU), PortableAttention()
+    elif (reason := unavailable_reason()) is not None:
+        pytest.skip(reason)
+    else:
+        ops = NativeOps(threads=2)
+        attention = NativeAttention(ops)
     spec = spec_from_config(json.loads((checkpoint / "config.json").read_text()))
-    decoder = Decoder(spec, TorchOps(CPU), PortableAttention(), "float32", device=CPU)
+    decoder = Decoder(spec, ops, attention, "float32", device=CPU)
     source = open_weights(checkpoint)
     decoder.load(source)
     source.close()
-    return decoder
+    yield decoder
+    ops.close()
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +135,11 @@ def test_chunks_scrambled_blocks_and_a_preemption(decoder, expected):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize(
     ("num_blocks", "block_size", "max_batch_tokens"),
-    [(96, 16, 512), (96, 16, 8), (32, 4, 128)],
+    [(96, 16, 512), (96, 16, 8), (8, 16, 128)],
     ids=["roomy", "chunked", "tight"],
 )
 def test_under_the_scheduler(decoder, expected, depth, num_blocks, block_size, max_batch_tokens):
-    """All at once through EngineCore. The tight one has blocks for the prompts of four but not for what they become."""
+    """All at once through EngineCore. The tight one has blocks for three prompts but not for what they become."""
     core = EngineCore(
         SchedulerConfig(
             num_blocks=num_blocks,
@@ -157,4 +168,4 @@ def test_under_the_scheduler(decoder, expected, depth, num_blocks, block_size, m
         core.check()
         now += 0.01
     assert list(drawn.values()) == expected
-    assert (core.load().preemptions > 0) == (block_size == 4)
+    assert (core.load().preemptions > 0) == (num_blocks == 8)

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from shoal.core.types import Sampling
+from shoal.engine.grammar import compile_grammar
+from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import TorchOps
 from shoal.engine.random_stream import uniform
 from shoal.engine.sampler import Sampler, TokenCounts
+from tests.engine.vocabulary import TinyVocabulary
 
 VOCAB = 1031  # odd, so that no row after the first is aligned
 
@@ -245,3 +248,23 @@ def test_a_row_with_nothing_left_to_draw_fails():
 def test_settings_that_cannot_be_applied_are_refused(sampling, stop_ids, message):
     with pytest.raises(ValueError, match=message):
         Sampler(1, VOCAB, TorchOps(torch.device("cpu"))).assign(0, sampling, 0, [1], 1, 0, stop_ids, None)
+
+
+def test_min_tokens_holds_back_the_end_of_a_grammar_that_can_go_on_and_yields_where_it_cannot():
+    import xgrammar
+
+    vocabulary = TinyVocabulary()
+    compiler = xgrammar.GrammarCompiler(vocabulary.info(), max_threads=1)
+    eos, factory = vocabulary.eos_id, GrammarFactory(vocabulary.info)
+    logits = torch.zeros(1, vocabulary.vocab_size)
+    logits[0, eos] = 30.0
+    for pattern, expected in (
+        ("a{0,9}", [*vocabulary.encode("aaa"), eos]),
+        ("a", [*vocabulary.encode("a"), eos, eos, eos]),
+    ):
+        sampler = Sampler(1, vocabulary.vocab_size, TorchOps(torch.device("cpu")))
+        grammar = factory.state(compile_grammar("regex", pattern, compiler))
+        sampler.assign(0, Sampling(temperature=0.0), 0, [], 0, 3, [eos], grammar)
+        draws = [sampler.sample(logits.clone(), np.array([0]), np.array([position])) for position in range(4)]
+        assert [draw.tokens[0] for draw in draws] == expected
+        assert not any(draw.failures for draw in draws)

@@ -91,6 +91,8 @@ def test_warm_up_leaves_no_trace(checkpoint):
     [
         ({"model": "/no/such/place"}, ModelNotFound, "/no/such/place"),
         ({"max_len": 513}, ValueError, "max_len is 513, and the model was made for 512"),
+        ({"threads": 0}, ValueError, "threads must be at least 1"),
+        ({"ops": "native", "block_size": 20}, ValueError, "native kernels are not available"),
         ({"device": "abacus"}, ValueError, "device 'abacus' is unknown"),
         ({"device": "cuda:99"}, ValueError, "'cuda:99' is not there"),
         ({"max_len": 512, "kv_cache_bytes": 20_000}, OutOfMemory, "set max_len to at most 16"),

@@ -20,11 +20,14 @@ from shoal.core.config import EngineConfig
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.attention.base import AttentionBackend
+from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.memory import available_memory, plan_blocks
 from shoal.engine.model import Decoder
+from shoal.engine.native import unavailable_reason
+from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.runner import Runner
 from shoal.engine.weights import open_weights
@@ -79,7 +82,7 @@ class Worker:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
         device = _device(config.device)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
-        ops, attention = _arithmetic(config, device, activations)
+        ops, attention = _arithmetic(config, spec, device, activations)
         self._ops = ops
         decoder = Decoder(spec, ops, attention, config.dtype, device=device, dtype=activations, max_len=max_len)
         load_began = time.monotonic()
@@ -170,35 +173,33 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _arithmetic(config: EngineConfig, device: torch.device, activations: torch.dtype) -> tuple[Ops, AttentionBackend]:
-    """Native kernels with the attention that goes with them on a CPU that has them, else torch."""
-    threads = config.threads or _num_cores()
-    if config.ops != "torch" and device.type == "cpu":
-        reason = _native_unavailable()
-        if reason is None:
-            from shoal.engine.attention.native import NativeAttention
-            from shoal.engine.native_ops import NativeOps
-
-            # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
-            torch.set_num_threads(1)
-            native_ops = NativeOps(threads=threads)
-            return native_ops, NativeAttention(native_ops)
-        if config.ops == "native":
-            raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
-    elif config.ops == "native":
-        raise ValueError(f"ops is native, which is for CPUs, and the device is {device}: set ops to auto")
-    torch.set_num_threads(threads)
-    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say.
-    return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", PortableAttention())
+def _arithmetic(
+    config: EngineConfig, spec: ModelSpec, device: torch.device, activations: torch.dtype
+) -> tuple[Ops, AttentionBackend]:
+    """Native kernels with the attention that goes with them where they can run this model, else torch."""
+    threads = _num_cores() if config.threads is None else config.threads
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    reason = _native_unavailable(spec, device, config.block_size)
+    if config.ops == "native" and reason is not None:
+        raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
+    if config.ops == "torch" or reason is not None:
+        torch.set_num_threads(threads)
+        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", PortableAttention())
+    # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
+    torch.set_num_threads(1)
+    ops = NativeOps(threads=threads)
+    return cast("Ops", ops), cast("AttentionBackend", NativeAttention(ops))
 
 
-def _native_unavailable() -> str | None:
-    """Why the native kernels cannot be used here; None if they can."""
-    try:
-        from shoal.engine.native import unavailable_reason
-    except ImportError as error:
-        return str(error)
-    return unavailable_reason()
+def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:
+    """Why the native kernels cannot run this model here; None if they can."""
+    if device.type != "cpu":
+        return f"they are for CPUs, and the device is {device}"
+    return unavailable_reason() or NativeAttention.unsupported_reason(
+        spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size
+    )
 
 
 def _num_cores() -> int:

@@ -47,10 +47,11 @@ static inline bool feature_of(const Packed& w, int panel, int column, int* featu
 static inline vf load_weights(const float* p) { return load(p); }
 static inline vf load_weights(const uint16_t* p) { return load_bf16(p); }
 
-// Rows of x times NP neighbouring panels over [0, k): sums += into rows of `sums` (panel, row, NR).
+// Rows of x times NP neighbouring panels over [0, k): sums += into rows of `sums` (panel, row, NR). `ahead` is
+// weights that will be read later: as many bytes as this call reads are fetched into the second-level cache meanwhile.
 template <class W, int ROWS, int NP>
 static void multiply(const float* x, int64_t ldx, const W* w, int64_t panel_stride, int k, float* sums,
-                     int64_t sums_stride, bool first) {
+                     int64_t sums_stride, bool first, const char* ahead) {
   vf c[ROWS][NP * NV];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
@@ -58,6 +59,7 @@ static void multiply(const float* x, int64_t ldx, const W* w, int64_t panel_stri
     for (int v = 0; v < NP * NV; ++v)
       c[m][v] = first ? zero() : load(sums + v / NV * sums_stride + m * NR + v % NV * VW);
   for (int i = 0; i < k; ++i) {
+    if (ROWS > 4) _mm_prefetch(ahead + (int64_t)i * 64, _MM_HINT_T1);
     vf b[NP * NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NP * NV; ++v) {
@@ -82,10 +84,10 @@ static void multiply(const float* x, int64_t ldx, const W* w, int64_t panel_stri
 
 template <class W, int NP, int ROWS>
 static void multiply_rows(int rows, const float* x, int64_t ldx, const W* w, int64_t panel_stride, int k, float* sums,
-                          int64_t sums_stride, bool first) {
+                          int64_t sums_stride, bool first, const char* ahead = nullptr) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return multiply<W, ROWS, NP>(x, ldx, w, panel_stride, k, sums, sums_stride, first);
-    return multiply_rows<W, NP, ROWS - 1>(rows, x, ldx, w, panel_stride, k, sums, sums_stride, first);
+    if (rows == ROWS) return multiply<W, ROWS, NP>(x, ldx, w, panel_stride, k, sums, sums_stride, first, ahead);
+    return multiply_rows<W, NP, ROWS - 1>(rows, x, ldx, w, panel_stride, k, sums, sums_stride, first, ahead);
   }
 }
 
@@ -136,13 +138,23 @@ static void linear_part(const Packed& w, const float* x, int64_t ldx, int rows, 
                                     sums_stride, true);
   } else {
     const int tile = tile_rows(rows, MAX_ROWS);
-    const int k_block = rows <= MAX_ROWS ? w.k : K_BLOCK;
+    const int k_blocks = rows <= MAX_ROWS ? 1 : (w.k + K_BLOCK - 1) / K_BLOCK;
+    const int k_block = (w.k + k_blocks - 1) / k_blocks;
     for (int p = 0; p < panels; ++p)
-      for (int k = 0; k < w.k; k += k_block)
-        for (int m = 0; m < rows; m += tile)
-          multiply_rows<W, 1, MAX_ROWS>(std::min(tile, rows - m), x + m * ldx + k, ldx, weights + p * stride + (int64_t)k * NR,
-                                        stride, std::min(k_block, w.k - k), sums + p * sums_stride + (int64_t)m * NR,
-                                        sums_stride, k == 0);
+      for (int k = 0; k < w.k; k += k_block) {
+        const W* block = weights + p * stride + (int64_t)k * NR;
+        const int depth = std::min(k_block, w.k - k);
+        for (int m = 0; m < rows; m += tile) {
+          // The second and third tile fetch the next block, which lies right behind: the first of them would wait for
+          // memory otherwise. A lone tile runs a page ahead of itself. Beyond the last panel a prefetch is ignored.
+          const int64_t line = (int64_t)(m / tile - 1) * depth * 64;
+          const bool fetch_next = m > 0 && line < (int64_t)sizeof(W) * NR * depth;
+          const char* next = (const char*)(block + (int64_t)depth * NR) + line;
+          multiply_rows<W, 1, MAX_ROWS>(std::min(tile, rows - m), x + m * ldx + k, ldx, block, stride, depth,
+                                        sums + p * sums_stride + (int64_t)m * NR, sums_stride, k == 0,
+                                        fetch_next ? next : (const char*)block + (rows <= tile ? 4096 : 0));
+        }
+      }
   }
   for (int p = 0; p < panels; ++p) write_panel(w, panel + p, rows, sums + p * sums_stride, activation, y, ldy);
 }
