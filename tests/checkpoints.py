@@ -100,7 +100,10 @@ def save_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     text = ["many gpus one movement, a shoal of fish turns as one and nobody gives the order"] * 4
-    text += ['{"name": "shoal", "size": 12, "tags": ["fast", "honest"], "ok": true}', "the quick brown fox jumps over"] * 4
+    text += [
+        '{"name": "shoal", "size": 12, "tags": ["fast", "honest"], "ok": true}',
+        "the quick brown fox jumps over",
+    ] * 4
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         min_frequency=1,

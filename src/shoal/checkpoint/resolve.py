@@ -13,7 +13,8 @@ from shoal.checkpoint.errors import CheckpointError, ModelNotFound
 from shoal.checkpoint.gguf_file import GGUFFile
 from shoal.core.model_spec import ModelSpec, UnsupportedModel, spec_from_config, spec_from_gguf
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+_HUB_FILES = ["model*.safetensors", "*.json", "*.jinja"]
+"""Not every *.safetensors: some repositories hold the same weights a second time under another name."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
@@ -24,14 +25,21 @@ class ModelFiles(msgspec.Struct, frozen=True):
 
 
 def resolve(model: str, *, download: bool = True, progress: Progress | None = None) -> ModelFiles:
-    """Find a model, fetching it if need be and allowed. Raises ModelNotFound, PullError or CheckpointError."""
+    """Find a model: a built-in name, a directory, a .gguf file, or a hub id, in this order.
+
+    Without `download` only what is on this machine is found. `progress` hears of a built-in model's download. Raises
+    ModelNotFound, PullError or CheckpointError.
+    """
     if model in BUILTINS:
         path = pull(model, progress) if download else cached_path(BUILTINS[model])
         if path is None:
             raise ModelNotFound(f"{model} has not been fetched: run `shoal pull {model}`")
         return ModelFiles(model, path)
-    path = Path(model).expanduser()
+    path = Path(model or "no name").expanduser()
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").exists():
+            raise CheckpointError(path, f"is a directory of GGUF files: give the file itself, such as {files[0]}")
         return ModelFiles(path.resolve().name, path.resolve())
     if path.is_file():
         if path.suffix != ".gguf":
@@ -39,24 +47,29 @@ def resolve(model: str, *, download: bool = True, progress: Progress | None = No
         return ModelFiles(path.stem, path.resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
         return ModelFiles(model, _from_hub(model, download))
-    near = get_close_matches(model, BUILTINS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else f"; built-in models: {', '.join(BUILTINS)}"
-    raise ModelNotFound(f"{model!r} is no built-in model, directory, .gguf file or hub id (organisation/name){hint}")
+    raise ModelNotFound(
+        f"{model!r} is no built-in model, directory, .gguf file or hub id (organisation/name); "
+        f"the nearest built-in model is {_nearest(model)}"
+    )
+
+
+def _nearest(name: str) -> str:
+    return get_close_matches(name.lower(), BUILTINS, n=1, cutoff=0.0)[0]
 
 
 def _from_hub(model: str, download: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise ModelNotFound(f"{model}: fetching from the hub needs `pip install huggingface_hub`") from None
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=not download))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's, the HTTP library's and the disk's errors have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
             f"{model}: not in the local hub cache and the hub gave nothing ({reason}); "
-            f"check the name and the network, or use a local directory or a built-in model: {', '.join(BUILTINS)}"
+            f"check the name and the network, or give a local directory, a .gguf file or a built-in model, such as "
+            f"{_nearest(model.rpartition('/')[2])}"
         ) from None
 
 

@@ -6,6 +6,7 @@ Shapes: N output features, K input features, D head size.
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +41,56 @@ _SANDWICH = {
 
 
 class GGUFWeights:
-    """Raises CheckpointError for a truncated file or an element type that is not supported, before anything is read."""
+    """A WeightSource. Raises CheckpointError for a truncated file or an element type that is not supported, when opened.
+
+    Tensors that have no Hugging Face name (rotary factors, which the ModelSpec holds) are left out.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        arch = self._file.metadata.get("general.architecture")
+        self._entries: dict[str, tuple[TensorEntry, int]] = {}
+        """By name: where it is, and heads whose rows are permuted, 0 for none."""
+        try:
+            self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _index(self) -> None:
+        metadata = self._file.metadata
+        arch = metadata.get("general.architecture")
         layer_names = _LAYER | _SANDWICH if arch == "gemma3" else _LAYER
-        self._heads_of: dict[str, int] = {}
+        permuted: dict[str, int] = {}
         if arch == "llama":
             # llama.cpp reorders query and key rows of this family for interleaved rotation; see `_unpermute`.
-            heads = self._file.metadata["llama.attention.head_count"]
-            self._heads_of = {"attn_q": heads, "attn_k": self._file.metadata.get("llama.attention.head_count_kv", heads)}
-        self._entries: dict[str, tuple[TensorEntry, int]] = {}
+            heads = metadata.get("llama.attention.head_count")
+            if not isinstance(heads, int) or heads < 1:
+                raise CheckpointError(
+                    self.path, f"llama.attention.head_count must be a positive integer, not {heads!r}"
+                )
+            permuted = {"attn_q": heads, "attn_k": metadata.get("llama.attention.head_count_kv", heads)}
         for name, entry in self._file.tensors.items():
             stem, _, suffix = name.rpartition(".")
             match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
             target = f"model.layers.{match[1]}.{layer_names.get(match[2], '')}" if match else _GLOBAL.get(stem, "")
             if target and not target.endswith("."):
-                self._check(entry)
-                heads = self._heads_of.get(match[2], 0) if match else 0
+                heads = permuted.get(match[2], 0) if match else 0
+                self._check(entry, heads)
                 self._entries[f"{target}.{suffix}"] = (entry, heads)
 
-    def _check(self, entry: TensorEntry) -> None:
+    def _check(self, entry: TensorEntry, heads: int) -> None:
+        if not entry.shape:
+            raise CheckpointError(self.path, f"tensor {entry.name} has no dimensions")
         kind = _kind_name(entry.kind)
         if kind not in SUPPORTED:
             raise CheckpointError(
                 self.path, f"tensor {entry.name} is {kind}, which is not supported; supported: {', '.join(SUPPORTED)}"
             )
+        if heads and (entry.shape[0] % (2 * heads)):
+            raise CheckpointError(self.path, f"tensor {entry.name} has {entry.shape[0]} rows, for {heads} heads")
+        if entry.shape[-1] % _block(entry)[0]:
+            raise CheckpointError(self.path, f"tensor {entry.name} of shape {entry.shape} is not made of whole blocks")
         if entry.offset + _num_bytes(entry) > len(self._file.data):
             raise CheckpointError(self.path, f"is truncated: tensor {entry.name} reaches beyond the end of the file")
 
@@ -78,6 +101,7 @@ class GGUFWeights:
         return self._entries[name][0].shape
 
     def tensor(self, name: str) -> Tensor:
+        """A new float32 tensor, in the row order of Hugging Face checkpoints."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -113,8 +137,13 @@ def _kind_name(kind: int) -> str:
         return f"of unknown type {kind}"
 
 
-def _num_bytes(entry: TensorEntry) -> int:
+def _block(entry: TensorEntry) -> tuple[int, int]:
+    """Elements and bytes of one block of the element type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
-    return int(np.prod(entry.shape)) // per_block * block_bytes
+    return GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+
+
+def _num_bytes(entry: TensorEntry) -> int:
+    per_block, block_bytes = _block(entry)
+    return prod(entry.shape) // per_block * block_bytes

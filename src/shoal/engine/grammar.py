@@ -165,9 +165,10 @@ class GrammarCompiler:
     """
 
     def __init__(
-        self, tokenizer_info_json: str, *, seconds: float = COMPILE_SECONDS, cache_bytes: int = 64 * 1024 * 1024
+        self, vocabulary: str, *, seconds: float = COMPILE_SECONDS, cache_bytes: int = 64 * 1024 * 1024
     ) -> None:
-        self._tokenizer_info = tokenizer_info_json.encode()
+        """`vocabulary` is a serialised `tokenizer_info`, or `vocabulary_of_checkpoint`, which spares this process xgrammar."""
+        self._vocabulary = vocabulary.encode()
         self._seconds = seconds
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -267,7 +268,7 @@ class GrammarCompiler:
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
         )
         try:
-            await _write_frame(helper, self._tokenizer_info)
+            await _write_frame(helper, self._vocabulary)
             await _read_frame(helper)
         except (asyncio.IncompleteReadError, OSError):
             await self._kill_helper()
@@ -377,6 +378,29 @@ def _bind_to_parent(parent_pid: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_HELPER_DATA_BYTES, _HELPER_DATA_BYTES))
 
 
+class _CheckpointVocabulary(msgspec.Struct, forbid_unknown_fields=True):
+    checkpoint: str
+    logits_vocab_size: int
+
+
+def vocabulary_of_checkpoint(path: str, logits_vocab_size: int) -> str:
+    """For GrammarCompiler: let the helper read the tokenizer itself, as the engine does."""
+    return msgspec.json.encode(_CheckpointVocabulary(path, logits_vocab_size)).decode()
+
+
+def _load_vocabulary(message: bytes) -> xgrammar.TokenizerInfo:
+    import xgrammar
+
+    try:
+        source = msgspec.json.decode(message, type=_CheckpointVocabulary)
+    except msgspec.ValidationError:
+        return xgrammar.TokenizerInfo.deserialize_json(message.decode())
+    from shoal.checkpoint.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source.checkpoint)
+    return tokenizer_info(tokenizer, source.logits_vocab_size, tokenizer.eos_ids)
+
+
 def main(arguments: list[str]) -> None:
     """The helper: read the vocabulary, say that it is ready, then answer one job after the other until end of input."""
     parent_pid, seconds = int(arguments[0]), float(arguments[1])
@@ -384,10 +408,10 @@ def main(arguments: list[str]) -> None:
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     # What a library prints must not end up between two replies.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    info_json = _read_exactly(jobs).decode()
+    vocabulary = _read_exactly(jobs)
     import xgrammar
 
-    info = xgrammar.TokenizerInfo.deserialize_json(info_json)
+    info = _load_vocabulary(vocabulary)
     compiler: Any = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     # Up to here messages help to see why it did not start; from here on clients' grammars would fill the log.
     with open(os.devnull, "wb") as nowhere:

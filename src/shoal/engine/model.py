@@ -163,9 +163,7 @@ class Decoder:
         spec = self.spec
         n, m, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
         qkv_TA = self.ops.linear(x_TH, layer.qkv)
-        self.ops.rope_(
-            qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps
-        )
+        self.ops.rope_(qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
         heads_TAD = qkv_TA.view(-1, n + 2 * m, d)
         self.attention.write(cache, number, heads_TAD[:, n : n + m], heads_TAD[:, n + m :], batch)
         out_TND, _ = self.attention.forward(
@@ -248,4 +246,6 @@ def _check_shapes(source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> N
     for name, shape in shapes.items():
         found = source.shape(name)
         if found != shape:
-            raise CheckpointError(source.path, f"tensor {name} has shape {found}, the model's configuration says {shape}")
+            raise CheckpointError(
+                source.path, f"tensor {name} has shape {found}, the model's configuration says {shape}"
+            )

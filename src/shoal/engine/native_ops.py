@@ -145,9 +145,7 @@ class NativeOps:
         rows, n = x_TH.shape
         _require_floats(x_TH)
         y_TH = torch.empty((rows, n))
-        self._rms_norm(
-            self.pool, x_TH.data_ptr(), x_TH.stride(0), weight_H.data_ptr(), eps, y_TH.data_ptr(), rows, n
-        )
+        self._rms_norm(self.pool, x_TH.data_ptr(), x_TH.stride(0), weight_H.data_ptr(), eps, y_TH.data_ptr(), rows, n)
         return y_TH
 
     def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

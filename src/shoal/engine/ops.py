@@ -153,7 +153,10 @@ class TorchOps:
     ) -> None:
         cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
         split = num_heads * head_dim
-        for part, norm_D in ((qkv_TA[:, :split], q_norm_D), (qkv_TA[:, split : split + num_kv_heads * head_dim], k_norm_D)):
+        for part, norm_D in (
+            (qkv_TA[:, :split], q_norm_D),
+            (qkv_TA[:, split : split + num_kv_heads * head_dim], k_norm_D),
+        ):
             x_THD = part.unflatten(1, (-1, head_dim))
             x = x_THD if norm_D is None else self.rms_norm(x_THD, norm_D, eps)
             low, high = x.float().chunk(2, dim=-1)

@@ -22,7 +22,7 @@ _MAX_GROUP = 6
 
 
 class NativeCache:
-    """Keys (blocks, M, D, block_size) and values (blocks, M, block_size, D) of each layer, float32."""
+    """Keys (blocks, M, D, block_size) and values (blocks, M, block_size, D) of each layer, float32 or bfloat16."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], block_size: int, num_kv_heads: int) -> None:
         self.keys = keys
@@ -30,6 +30,7 @@ class NativeCache:
         self.num_blocks = keys[0].shape[0]
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
+        self.is_bfloat16 = keys[0].dtype == torch.bfloat16
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
         self.addresses = [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)]
 
@@ -67,8 +68,10 @@ class NativeAttention:
         reason = self.unsupported_reason(num_kv_heads, num_kv_heads, head_dim, block_size)
         if reason is not None:
             raise ValueError(f"native attention: {reason}")
-        keys = [torch.empty((num_blocks, num_kv_heads, head_dim, block_size)) for _ in range(num_layers)]
-        values = [torch.empty((num_blocks, num_kv_heads, block_size, head_dim)) for _ in range(num_layers)]
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"native attention keeps KV as float32 or bfloat16, not {dtype}")
+        keys = [torch.empty((num_blocks, num_kv_heads, head_dim, block_size), dtype=dtype) for _ in range(num_layers)]
+        values = [torch.empty((num_blocks, num_kv_heads, block_size, head_dim), dtype=dtype) for _ in range(num_layers)]
         return NativeCache(keys, values, block_size, num_kv_heads)
 
     def write(self, cache: NativeCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
@@ -88,6 +91,7 @@ class NativeAttention:
             kv_heads,
             head_dim,
             cache.block_size,
+            cache.is_bfloat16,
         )
 
     def forward(
@@ -126,6 +130,7 @@ class NativeAttention:
             scale,
             soft_cap or 0.0,
             window or 0,
+            cache.is_bfloat16,
         )
         self._attention(self._ops.pool, ctypes.addressof(call), batch.context_lens_S.shape[0])
         return out_TND, lse_TN

@@ -79,9 +79,7 @@ class PortableAttention:
             tokens_SQ = torch.tensor([starts[i] for i in members], device=q_TND.device)[:, None] + torch.arange(
                 num_queries, device=q_TND.device
             )
-            out, lse = _attend(
-                q_TND[tokens_SQ], keys, values, batch.context_lens_S[rows], scale, window, soft_cap
-            )
+            out, lse = _attend(q_TND[tokens_SQ], keys, values, batch.context_lens_S[rows], scale, window, soft_cap)
             out_TND[tokens_SQ] = out.to(out_TND.dtype)
             lse_TN[tokens_SQ] = lse
         return out_TND, lse_TN if need_lse else None

@@ -93,6 +93,7 @@ class AttentionCall(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("window", ctypes.c_int),
+        ("kv_bfloat16", ctypes.c_int),
     ]
 
 
@@ -110,7 +111,7 @@ _SIGNATURES = {  # p pointer, i int, l int64, f float; result first, - for none
     "shoal_rms_norm": "-pplpfpii",
     "shoal_add_rms_norm": "-pp" + "ppfpii",
     "shoal_rope": "-pplppiiiippf",
-    "shoal_write_kv": "-ppppplpiiii",
+    "shoal_write_kv": "-ppppplpiiiii",
     "shoal_attention": "-ppi",
     "shoal_argmax": "-pplii" + "p",
 }

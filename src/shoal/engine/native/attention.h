@@ -26,8 +26,8 @@ constexpr int MAX_HEAD_DIM = 256;
 struct Attention {
   const float* q;
   int64_t q_stride;  // floats between tokens
-  const float* keys;
-  const float* values;
+  const void* keys;  // of bfloat16 if kv_bfloat16, else of float32
+  const void* values;
   const int32_t* query_starts;
   const int32_t* context_lens;
   const int32_t* block_tables;
@@ -37,11 +37,15 @@ struct Attention {
   int heads, kv_heads, head_dim, block_size;
   float scale, soft_cap;
   int window;  // 0: none
+  int kv_bfloat16;
 };
 
+static inline vf load_kv(const float* p) { return load(p); }
+static inline vf load_kv(const uint16_t* p) { return load_bf16(p); }
+
 // scores[r][t] = q[r] . keys[t], d in order, for `count` vectors of tokens.
-template <int ROWS, int NT>
-static void score(const float* q, const float* const* key_vectors, int block_size, int head_dim, float* scores) {
+template <int ROWS, int NT, class KV>
+static void score(const float* q, const KV* const* key_vectors, int block_size, int head_dim, float* scores) {
   vf c[ROWS][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
@@ -50,7 +54,7 @@ static void score(const float* q, const float* const* key_vectors, int block_siz
   for (int d = 0; d < head_dim; ++d) {
     vf k[NT];
 #pragma GCC unroll 16
-    for (int t = 0; t < NT; ++t) k[t] = load(key_vectors[t] + (int64_t)d * block_size);
+    for (int t = 0; t < NT; ++t) k[t] = load_kv(key_vectors[t] + (int64_t)d * block_size);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const vf a = set1(q[r * head_dim + d]);
@@ -64,8 +68,8 @@ static void score(const float* q, const float* const* key_vectors, int block_siz
     for (int t = 0; t < NT; ++t) store(scores + r * TILE + t * VW, c[r][t]);
 }
 
-template <int NT, int ROWS>
-static void score_rows(int rows, const float* q, const float* const* keys, int block_size, int head_dim, float* scores) {
+template <int NT, int ROWS, class KV>
+static void score_rows(int rows, const float* q, const KV* const* keys, int block_size, int head_dim, float* scores) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) return score<ROWS, NT>(q, keys, block_size, head_dim, scores);
     return score_rows<NT, ROWS - 1>(rows, q, keys, block_size, head_dim, scores);
@@ -73,8 +77,8 @@ static void score_rows(int rows, const float* q, const float* const* keys, int b
 }
 
 // out[r][0 .. ND vectors) += sum_t weights[r][t] * values[t], t in order.
-template <int ROWS, int ND>
-static void weigh(const float* weights, const float* const* value_rows, int tokens, int offset, float* out, int head_dim) {
+template <int ROWS, int ND, class KV>
+static void weigh(const float* weights, const KV* const* value_rows, int tokens, int offset, float* out, int head_dim) {
   vf c[ROWS][ND];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
@@ -83,7 +87,7 @@ static void weigh(const float* weights, const float* const* value_rows, int toke
   for (int t = 0; t < tokens; ++t) {
     vf v[ND];
 #pragma GCC unroll 16
-    for (int d = 0; d < ND; ++d) v[d] = load(value_rows[t] + offset + d * VW);
+    for (int d = 0; d < ND; ++d) v[d] = load_kv(value_rows[t] + offset + d * VW);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const vf a = set1(weights[r * TILE + t]);
@@ -97,8 +101,8 @@ static void weigh(const float* weights, const float* const* value_rows, int toke
     for (int d = 0; d < ND; ++d) store(out + r * head_dim + offset + d * VW, c[r][d]);
 }
 
-template <int ND, int ROWS>
-static void weigh_rows(int rows, const float* weights, const float* const* values, int tokens, int offset, float* out,
+template <int ND, int ROWS, class KV>
+static void weigh_rows(int rows, const float* weights, const KV* const* values, int tokens, int offset, float* out,
                        int head_dim) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) return weigh<ROWS, ND>(weights, values, tokens, offset, out, head_dim);
@@ -149,19 +153,31 @@ static void soften(const Attention& a, Rows& s, int r, int tile_start) {
   s.total[r] += sum(total);
 }
 
+// Asks for the KV of a tile while the one before it is computed: blocks lie anywhere, so no hardware prefetcher will.
+static void prefetch_tile(const Attention& a, const int32_t* table, int kv_head, int tile_start, int tokens, int bytes) {
+  const int64_t head_size = (int64_t)a.head_dim * a.block_size * bytes, block_stride = head_size * a.kv_heads;
+  for (int at = tile_start; at < tile_start + tokens; at += a.block_size) {
+    const int64_t offset = table[at / a.block_size] * block_stride + kv_head * head_size;
+    for (int64_t line = 0; line < head_size; line += 64) _mm_prefetch((const char*)a.keys + offset + line, _MM_HINT_T1);
+    for (int64_t line = 0; line < head_size; line += 64) _mm_prefetch((const char*)a.values + offset + line, _MM_HINT_T1);
+  }
+}
+
+template <class KV>
 static void attend_tile(const Attention& a, Rows& s, int rows, const int32_t* table, int kv_head, int tile_start,
                         int tokens) {
   const int64_t head_size = (int64_t)a.head_dim * a.block_size, block_stride = head_size * a.kv_heads;
-  const float* keys[TILE_VECTORS];
-  const float* values[TILE];
+  const KV* keys[TILE_VECTORS];
+  const KV* values[TILE];
   const int vectors = (tokens + VW - 1) / VW;
   for (int v = 0; v < vectors; ++v) {
     const int at = tile_start + v * VW;
-    keys[v] = a.keys + table[at / a.block_size] * block_stride + kv_head * head_size + at % a.block_size;
+    keys[v] = (const KV*)a.keys + table[at / a.block_size] * block_stride + kv_head * head_size + at % a.block_size;
   }
   for (int t = 0; t < tokens; ++t) {
     const int at = tile_start + t;
-    values[t] = a.values + table[at / a.block_size] * block_stride + kv_head * head_size + (int64_t)(at % a.block_size) * a.head_dim;
+    values[t] = (const KV*)a.values + table[at / a.block_size] * block_stride + kv_head * head_size +
+                (int64_t)(at % a.block_size) * a.head_dim;
   }
   int v = 0;
   if (rows <= ATTENTION_ROWS / 4)
@@ -206,8 +222,15 @@ static void attend(const Attention& a, Rows& s, int sequence, int kv_head, int f
   const int32_t* table = a.block_tables + sequence * a.table_stride;
   const int end = s.position[rows - 1] + 1;
   const int begin = a.window ? std::max(0, s.position[0] + 1 - a.window) / TILE * TILE : 0;
-  for (int tile = begin; tile < end; tile += TILE)
-    attend_tile(a, s, rows, table, kv_head, tile, std::min(TILE, end - tile));
+  for (int tile = begin; tile < end; tile += TILE) {
+    if (tile + TILE < end)
+      prefetch_tile(a, table, kv_head, tile + TILE, std::min(TILE, end - tile - TILE), a.kv_bfloat16 ? 2 : 4);
+    const int tokens = std::min(TILE, end - tile);
+    if (a.kv_bfloat16)
+      attend_tile<uint16_t>(a, s, rows, table, kv_head, tile, tokens);
+    else
+      attend_tile<float>(a, s, rows, table, kv_head, tile, tokens);
+  }
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (int64_t)(start + first + r / group) * a.heads + kv_head * group + r % group;
     for (int i = 0; i < d; i += VW) store(a.out + at * d + i, div(load(s.out + r * d + i), set1(s.total[r])));
@@ -228,9 +251,10 @@ static void attention(Pool& pool, const Attention& a, int sequences) {
     const int sequence = (int)(std::upper_bound(first_task, first_task + sequences + 1, part) - first_task) - 1;
     const int local = part - first_task[sequence];
     const int queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
-    const int first = local / a.kv_heads * per_task;
+    // One head after the other: the keys and values that neighbouring parts read are the same.
+    const int tiles = (queries + per_task - 1) / per_task, first = local % tiles * per_task;
     static thread_local Rows rows;
-    attend(a, rows, sequence, local % a.kv_heads, first, std::min(per_task, queries - first));
+    attend(a, rows, sequence, local / tiles, first, std::min(per_task, queries - first));
   });
 }
 

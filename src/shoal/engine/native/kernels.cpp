@@ -58,6 +58,23 @@ void rotate_row(float* x, const float* cos_sin, int head_dim) {
   }
 }
 
+void convert(float from, float* to) { *to = from; }
+void convert(float from, uint16_t* to) { *to = to_bf16(from); }
+
+template <class KV>
+void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, int64_t stride, const int32_t* slots,
+              int rows, int kv_heads, int head_dim, int block_size) {
+  const int64_t head_size = (int64_t)head_dim * block_size;
+  for_rows(pool, rows, [&](int row) {
+    const int64_t block = slots[row] / block_size, offset = slots[row] % block_size;
+    for (int h = 0; h < kv_heads; ++h) {
+      const int64_t base = (block * kv_heads + h) * head_size, from = row * stride + (int64_t)h * head_dim;
+      for (int d = 0; d < head_dim; ++d) convert(k[from + d], keys + base + (int64_t)d * block_size + offset);
+      for (int d = 0; d < head_dim; ++d) convert(v[from + d], values + base + offset * head_dim + d);
+    }
+  });
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -166,18 +183,12 @@ void shoal_rope(Pool* pool, float* qkv, int64_t stride, const int64_t* positions
   });
 }
 
-void shoal_write_kv(Pool* pool, float* keys, float* values, const float* k, const float* v, int64_t stride,
-                    const int32_t* slots, int rows, int kv_heads, int head_dim, int block_size) {
-  const int64_t head_size = (int64_t)head_dim * block_size;
-  for_rows(*pool, rows, [&](int row) {
-    const int64_t block = slots[row] / block_size, offset = slots[row] % block_size;
-    for (int h = 0; h < kv_heads; ++h) {
-      const int64_t base = (block * kv_heads + h) * head_size;
-      const float* from = k + row * stride + (int64_t)h * head_dim;
-      for (int d = 0; d < head_dim; ++d) keys[base + (int64_t)d * block_size + offset] = from[d];
-      std::memcpy(values + base + offset * head_dim, v + row * stride + (int64_t)h * head_dim, sizeof(float) * head_dim);
-    }
-  });
+void shoal_write_kv(Pool* pool, void* keys, void* values, const float* k, const float* v, int64_t stride,
+                    const int32_t* slots, int rows, int kv_heads, int head_dim, int block_size, int bfloat16) {
+  if (bfloat16)
+    write_kv(*pool, (uint16_t*)keys, (uint16_t*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
+  else
+    write_kv(*pool, (float*)keys, (float*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
 }
 
 void shoal_attention(Pool* pool, const Attention* a, int sequences) { attention(*pool, *a, sequences); }

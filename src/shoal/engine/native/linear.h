@@ -115,8 +115,13 @@ static void write_panel(const Packed& w, int panel, int rows, const float* sums,
   }
 }
 
-// Rows per tile: as equal as can be, for a last tile of few rows would run at a fraction of the rate.
-static inline int tile_rows(int rows, int most) { return (rows + (rows + most - 1) / most - 1) / ((rows + most - 1) / most); }
+// Rows cut into tiles of at most `most`, as equal as can be: a last tile of few rows would run at a fraction of the rate.
+struct Tiles {
+  int rows, count;
+  Tiles(int rows, int most) : rows(rows), count((rows + most - 1) / most) {}
+  int begin(int tile) const { return (int)((int64_t)rows * tile / count); }
+  int size(int tile) const { return begin(tile + 1) - begin(tile); }
+};
 
 template <class W>
 static void linear_part(const Packed& w, const float* x, int64_t ldx, int rows, int panel, int panels, int activation,
@@ -137,37 +142,40 @@ static void linear_part(const Packed& w, const float* x, int64_t ldx, int rows, 
       multiply_rows<W, 1, MAX_ROWS>(rows, x, ldx, weights + p * stride, stride, w.k, sums + p * sums_stride,
                                     sums_stride, true);
   } else {
-    const int tile = tile_rows(rows, MAX_ROWS);
-    const int k_blocks = rows <= MAX_ROWS ? 1 : (w.k + K_BLOCK - 1) / K_BLOCK;
+    const Tiles tiles(rows, MAX_ROWS);
+    const int k_blocks = tiles.count == 1 ? 1 : (w.k + K_BLOCK - 1) / K_BLOCK;
     const int k_block = (w.k + k_blocks - 1) / k_blocks;
     for (int p = 0; p < panels; ++p)
       for (int k = 0; k < w.k; k += k_block) {
         const W* block = weights + p * stride + (int64_t)k * NR;
         const int depth = std::min(k_block, w.k - k);
-        for (int m = 0; m < rows; m += tile) {
+        for (int i = 0; i < tiles.count; ++i) {
           // The second and third tile fetch the next block, which lies right behind: the first of them would wait for
           // memory otherwise. A lone tile runs a page ahead of itself. Beyond the last panel a prefetch is ignored.
-          const int64_t line = (int64_t)(m / tile - 1) * depth * 64;
-          const bool fetch_next = m > 0 && line < (int64_t)sizeof(W) * NR * depth;
+          const int64_t line = (int64_t)(i - 1) * depth * 64;
+          const bool fetch_next = i > 0 && line < (int64_t)sizeof(W) * NR * depth;
           const char* next = (const char*)(block + (int64_t)depth * NR) + line;
-          multiply_rows<W, 1, MAX_ROWS>(std::min(tile, rows - m), x + m * ldx + k, ldx, block, stride, depth,
+          const int m = tiles.begin(i);
+          multiply_rows<W, 1, MAX_ROWS>(tiles.size(i), x + m * ldx + k, ldx, block, stride, depth,
                                         sums + p * sums_stride + (int64_t)m * NR, sums_stride, k == 0,
-                                        fetch_next ? next : (const char*)block + (rows <= tile ? 4096 : 0));
+                                        fetch_next ? next : (const char*)block + (tiles.count == 1 ? 4096 : 0));
         }
       }
   }
   for (int p = 0; p < panels; ++p) write_panel(w, panel + p, rows, sums + p * sums_stride, activation, y, ldy);
 }
 
-// Cuts rows into blocks and panels into runs, about `per_thread` parts for each thread.
+// Cuts an operation into parts: blocks of rows times runs of panels. A part takes some 10 us, long beside what handing
+// it out costs and short beside the operation, at the end of which threads wait for each other.
 struct Cut {
   int row_block, row_blocks, panel_run, panel_runs;
-  Cut(int rows, int panels, int threads, int most_panels) {
+  Cut(int rows, int panels, int64_t panel_bytes, double flops_per_row, int threads) {
     row_blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     row_block = (rows + row_blocks - 1) / row_blocks;
-    const int parts = std::max(1, threads * 8 / row_blocks);
-    panel_run = std::min(most_panels, std::max(1, panels / parts));
-    if (rows <= 4 && panel_run > 4) panel_run = panel_run / 4 * 4;
+    const double panel_us = std::max(row_block * flops_per_row / 150e3, panel_bytes / 15e3);
+    const int most = std::max(1, panels * row_blocks / (2 * threads));
+    panel_run = std::max(1, std::min(most, (int)(10 / panel_us)));
+    if (panel_run > 4) panel_run = panel_run / 4 * 4;
     panel_runs = (panels + panel_run - 1) / panel_run;
   }
 };
@@ -175,7 +183,7 @@ struct Cut {
 template <class W>
 static void linear_float(Pool& pool, const Packed& w, const float* x, int64_t ldx, int rows, int activation, float* y,
                          int64_t ldy) {
-  const Cut cut(rows, w.panels, pool.size(), rows <= MAX_ROWS ? 64 : 8);
+  const Cut cut(rows, w.panels, (int64_t)w.k * NR * sizeof(W), 2.0 * w.k * NR, pool.size());
   pool.run(cut.row_blocks * cut.panel_runs, [&](int part, int thread) {
     const int first_row = part / cut.panel_runs * cut.row_block, panel = part % cut.panel_runs * cut.panel_run;
     const int count = std::min(cut.row_block, rows - first_row), panels = std::min(cut.panel_run, w.panels - panel);

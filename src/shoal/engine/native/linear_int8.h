@@ -151,7 +151,7 @@ static void linear_int8(Pool& pool, const Packed& w, const float* x, int64_t ldx
   else
     pool.run(quantise_parts, quantise);
 
-  const Cut cut(rows, w.panels, pool.size(), rows <= MAX_ROWS ? 64 : 8);
+  const Cut cut(rows, w.panels, (int64_t)w.k_padded * NR, 0.5 * w.k_padded * NR, pool.size());
   const int64_t stride = (int64_t)w.k_padded * NR;
   pool.run(cut.row_blocks * cut.panel_runs, [&](int part, int thread) {
     const int first_row = part / cut.panel_runs * cut.row_block, panel = part % cut.panel_runs * cut.panel_run;
@@ -165,11 +165,13 @@ static void linear_int8(Pool& pool, const Packed& w, const float* x, int64_t ldx
       for (; p + 2 <= panels; p += 2)
         multiply_int8_rows<2, INT8_ROWS / 3>(count, q, first_row, w.k_padded, weights + p * stride, stride, scales + p * NR,
                                              sums + p * sums_stride, sums_stride);
-    const int tile = tile_rows(count, INT8_ROWS);
+    const Tiles tiles(count, INT8_ROWS);
     for (; p < panels; ++p)
-      for (int m = 0; m < count; m += tile)
-        multiply_int8_rows<1, INT8_ROWS>(std::min(tile, count - m), q, first_row + m, w.k_padded, weights + p * stride, stride,
+      for (int i = 0; i < tiles.count; ++i) {
+        const int m = tiles.begin(i);
+        multiply_int8_rows<1, INT8_ROWS>(tiles.size(i), q, first_row + m, w.k_padded, weights + p * stride, stride,
                                          scales + p * NR, sums + p * sums_stride + (int64_t)m * NR, sums_stride);
+      }
     for (p = 0; p < panels; ++p)
       write_panel(w, panel + p, count, sums + p * sums_stride, activation, y + first_row * ldy, ldy);
   });

@@ -1,0 +1,199 @@
+"""The engine as a process: inbox -> plan -> submit -> poll -> commit -> one message out.
+
+Started by EngineClient as `python -m shoal.serve.engine_process ADDRESS [RECORDING]` with its EngineConfig as JSON on
+the first line of standard input. Standard input stays open as long as the parent lives: at its end this process exits,
+whatever it is doing, so that nothing outlives a front that was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from typing import BinaryIO, NoReturn
+
+import msgspec
+import zmq
+
+from shoal.core.config import EngineConfig, SchedulerConfig
+from shoal.core.engine_core import EngineCore
+from shoal.core.replay import RecordingCore
+from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
+from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, encode, to_engine
+
+HEARTBEAT_SECONDS = 1.0
+"""Between messages of an idle engine."""
+
+
+class EngineLoop:
+    def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], recording: BinaryIO | None) -> None:
+        from shoal.engine.executor import InProcExecutor  # brings torch
+
+        self._config = config
+        self._socket = socket
+        self._make_executor = InProcExecutor
+        self._executor = InProcExecutor(config)
+        info = self._executor.start(self._report_start)
+        scheduler = SchedulerConfig(
+            num_blocks=info.num_blocks,
+            max_len=info.max_len,
+            vocab_size=info.spec.vocab_size,
+            block_size=config.block_size,
+            max_sequences=config.max_sequences,
+            max_batch_tokens=config.max_batch_tokens,
+            depth=config.depth,
+            prefix_caching=config.prefix_caching,
+        )
+        self._core: EngineCore | RecordingCore = (
+            EngineCore(scheduler) if recording is None else RecordingCore(scheduler, recording.write)
+        )
+        self._plans: deque[StepPlan] = deque()
+        self._outputs: list[Output] = []
+        self._rejected: list[Rejected] = []
+        self._progress_at = time.monotonic()
+        self._send(
+            Started(
+                EngineInfo(
+                    spec=info.spec,
+                    num_blocks=info.num_blocks,
+                    block_size=config.block_size,
+                    max_len=info.max_len,
+                    weight_bytes=info.weight_bytes,
+                    kv_bytes=info.kv_bytes,
+                    device=info.device,
+                    ops=info.ops,
+                    attention=info.attention,
+                    dtype=info.dtype,
+                    start_seconds=info.start_seconds,
+                )
+            )
+        )
+
+    def run(self) -> None:
+        """Until told to stop."""
+        while self._drain_inbox():
+            self._fill_pipeline()
+            if self._plans:
+                self._finish_oldest()
+            self._send_step()
+
+    def _report_start(self, what: str, fraction: float) -> None:
+        self._send(Starting(what, fraction))
+
+    def _send(self, message: msgspec.Struct) -> None:
+        self._socket.send(encode(message))
+
+    def _drain_inbox(self) -> bool:
+        """Take in what has come; wait for something if there is nothing else to do. False to stop."""
+        idle = not self._core.has_work()
+        if idle:
+            self._progress_at = time.monotonic()
+        wait_ms = int(HEARTBEAT_SECONDS * 1000) if idle else 0
+        while self._socket.poll(wait_ms):
+            wait_ms = 0
+            message = to_engine.decode(self._socket.recv())
+            now = time.monotonic()
+            if isinstance(message, Add):
+                rejected = self._core.add(message.request, now)
+                if rejected is not None:
+                    self._rejected.append(rejected)
+            elif isinstance(message, Abort):
+                self._core.abort(message.request_id, now, message.index)
+            else:
+                self._executor.stop()
+                return False
+        return True
+
+    def _fill_pipeline(self) -> None:
+        while (plan := self._core.plan(time.monotonic())) is not None:
+            self._executor.submit(plan)
+            self._plans.append(plan)
+        self._outputs += self._core.take_outputs()
+
+    def _finish_oldest(self) -> None:
+        result: StepResult | WorkerFailure | None = None
+        while result is None:
+            result = self._executor.poll(HEARTBEAT_SECONDS)
+        plan = self._plans.popleft()
+        self._outputs += self._core.commit(plan.plan_id, result, time.monotonic())
+        if isinstance(result, WorkerFailure):
+            self._rebuild(result)
+        self._progress_at = time.monotonic()
+        if self._config.check:
+            self._core.check()
+
+    def _rebuild(self, failure: WorkerFailure) -> None:
+        """What ran has ended with an error; what waits goes on with a new worker."""
+        print(f"shoal engine: step failed ({failure.message}); starting a new worker", file=sys.stderr, flush=True)
+        self._plans.clear()
+        self._send_step()
+        self._executor.stop()
+        self._executor = self._make_executor(self._config)
+        self._executor.start()
+
+    def _send_step(self) -> None:
+        self._send(Step(self._outputs, self._rejected, self._core.load(), self._progress_at))
+        self._outputs, self._rejected = [], []
+
+
+def bind_to_parent() -> None:
+    """Exit when standard input ends or, on Linux, the moment the parent dies. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()
+
+
+def _exit_at_end_of_input() -> NoReturn:
+    # The descriptor, not sys.stdin: its buffer's lock would be held at interpreter exit.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _first_line() -> bytes:
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return bytes(line)
+
+
+def main(arguments: list[str]) -> int:
+    config = msgspec.json.decode(_first_line(), type=EngineConfig)
+    bind_to_parent()
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)  # the front reads all the time; a limit would only turn its pause into a deadlock
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(arguments[0])
+    recording = open(arguments[1], "wb", buffering=1 << 16) if len(arguments) > 1 else None  # noqa: SIM115
+    try:
+        try:
+            loop = EngineLoop(config, socket, recording)
+        except Exception as error:
+            socket.send(encode(StartFailed(_plain(error))))
+            return 1
+        loop.run()
+        return 0
+    finally:
+        if recording is not None:
+            recording.close()
+        socket.close()
+        context.term()
+
+
+def _plain(error: Exception) -> str:
+    """Errors that are made for users say what is wrong themselves; of others the type belongs to the message."""
+    module = type(error).__module__
+    expected = module.startswith("shoal.") or isinstance(error, ValueError | OSError)
+    return str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

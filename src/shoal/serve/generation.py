@@ -1,0 +1,270 @@
+"""From an API request to text: prompt to tokens, sampling fields to Sampling, outputs to pieces of text.
+
+The one copy of this path: chat and completions over HTTP, `shoal generate` and `shoal chat` all go through it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from shoal.checkpoint.chat_template import TemplateError
+from shoal.checkpoint.text_stream import TextStream
+from shoal.checkpoint.tokenizer import Tokenizer
+from shoal.core.types import FinishReason, Grammar, Request, Sampling, TokenLogprobs
+from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
+from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
+from shoal.serve.errors import ApiError, invalid
+from shoal.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Limits,
+    SamplingFields,
+    grammar_of,
+    logit_bias,
+    stop_strings,
+)
+
+
+class Job(msgspec.Struct, frozen=True):
+    """A request ready for the engine, and what the text side must know of it."""
+
+    request: Request
+    stop: list[str]
+    include_stop: bool
+    skip_special_tokens: bool
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What one step adds to one sequence."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish: FinishReason | None
+    stop_reason: str | int | None
+    """The stop string or stop token that ended the sequence."""
+    num_cached: int
+    error: str | None = None
+
+
+class Generator:
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.vocab_size = engine.info.spec.vocab_size
+        self.max_len = engine.info.max_len
+        self.grammars = GrammarCompiler(vocabulary_of_checkpoint(checkpoint, self.vocab_size))
+
+    async def close(self) -> None:
+        await self.grammars.close()
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. Raises ApiError."""
+        if not messages:
+            raise invalid("messages is empty", "messages")
+        plain = [_plain_message(message, number) for number, message in enumerate(messages)]
+        reserved = {"messages", "tools", "add_generation_prompt"} & set(variables or {})
+        if reserved:
+            raise invalid(f"chat_template_kwargs may not set {sorted(reserved)[0]!r}", "chat_template_kwargs")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                plain, tools, add_generation_prompt=add_generation_prompt, **(variables or {})
+            )
+        except TemplateError as error:
+            raise invalid(str(error), "messages") from None
+        return self._encode(text, False, "messages")
+
+    def prompts(self, body: CompletionRequest) -> list[list[int]]:
+        """Token ids of each prompt of a completion request. Raises ApiError."""
+        prompt = body.prompt
+        if isinstance(prompt, str) or prompt and all(isinstance(item, int) for item in prompt):
+            prompt = [prompt]
+        if not prompt:
+            raise invalid("prompt is empty", "prompt")
+        if len(prompt) > self.limits.prompts:
+            raise invalid(f"prompt has {len(prompt)} entries; at most {self.limits.prompts} are allowed", "prompt")
+        return [self._one_prompt(item, body.add_special_tokens) for item in prompt]
+
+    def _one_prompt(self, item: Any, add_special_tokens: bool) -> list[int]:
+        if isinstance(item, str):
+            return self._encode(item, add_special_tokens, "prompt")
+        if isinstance(item, list) and all(type(token) is int for token in item):
+            return item
+        raise invalid("prompt must be a string, a list of token ids, or a list of either", "prompt")
+
+    def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
+        # A token has at most some tens of bytes; a text that cannot fit is refused before it costs anything.
+        most = self.max_len * 64
+        if len(text) > most:
+            raise self._too_long(f"the prompt has {len(text)} characters", field)
+        ids = self.tokenizer.encode(text, add_special_tokens)
+        if not ids:
+            raise invalid("the prompt has no tokens", field)
+        return ids
+
+    def _too_long(self, what: str, field: str) -> ApiError:
+        return invalid(
+            f"{what}; this model's context is {self.max_len} tokens, prompt and output together",
+            field,
+            "context_length_exceeded",
+        )
+
+    # --- sampling ---------------------------------------------------------------------------------------------------
+
+    async def job(self, body: ChatRequest | CompletionRequest, prompt: list[int], request_id: str) -> Job:
+        """Check everything that can be wrong with a request. Raises ApiError."""
+        field = "messages" if isinstance(body, ChatRequest) else "prompt"
+        if len(prompt) >= self.max_len:
+            raise self._too_long(f"the prompt has {len(prompt)} tokens", field)
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise invalid(f"token ids must lie in [0, {self.vocab_size})", field)
+        room = self.max_len - len(prompt)
+        asked = body.max_tokens
+        if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+            asked = body.max_completion_tokens
+        default = room if isinstance(body, ChatRequest) else 16  # OpenAI's own
+        n = body.n or 1
+        if n > self.limits.n:
+            raise invalid(f"n is {n}; at most {self.limits.n} is allowed", "n")
+        if body.best_of not in (None, n):
+            raise invalid("best_of other than n is not supported", "best_of")
+        stop_ids = list(body.stop_token_ids or [])
+        if len(stop_ids) > self.limits.stop_token_ids or any(i >= self.vocab_size for i in stop_ids):
+            raise invalid(
+                f"stop_token_ids takes at most {self.limits.stop_token_ids} ids below {self.vocab_size}",
+                "stop_token_ids",
+            )
+        if not body.ignore_eos:
+            stop_ids += self.tokenizer.eos_ids
+        request = Request(
+            id=request_id,
+            prompt=prompt,
+            max_tokens=min(default if asked is None else asked, room),
+            sampling=await self._sampling(body),
+            n=n,
+            min_tokens=min(body.min_tokens, room),
+            stop_token_ids=list(dict.fromkeys(stop_ids)),
+            priority=body.priority,
+            deadline=None if body.timeout is None else time.monotonic() + body.timeout,
+        )
+        stops = stop_strings(body, self.limits)
+        return Job(request, stops, body.include_stop_str_in_output, body.skip_special_tokens)
+
+    async def _sampling(self, body: ChatRequest | CompletionRequest) -> Sampling:
+        top_k = body.top_k or 0
+        return Sampling(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=max(top_k, 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            logit_bias=logit_bias(body, self.vocab_size, self.limits),
+            seed=secrets.randbits(63) if body.seed is None else body.seed,
+            logprobs=self._num_logprobs(body),
+            grammar=await self._grammar(body),
+        )
+
+    def _num_logprobs(self, body: ChatRequest | CompletionRequest) -> int | None:
+        if isinstance(body, ChatRequest):
+            if body.top_logprobs is not None and not body.logprobs:
+                raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+            count = (body.top_logprobs or 0) if body.logprobs else None
+            field = "top_logprobs"
+        else:
+            count, field = body.logprobs, "logprobs"
+        if count is not None and count > self.limits.logprobs:
+            raise invalid(f"{field} is {count}; at most {self.limits.logprobs} is allowed", field)
+        return count
+
+    async def _grammar(self, body: SamplingFields) -> Grammar | None:
+        asked = grammar_of(body)
+        if asked is None:
+            return None
+        kind, source = asked
+        try:
+            return Grammar(kind, source, await self.grammars.compile(kind, source))
+        except GrammarError as error:
+            raise invalid(str(error), "response_format", "invalid_grammar") from None
+
+    # --- text -------------------------------------------------------------------------------------------------------
+
+    async def run(self, job: Job) -> AsyncIterator[Piece]:
+        """Pieces of all sequences as they come. Leaving early aborts the rest. Raises ApiError."""
+        request = job.request
+        streams = [
+            TextStream(
+                self.tokenizer, job.stop, skip_special_tokens=job.skip_special_tokens, include_stop=job.include_stop
+            )
+            for _ in range(request.n)
+        ]
+        finished = [False] * request.n
+        outputs = self.engine.generate(request)
+        try:
+            async for output in outputs:
+                if finished[output.index]:
+                    continue  # it went on for a step or two after its stop string
+                stream = streams[output.index]
+                ids = output.token_ids
+                shown = ids[:-1] if output.stop_token is not None and not job.include_stop else ids
+                text, stopped = stream.push(shown)
+                finish, reason = output.finish, output.stop_token
+                if stopped is None and finish is not None:
+                    text += stream.flush()
+                    stopped = stream.stopped
+                stop_reason: str | int | None = reason if stopped is None else stopped
+                if stopped is not None:
+                    if finish is None:
+                        self.engine.abort(request.id, output.index)
+                    finish = "stop"
+                finished[output.index] = finish is not None
+                yield Piece(
+                    output.index, text, ids, output.logprobs, finish, stop_reason, output.num_cached, output.error
+                )
+                if all(finished):
+                    return
+        except RequestRejected as error:
+            rejected = error.rejected
+            status = 429 if rejected.retryable else 400
+            raise ApiError(status, rejected.reason, param=rejected.field) from None
+        except EngineLost as error:
+            raise ApiError(503, f"{error}", code="engine_lost") from None
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+
+
+def _plain_message(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """A message as templates expect it: content as one string. Content parts other than text are refused."""
+    where = f"messages[{number}]"
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise invalid(f"{where}.role must be a string such as user, assistant, system or tool", "messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = []
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise invalid(f"{where}.content: only parts of type 'text' are supported by this model", "messages")
+            parts.append(part["text"])
+        content = "".join(parts)
+    if content is None and (message.get("tool_calls") or role == "assistant"):
+        content = ""
+    if not isinstance(content, str):
+        raise invalid(f"{where}.content must be a string or a list of text parts", "messages")
+    return {**message, "content": content}

@@ -1,0 +1,72 @@
+"""What front and engine process say to each other: msgpack over one ZeroMQ pair, one message a step for all sequences."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.core.model_spec import ModelSpec
+from shoal.core.types import EngineLoad, Output, Rejected, Request
+
+
+class Add(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    request_id: str
+    index: int | None = None
+    """One of its sequences; None is all."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Give up everything and exit."""
+
+
+ToEngine = Add | Abort | Stop
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a started engine is: limits for the front, figures for people."""
+
+    spec: ModelSpec
+    num_blocks: int
+    block_size: int
+    max_len: int
+    weight_bytes: int
+    kv_bytes: int
+    device: str
+    ops: str
+    attention: str
+    dtype: str
+    start_seconds: float
+
+
+class Starting(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    what: str
+    fraction: float
+
+
+class Started(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    message: str
+    """For the user: what is wrong and what to do."""
+
+
+class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """What came of one step, or a sign of life between steps."""
+
+    outputs: list[Output]
+    rejected: list[Rejected]
+    load: EngineLoad
+    progress_at: float
+    """Monotonic second of the last committed step, or of this message if there was nothing to do."""
+
+
+FromEngine = Starting | Started | StartFailed | Step
+
+encode = msgspec.msgpack.Encoder().encode
+to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

@@ -1,0 +1,102 @@
+"""Prometheus text from core's definitions: histograms filled here, gauges and counters read off the engine's load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from shoal.core import metrics as defined
+from shoal.core.metrics import Metric
+from shoal.serve.engine_client import EngineClient
+from shoal.serve.generation import Piece
+
+
+class ServerMetrics:
+    """One registry a server; nothing global."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
+        self._ttft, self._itl, self._e2e = (self._histogram(m) for m in (defined.TTFT, defined.ITL, defined.E2E))
+        self._prompt_length = self._histogram(defined.PROMPT_LENGTH)
+        self._output_length = self._histogram(defined.OUTPUT_LENGTH)
+        self._requests = self._counter(defined.REQUESTS)
+        self._rejected = self._counter(defined.REJECTED)
+
+    def _histogram(self, metric: Metric) -> Histogram:
+        return Histogram(metric.name, metric.help, metric.labels, registry=self.registry, buckets=metric.buckets)
+
+    def _counter(self, metric: Metric) -> Counter:
+        return Counter(metric.name, metric.help, metric.labels, registry=self.registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def rejected(self, status: int) -> None:
+        self._rejected.labels(str(status)).inc()
+
+    def timer(self, num_prompt_tokens: int, num_sequences: int) -> RequestTimer:
+        """For one request, from its arrival on."""
+        self._prompt_length.observe(num_prompt_tokens)
+        return RequestTimer(self, num_sequences)
+
+
+class RequestTimer:
+    """Observes the pieces of one request as they are sent."""
+
+    def __init__(self, metrics: ServerMetrics, num_sequences: int) -> None:
+        self._metrics = metrics
+        self._arrived = time.monotonic()
+        self._first: list[tuple[float, int] | None] = [None] * num_sequences
+        self._num_tokens = [0] * num_sequences
+
+    def observe(self, piece: Piece) -> None:
+        now, i, m = time.monotonic(), piece.index, self._metrics
+        self._num_tokens[i] += len(piece.token_ids)
+        if self._first[i] is None and piece.token_ids:
+            self._first[i] = (now, len(piece.token_ids))
+            m._ttft.observe(now - self._arrived)
+        if piece.finish is None:
+            return
+        m._requests.labels(piece.finish).inc()
+        m._e2e.observe(now - self._arrived)
+        m._output_length.observe(self._num_tokens[i])
+        first = self._first[i]
+        if first is not None and self._num_tokens[i] > first[1]:
+            m._itl.observe((now - first[0]) / (self._num_tokens[i] - first[1]))
+
+
+class _EngineCollector:
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        return iter(())
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        load = self._engine.load
+        if load is None:
+            return
+        held = load.num_blocks - load.num_free_blocks
+        capacity = held * self._engine.info.block_size
+        for metric, value in (
+            (defined.RUNNING, load.num_running),
+            (defined.WAITING, load.num_waiting),
+            (defined.KV_USAGE, held / load.num_blocks),
+            (defined.KV_FILL, load.num_live_tokens / capacity if capacity else 1.0),
+            (defined.PROGRESS_AGE, time.monotonic() - self._engine.progress_at),
+        ):
+            yield GaugeMetricFamily(metric.name, metric.help, value)
+        for metric, count in (
+            (defined.PROMPT_TOKENS, load.prompt_tokens),
+            (defined.CACHE_QUERIES, load.prompt_tokens + load.cached_tokens),
+            (defined.CACHE_HITS, load.cached_tokens),
+            (defined.GENERATED_TOKENS, load.generated_tokens),
+            (defined.PREEMPTIONS, load.preemptions),
+            (defined.STEPS, load.steps),
+            (defined.FAILURES, load.failures),
+        ):
+            yield CounterMetricFamily(metric.name, metric.help, count)

@@ -1,0 +1,141 @@
+"""`shoal serve`: start the engine, listen, drain on SIGTERM or Ctrl-C, leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+
+import msgspec
+import uvicorn
+
+from shoal.checkpoint.resolve import ModelFiles
+from shoal.core.config import EngineConfig
+from shoal.serve.engine_client import EngineClient
+from shoal.serve.generation import Generator
+from shoal.serve.http import Server
+from shoal.serve.protocol import Limits
+from shoal.serve.session import open_generator
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    engine: EngineConfig
+    served_model_name: str | None = None
+    """What clients ask for; None is the model's own name."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 is any free one."""
+    api_key: str | None = None
+    allow_remote: bool = False
+    """Listen beyond loopback. The connection is not encrypted: put TLS in front."""
+    drain_seconds: float = 30.0
+    """How long requests may go on after SIGTERM before they are ended."""
+    stall_seconds: float = 30.0
+    """An engine that has work and makes no step for so long is not ready."""
+    limits: Limits = Limits()
+
+
+class ListenError(Exception):
+    """The address cannot be listened on. The message is for the user."""
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """Bind first, load later: a taken port is known at once. Raises ListenError."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ListenError(f"host {config.host!r} cannot be resolved: {error}") from None
+    family, kind, protocol, _, address = found[0]
+    if not config.allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
+        raise ListenError(
+            f"{config.host} can be reached from other machines: pass --allow-remote (and --api-key) if that is meant"
+        )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ListenError(f"cannot listen on {config.host}:{config.port}: {error.strerror}; try --port 0") from None
+    return listener
+
+
+async def serve(
+    config: ServeConfig,
+    files: ModelFiles,
+    listener: socket.socket,
+    *,
+    on_progress: Callable[[str, float], None] | None = None,
+    on_ready: Callable[[str, EngineClient], None] | None = None,
+    recording: str | None = None,
+) -> int:
+    """Until a signal ends it. Returns the exit status: 0, or 1 if the engine was lost."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    opening = contextlib.AsyncExitStack()
+    async with opening:
+        session = open_generator(
+            config.engine, files, limits=config.limits, on_progress=on_progress, recording=recording
+        )
+        starting = asyncio.create_task(opening.enter_async_context(session))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()  # stopped while the model was loading: there is nothing to drain
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        stopping.cancel()
+        return await _listen_until_stopped(config, files, listener, stop, starting.result(), on_ready)
+
+
+async def _listen_until_stopped(
+    config: ServeConfig,
+    files: ModelFiles,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    generator: Generator,
+    on_ready: Callable[[str, EngineClient], None] | None,
+) -> int:
+    engine = generator.engine
+    server = Server(
+        engine,
+        generator,
+        model=config.served_model_name or files.name,
+        limits=config.limits,
+        stall_seconds=config.stall_seconds,
+        api_key=config.api_key,
+    )
+    front = _Front(
+        uvicorn.Config(
+            server.app,
+            http="httptools",
+            log_level="warning",
+            lifespan="off",
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
+            server_header=False,
+        )
+    )
+    listening = asyncio.create_task(front.serve(sockets=[listener]))
+    while not front.started and not listening.done():
+        await asyncio.sleep(0.005)
+    if on_ready is not None:
+        host, port = listener.getsockname()[:2]
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
+    while not stop.is_set() and engine.lost is None and not listening.done():
+        await asyncio.sleep(0.05)
+    server.draining = True
+    front.should_exit = True  # closes the listener, then waits for what runs, at most drain_seconds
+    await listening
+    return 0 if engine.lost is None else 1
+
+
+class _Front(uvicorn.Server):
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        """Signals are handled by `serve`, which drains the engine too."""
+        return contextlib.nullcontext()
