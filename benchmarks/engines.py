@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import shoal
 from model_files import ModelPaths
 from peer_builds import Peer
 
 RUNNERS = Path(__file__).parent / "runners"
-SOURCES = Path(__file__).parent.parent / "src"
 MAX_LEN = 2304
 """Context of every engine: the longest workload needs 2,064."""
 KV_GIB = 2
@@ -99,7 +99,8 @@ class EngineProcess:
         self._log = log
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | spec.environment
         if spec.peer is None:
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCES), os.environ.get("PYTHONPATH")]))
+            # The very shoal that this process imported, kernels built with it included.
+            environment["PYTHONPATH"] = str(Path(shoal.__file__).parent.parent)
         began = time.monotonic()
         with log.open("a") as stderr:
             self._process = subprocess.Popen(
@@ -110,8 +111,11 @@ class EngineProcess:
                 env=environment,
                 start_new_session=True,
             )
-        self._awake = True
-        self.facts = self.call("load", options=spec.options)
+        try:
+            self.facts = self.call("load", options=spec.options)
+        except EngineFailed:
+            self.close()
+            raise
         self.start_seconds: float = self.facts["first_token_at"] - began
         """From the start of the process to the first token of a one-token prompt."""
 
@@ -126,9 +130,9 @@ class EngineProcess:
         except (BrokenPipeError, ValueError):
             self.close()
             raise EngineFailed(f"{command}: the process ended; see {self._log}") from None
-        if "error" in answer:
-            raise EngineFailed(f"{command}: {answer['error']}")
         self._signal(signal.SIGSTOP)
+        if "error" in answer:
+            raise EngineFailed(f"{command}: {answer['error']}; see {self._log}")
         return answer["result"]
 
     def _read_line(self, command: str) -> bytes:

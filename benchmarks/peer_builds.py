@@ -53,7 +53,9 @@ def build(name: str, directory: Path, *, jobs: int, pip_options: list[str], say:
     """A ready peer, made below `directory` if need be. Raises PeerUnavailable with the reason and the log to read."""
     target = directory / name
     recipe = {"made_of": [LLAMA_CPP, *CMAKE_OPTIONS] if name == "llama.cpp" else PIP_PEERS[name]}
-    peer = Peer(name, _executable(name, target), " ".join(LLAMA_CPP.split("==")) if name == "llama.cpp" else _version(name))
+    peer = Peer(
+        name, _executable(name, target), " ".join(LLAMA_CPP.split("==")) if name == "llama.cpp" else _version(name)
+    )
     marker = target / "complete.json"
     if marker.exists() and json.loads(marker.read_text()) == recipe and peer.executable.exists():
         return peer

@@ -80,7 +80,9 @@ class LlamaServer:
         writer.write(body)
         status = await reader.readline()
         if int(status.split()[1]) != 200:
-            raise RuntimeError(f"llama-server answered {status.decode().strip()}: {(await reader.read()).decode()[:300]}")
+            raise RuntimeError(
+                f"llama-server answered {status.decode().strip()}: {(await reader.read()).decode()[:300]}"
+            )
         num_tokens = 0
         async for line in reader:
             if not line.startswith(b"data: {"):

@@ -45,7 +45,7 @@ class ShoalEngine:
                 prefix_caching=config.prefix_caching,
             )
         )
-        live_tokens = allocated_tokens = steps = 0
+        live_tokens = allocated_tokens = peak_tokens = steps = 0
         recorder = Recorder(items)
         for index, item in enumerate(items):
             rejected = core.add(_request(index, item), time.monotonic())
@@ -58,8 +58,10 @@ class ShoalEngine:
                 pending.append(plan.plan_id)
             if steps % FILL_EVERY == 0:
                 load = core.load()
+                allocated = (load.num_blocks - load.num_free_blocks) * config.block_size
                 live_tokens += load.num_live_tokens
-                allocated_tokens += (load.num_blocks - load.num_free_blocks) * config.block_size
+                allocated_tokens += allocated
+                peak_tokens = max(peak_tokens, allocated)
             result = self._executor.poll()
             if isinstance(result, WorkerFailure):
                 raise RuntimeError(f"the step failed: {result.message}")
@@ -68,7 +70,11 @@ class ShoalEngine:
             for output in core.commit(pending.pop(0), result, time.monotonic()):
                 recorder.add(int(output.request_id), output.token_ids)
             steps += 1
-        return recorder.result(steps=steps, kv_fill=live_tokens / max(allocated_tokens, 1))
+        return recorder.result(
+            steps=steps,
+            kv_fill=live_tokens / max(allocated_tokens, 1),
+            kv_peak_bytes=info.kv_bytes * peak_tokens // (info.num_blocks * config.block_size),
+        )
 
     def close(self) -> None:
         self._executor.stop()

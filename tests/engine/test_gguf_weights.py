@@ -86,7 +86,9 @@ def q6_k(block):
     return values
 
 
-@pytest.mark.parametrize(("kind", "num_bytes", "scalar"), [("Q4_K", 144, q4_k), ("Q5_K", 176, q5_k), ("Q6_K", 210, q6_k)])
+@pytest.mark.parametrize(
+    ("kind", "num_bytes", "scalar"), [("Q4_K", 144, q4_k), ("Q5_K", 176, q5_k), ("Q6_K", 210, q6_k)]
+)
 def test_k_quants_follow_their_definition(tmp_path, kind, num_bytes, scalar):
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (3, 2, num_bytes), dtype=np.uint8)
@@ -104,7 +106,9 @@ def test_k_quants_follow_their_definition(tmp_path, kind, num_bytes, scalar):
 def interleave(weight, heads):
     """What the converter of llama.cpp does to query and key rows of the llama family: row by row, no reshape tricks."""
     size = weight.shape[0] // heads
-    order = [head * size + half_ * size // 2 + pair for head in range(heads) for pair in range(size // 2) for half_ in (0, 1)]
+    order = [
+        head * size + half_ * size // 2 + pair for head in range(heads) for pair in range(size // 2) for half_ in (0, 1)
+    ]
     return weight[order]
 
 

@@ -101,7 +101,9 @@ class GGUFFile:
             raise self._corrupt(f"general.alignment is {alignment!r}")
         parts = self.metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
-            raise CheckpointError(self.path, f"is one of {parts} parts of a model: merge them into one .gguf file first")
+            raise CheckpointError(
+                self.path, f"is one of {parts} parts of a model: merge them into one .gguf file first"
+            )
         start = -(-self._at // alignment) * alignment
         for name, shape, kind, offset in entries:
             self.tensors[name] = TensorEntry(name, shape, kind, start + offset)

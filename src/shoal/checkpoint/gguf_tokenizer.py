@@ -63,7 +63,12 @@ def _rebuild(metadata: dict[str, Any]) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {
         name: metadata[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("pad_token", "padding"),
+            ("unk_token", "unknown"),
+        )
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
     source = metadata.get("tokenizer.chat_template")

@@ -48,7 +48,9 @@ class Tokenizer:
         template: ChatTemplate | None,
     ) -> None:
         self._backend = backend
-        self._added = {i: (str(token.content), token.special) for i, token in backend.get_added_tokens_decoder().items()}
+        self._added = {
+            i: (str(token.content), token.special) for i, token in backend.get_added_tokens_decoder().items()
+        }
         self.special_ids = frozenset(i for i, (_, special) in self._added.items() if special)
         """Control tokens. They are no text; `decode` leaves them out unless told otherwise."""
         ends = [i for name in _ENDS for i, added in self._added.items() if added == (name, True)]
@@ -162,7 +164,9 @@ def _decoding_scheme(backend: tokenizers.Tokenizer) -> tuple[Literal["byte_level
     if kinds == {"Metaspace"}:
         return "sentencepiece", steps["Metaspace"].get("prepend_scheme") != "never"
     found = " + ".join(steps) or "none"
-    raise UnsupportedTokenizer(f"the tokenizer's decoder ({found}) is not supported; supported: ByteLevel, SentencePiece")
+    raise UnsupportedTokenizer(
+        f"the tokenizer's decoder ({found}) is not supported; supported: ByteLevel, SentencePiece"
+    )
 
 
 def _without_surrogates(text: str) -> str:

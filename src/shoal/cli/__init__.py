@@ -1,0 +1,68 @@
+"""The command `shoal`. What a command needs is imported when it runs, so that `shoal --help` is immediate."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line (`sys.argv` if None) and return the exit status.
+
+    0 is success, 1 a failure, 2 a command line that makes no sense, 130 an interruption. What a user can put right is
+    said in one line on standard error; only a defect of shoal itself shows a traceback.
+    """
+    import typer
+
+    from shoal.cli.app import app
+
+    # Typer names only leaves of its errors; every mistake on the command line derives from this one's parent.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
+    try:
+        status = typer.main.get_command(app).main(args=arguments, prog_name="shoal", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "shoal"
+        _say(f"{error.format_message()} (see `{command} --help`)")  # type: ignore[attr-defined]
+        return USAGE
+    except typer.Exit as ending:
+        return ending.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away, as in `shoal models | head -1`. Nothing may be written at interpreter exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        message = _for_user(error)
+        if message is None:
+            raise
+        _say(message)
+        return FAILURE
+
+
+def _for_user(error: Exception) -> str | None:
+    """What to say of an error that the user can do something about; None of a defect."""
+    from shoal.checkpoint.builtin import PullError
+    from shoal.checkpoint.errors import CheckpointError, ModelNotFound
+    from shoal.cli.errors import CommandError
+    from shoal.config import ConfigError
+    from shoal.serve.engine_client import EngineLost, EngineStartError
+    from shoal.serve.server import ListenError
+
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineStartError, EngineLost)
+    return str(error) if isinstance(error, (*told, ListenError)) else None
+
+
+def _say(message: str) -> None:
+    import typer
+
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
