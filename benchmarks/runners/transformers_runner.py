@@ -39,8 +39,7 @@ class TransformersEngine:
         return {"first_token_at": time.monotonic()}
 
     def run(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        with torch.inference_mode():
-            return self._run_continuous(items) if self._continuous else self._run_padded(items)
+        return self._run_continuous(items) if self._continuous else self._run_padded(items)
 
     def _run_padded(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch, padded on the left, that runs until the longest output is done."""

@@ -37,6 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Path of a checkpoint directory or a .gguf file."""
     dtype: WeightPrecision = "float32"
     """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_len: int | None = None

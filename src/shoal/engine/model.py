@@ -62,9 +62,13 @@ class Decoder:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
         max_len: int | None = None,
     ) -> None:
-        """`dtype` is of activations and KV cache; `max_len` bounds the positions that rotary tables are made for."""
+        """`dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
+
+        `max_len` bounds the positions that rotary tables are made for.
+        """
         if spec.moe is not None or spec.mla is not None:
             raise UnsupportedModel(f"{spec.family}: mixture-of-experts and latent attention cannot be run yet")
         self.spec = spec
@@ -73,6 +77,7 @@ class Decoder:
         self.precision = precision
         self.device = device
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.max_len = min(max_len or spec.max_len, spec.max_len)
         self.layers: list[Layer] = []
         self.num_weight_bytes = 0
@@ -129,7 +134,7 @@ class Decoder:
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         spec = self.spec
         return self.attention.allocate(
-            spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.dtype, self.device
+            spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_dtype, self.device
         )
 
     # --- compute ----------------------------------------------------------------------------------------------------

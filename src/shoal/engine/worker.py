@@ -82,16 +82,21 @@ class Worker:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
         device = _device(config.device)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
+        kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
+        if config.kv_dtype != "auto":
+            kv_dtype = torch.float32 if config.kv_dtype == "float32" else torch.bfloat16
         ops, attention = _arithmetic(config, spec, device, activations)
         self._ops = ops
-        decoder = Decoder(spec, ops, attention, config.dtype, device=device, dtype=activations, max_len=max_len)
+        decoder = Decoder(
+            spec, ops, attention, config.dtype, device=device, dtype=activations, kv_dtype=kv_dtype, max_len=max_len
+        )
         load_began = time.monotonic()
         _load(decoder, files.path, report)
         load_seconds = time.monotonic() - load_began
 
         num_blocks = plan_blocks(
             config,
-            block_bytes=spec.kv_bytes_per_token(activations.itemsize) * config.block_size,
+            block_bytes=spec.kv_bytes_per_token(kv_dtype.itemsize) * config.block_size,
             max_len=max_len,
             available=available_memory(device),
             on_cpu=device.type == "cpu",

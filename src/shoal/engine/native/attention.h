@@ -114,7 +114,8 @@ struct Rows {  // running state of one task
   alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];
   alignas(64) float out[ATTENTION_ROWS * MAX_HEAD_DIM];
   alignas(64) float scores[ATTENTION_ROWS * TILE];
-  float most[ATTENTION_ROWS], total[ATTENTION_ROWS];
+  alignas(64) float total[ATTENTION_ROWS * VW];  // of the weights, lane by lane; summed across at the end
+  float most[ATTENTION_ROWS];
   int position[ATTENTION_ROWS];
 };
 
@@ -136,21 +137,20 @@ static void soften(const Attention& a, Rows& s, int r, int tile_start) {
     for (int v = 0; v < TILE_VECTORS; ++v) store(scores + v * VW, zero());
     return;
   }
-  vf total = zero();
+  vf total = load(s.total + r * VW);
+  if (most != s.most[r]) {
+    const vf factor = exp(set1(s.most[r] - most));
+    total = mul(total, factor);
+    for (int d = 0; d < a.head_dim; d += VW)
+      store(s.out + r * a.head_dim + d, mul(load(s.out + r * a.head_dim + d), factor));
+    s.most[r] = most;
+  }
   for (int v = 0; v < TILE_VECTORS; ++v) {
     const vf weight = exp(sub(x[v], set1(most)));
     store(scores + v * VW, weight);
     total = add(total, weight);
   }
-  if (most != s.most[r]) {
-    alignas(64) float factor[VW];
-    store(factor, exp(set1(s.most[r] - most)));
-    s.total[r] *= factor[0];
-    for (int d = 0; d < a.head_dim; d += VW)
-      store(s.out + r * a.head_dim + d, mul(load(s.out + r * a.head_dim + d), set1(factor[0])));
-    s.most[r] = most;
-  }
-  s.total[r] += sum(total);
+  store(s.total + r * VW, total);
 }
 
 // Asks for the KV of a tile while the one before it is computed: blocks lie anywhere, so no hardware prefetcher will.
@@ -170,27 +170,27 @@ static void attend_tile(const Attention& a, Rows& s, int rows, const int32_t* ta
   const KV* keys[TILE_VECTORS];
   const KV* values[TILE];
   const int vectors = (tokens + VW - 1) / VW;
-  for (int v = 0; v < vectors; ++v) {
-    const int at = tile_start + v * VW;
-    keys[v] = (const KV*)a.keys + table[at / a.block_size] * block_stride + kv_head * head_size + at % a.block_size;
+  const int32_t* block = table + tile_start / a.block_size;  // blocks are cut at multiples of VW, tiles at multiples of both
+  int v = 0, t = 0;
+  for (int offset = tile_start % a.block_size; v < vectors; offset = 0, ++block) {
+    const int64_t base = *block * block_stride + kv_head * head_size;
+    for (int at = offset; at < a.block_size && v < vectors; at += VW) keys[v++] = (const KV*)a.keys + base + at;
+    for (int at = offset; at < a.block_size && t < tokens; ++at)
+      values[t++] = (const KV*)a.values + base + (int64_t)at * a.head_dim;
   }
-  for (int t = 0; t < tokens; ++t) {
-    const int at = tile_start + t;
-    values[t] = (const KV*)a.values + table[at / a.block_size] * block_stride + kv_head * head_size +
-                (int64_t)(at % a.block_size) * a.head_dim;
+  constexpr int HALF = ATTENTION_ROWS / 2;  // times 4 vectors fill the registers
+  for (int r = 0; r < rows; r += HALF) {
+    const int count = std::min(HALF, rows - r);
+    const float* q = s.q + r * a.head_dim;
+    float* scores = s.scores + r * TILE;
+    v = 0;
+    if constexpr (VW == 16)
+      for (; v + 4 <= vectors; v += 4) score_rows<4, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
+    for (; v + 2 <= vectors; v += 2) score_rows<2, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
+    for (; v < vectors; ++v) score_rows<1, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
   }
-  int v = 0;
-  if (rows <= ATTENTION_ROWS / 4)
-    for (; v + 4 <= vectors; v += 4)
-      score_rows<4, ATTENTION_ROWS / 4>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
-  if (rows <= ATTENTION_ROWS / 2)
-    for (; v + 2 <= vectors; v += 2)
-      score_rows<2, ATTENTION_ROWS / 2>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
-  for (; v < vectors; ++v)
-    score_rows<1, ATTENTION_ROWS>(rows, s.q, keys + v, a.block_size, a.head_dim, s.scores + v * VW);
   for (int r = 0; r < rows; ++r) soften(a, s, r, tile_start);
 
-  constexpr int HALF = ATTENTION_ROWS / 2;
   for (int r = 0; r < rows; r += HALF) {
     const int count = std::min(HALF, rows - r);
     const float* weights = s.scores + r * TILE;
@@ -216,12 +216,13 @@ static void attend(const Attention& a, Rows& s, int sequence, int kv_head, int f
       store(s.out + r * d + i, zero());
     }
     s.most[r] = -__builtin_inff();
-    s.total[r] = 0;
+    store(s.total + r * VW, zero());
     s.position[r] = context - queries + query;
   }
   const int32_t* table = a.block_tables + sequence * a.table_stride;
   const int end = s.position[rows - 1] + 1;
   const int begin = a.window ? std::max(0, s.position[0] + 1 - a.window) / TILE * TILE : 0;
+  prefetch_tile(a, table, kv_head, begin, std::min(TILE, end - begin), a.kv_bfloat16 ? 2 : 4);
   for (int tile = begin; tile < end; tile += TILE) {
     if (tile + TILE < end)
       prefetch_tile(a, table, kv_head, tile + TILE, std::min(TILE, end - tile - TILE), a.kv_bfloat16 ? 2 : 4);
@@ -233,8 +234,9 @@ static void attend(const Attention& a, Rows& s, int sequence, int kv_head, int f
   }
   for (int r = 0; r < rows; ++r) {
     const int64_t at = (int64_t)(start + first + r / group) * a.heads + kv_head * group + r % group;
-    for (int i = 0; i < d; i += VW) store(a.out + at * d + i, div(load(s.out + r * d + i), set1(s.total[r])));
-    if (a.lse) a.lse[at] = s.most[r] + logf(s.total[r]);
+    const float total = sum(load(s.total + r * VW));
+    for (int i = 0; i < d; i += VW) store(a.out + at * d + i, div(load(s.out + r * d + i), set1(total)));
+    if (a.lse) a.lse[at] = s.most[r] + logf(total);
   }
 }
 

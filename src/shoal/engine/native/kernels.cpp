@@ -65,12 +65,23 @@ template <class KV>
 void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, int64_t stride, const int32_t* slots,
               int rows, int kv_heads, int head_dim, int block_size) {
   const int64_t head_size = (int64_t)head_dim * block_size;
-  for_rows(pool, rows, [&](int row) {
-    const int64_t block = slots[row] / block_size, offset = slots[row] % block_size;
-    for (int h = 0; h < kv_heads; ++h) {
-      const int64_t base = (block * kv_heads + h) * head_size, from = row * stride + (int64_t)h * head_dim;
-      for (int d = 0; d < head_dim; ++d) convert(k[from + d], keys + base + (int64_t)d * block_size + offset);
-      for (int d = 0; d < head_dim; ++d) convert(v[from + d], values + base + offset * head_dim + d);
+  const int step = rows_per_part(pool, rows);
+  pool.run((rows + step - 1) / step, [&](int part, int) {
+    const int end = std::min(rows, (part + 1) * step);
+    for (int row = part * step, count; row < end; row += count) {
+      const int64_t block = slots[row] / block_size, offset = slots[row] % block_size;
+      // Tokens of a prompt lie side by side in a block: a line of keys is then written once, not once a token.
+      count = 1;
+      while (row + count < end && offset + count < block_size && slots[row + count] == slots[row] + count) ++count;
+      for (int h = 0; h < kv_heads; ++h) {
+        const int64_t base = (block * kv_heads + h) * head_size, from = row * stride + (int64_t)h * head_dim;
+        for (int d = 0; d < head_dim; ++d)
+          for (int i = 0; i < count; ++i)
+            convert(k[from + i * stride + d], keys + base + (int64_t)d * block_size + offset + i);
+        for (int i = 0; i < count; ++i)
+          for (int d = 0; d < head_dim; ++d)
+            convert(v[from + i * stride + d], values + base + (offset + i) * head_dim + d);
+      }
     }
   });
 }
