@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import shoal
+from machine import ForeignLoad
 from model_files import ModelPaths
 from peer_builds import Peer
 
@@ -55,7 +56,8 @@ def engine_specs(paths: ModelPaths, peers: dict[str, Peer], threads: int) -> lis
     if "vllm" in peers:
         specs += [_vllm(model, dtype, peers["vllm"], threads) for dtype in ("float32", "bfloat16")]
     if "transformers" in peers:
-        options = {"model": model, "dtype": "float32", "threads": threads}
+        kv_tokens = (KV_GIB << 30) // paths.spec.kv_bytes_per_token(4)  # by default it takes 90% of all memory
+        options = {"model": model, "dtype": "float32", "threads": threads, "kv_tokens": kv_tokens}
         specs += [
             EngineSpec(name, "float32", "transformers_runner.py", options | {"continuous": continuous}, "transformers")
             for name, continuous in (("transformers batching", True), ("transformers generate", False))
@@ -96,6 +98,8 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec, python: Path, log: Path) -> None:
         """Start it and wait for its first token. Raises EngineFailed."""
         self.spec = spec
+        self.foreign_load = 0.0
+        """Cores that were busy with something else during the last call."""
         self._log = log
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | spec.environment
         if spec.peer is None:
@@ -122,6 +126,7 @@ class EngineProcess:
     def call(self, command: str, **arguments: Any) -> Any:
         """Wake it, have it do something, put it to sleep. Raises EngineFailed."""
         self._signal(signal.SIGCONT)
+        foreign = ForeignLoad(self._process.pid)
         try:
             stdin = self._pipe(self._process.stdin)
             stdin.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
@@ -130,6 +135,7 @@ class EngineProcess:
         except (BrokenPipeError, ValueError):
             self.close()
             raise EngineFailed(f"{command}: the process ended; see {self._log}") from None
+        self.foreign_load = foreign.cores()
         self._signal(signal.SIGSTOP)
         if "error" in answer:
             raise EngineFailed(f"{command}: {answer['error']}; see {self._log}")

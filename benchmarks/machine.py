@@ -3,8 +3,8 @@
     python benchmarks/machine.py            one JSON object
 
 Both rates are of torch's own kernels on every core that the process may use; they are the yardsticks that the engines'
-work is divided by. The module stands alone, for it runs in a process of its own: threads of its OpenMP pool would
-otherwise spin beside the engine that is measured next.
+work is divided by. They are measured in a process of their own: threads of torch's OpenMP pool would otherwise spin
+beside the engine that is measured next.
 """
 
 from __future__ import annotations
@@ -72,6 +72,48 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+class ForeignLoad:
+    """How many cores were busy, since this object was made, with what is not part of the benchmark.
+
+    A barrier of two threads on two cores waits whenever anything else runs, so a busy neighbour costs more than its share:
+    a run with a foreign load is not a result. Includes time that the hypervisor stole.
+    """
+
+    def __init__(self, process_group: int | None = None) -> None:
+        """`process_group`: what is measured, beside this process and the children that it has waited for."""
+        self._group = process_group
+        self._began = time.monotonic()
+        self._foreign_seconds = self._read()
+
+    def cores(self) -> float:
+        return max(0.0, self._read() - self._foreign_seconds) / (time.monotonic() - self._began)
+
+    def _read(self) -> float:
+        return _busy_seconds() - sum(os.times()[:4]) - _group_seconds(self._group)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of all cores since boot, idle and waiting for disks left out."""
+    user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _group_seconds(process_group: int | None) -> float:
+    """CPU seconds of a process group's living members and the children that they have waited for."""
+    ticks = 0
+    for entry in Path("/proc").iterdir() if process_group is not None else ():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # proc(5): behind the command's name, which may hold anything, come state, parent, group, ...
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+        if int(fields[2]) == process_group:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _proc_fields(path: str) -> dict[str, str]:

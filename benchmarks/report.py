@@ -71,9 +71,25 @@ def _machine(report: Report) -> str:
             + "; ".join(dict.fromkeys(engine.version for engine in report.engines if engine.version)),
             f"- float32 GEMM {spread((r['gemm_gflops'] for r in rates), 0)} GFLOP/s, "
             f"memory read {spread((r['read_gbps'] for r in rates), 1)} GB/s, all cores, measured once a round",
-            f"- {len(report.rates)} rounds; medians, with the range over rounds in brackets",
+            f"- {_foreign(report)}",
+            f"- {len(report.rates)} round{'s' if len(report.rates) != 1 else ''}; medians, with the range over rounds in brackets",
         ]
     )
+
+
+def _foreign(report: Report) -> str:
+    """How quiet the machine was."""
+    loads = [
+        (figures["foreign_load"], engine.name, workload)
+        for engine in report.engines
+        for workload, rounds in engine.rounds.items()
+        for figures in rounds.values()
+    ]
+    if not loads:
+        return "nothing was run"
+    worst, name, workload = max(loads)
+    median = statistics.median(load for load, _, _ in loads)
+    return f"cores busy with other processes during a run: median {median:.2f}, most {worst:.2f} ({name}, workload {workload})"
 
 
 _COLUMNS: list[tuple[str, Callable[[EngineResults], str]]] = [

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, made by transformers as a user would have them: weights, config, tokenizer, chat template."""
+"""Tiny random checkpoints as a user would have them: weights, config, tokenizer, chat template."""
 
 from __future__ import annotations
 

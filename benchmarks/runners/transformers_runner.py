@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 from protocol import Recorder, serve
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+PAGE_SIZE = 256
+"""Tokens; transformers' own default."""
 TIE = 1e-4
 """Two logits this close may come out in either order: both are right."""
 
@@ -29,9 +37,10 @@ class StepClock(StoppingCriteria):
 
 class TransformersEngine:
     def load(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options: `model` (directory), `dtype`, `continuous` (bool), `threads`."""
+        """Options: `model` (directory), `dtype`, `continuous` (bool), `threads`, `kv_tokens` (of the cache)."""
         torch.set_num_threads(options["threads"])
         self._continuous = options["continuous"]
+        self._num_pages = options["kv_tokens"] // PAGE_SIZE
         dtype = getattr(torch, options["dtype"])
         self._model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype, attn_implementation="sdpa")
         self._model.eval()
@@ -67,7 +76,14 @@ class TransformersEngine:
 
     def _run_continuous(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-        with self._model.continuous_batching_context_manager(generation_config=config, timeout=30) as manager:
+        context = self._model.continuous_batching_context_manager(
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_SIZE, num_blocks=self._num_pages, allow_block_sharing=False
+            ),
+            timeout=30,
+        )
+        with context as manager:
             recorder = Recorder(items)
             for index, item in enumerate(items):
                 manager.add_request(

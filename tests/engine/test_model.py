@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoal.checkpoint.errors import CheckpointError
-from shoal.core.model_spec import spec_from_config
+from shoal.core.model_config import spec_from_config
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.model import Decoder
 from shoal.engine.ops import TorchOps

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from shoal.core.config import WeightPrecision
+from shoal.core.model_spec import RopeSpec
 from shoal.engine import native
 from shoal.engine.native import unavailable_reason, variants
 from shoal.engine.native_ops import NativeOps
@@ -229,8 +232,6 @@ def test_rms_norm(ops: NativeOps, hidden: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256, 8])
 @pytest.mark.parametrize("norms", [False, True])
 def test_rope(ops: NativeOps, head_dim: int, norms: bool) -> None:
-    from shoal.core.model_spec import RopeSpec
-
     table = cos_sin_table(RopeSpec(theta=10000.0), head_dim, 300)
     heads, kv_heads, rows = 6, 2, 19
     qkv = random(rows, (heads + 2 * kv_heads) * head_dim)
@@ -365,15 +366,19 @@ def test_a_closed_instance_says_so() -> None:
 
 
 def test_close_ends_the_threads() -> None:
-    def count() -> int:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+    def running() -> set[str]:
+        return {entry.name for entry in Path("/proc/self/task").iterdir()}
 
-    before = count()
+    before = running()
     ops = NativeOps(threads=6)
-    assert count() == before + 5
+    started = running() - before
+    assert len(started) == 5
     ops.close()
-    assert count() == before
+    for _ in range(500):  # a joined thread leaves /proc a moment later
+        if not started & running():
+            break
+        time.sleep(0.01)
+    assert not started & running()
 
 
 # --- the library ----------------------------------------------------------------------------------------------------
@@ -391,7 +396,7 @@ def test_an_unknown_variant_is_refused() -> None:
 
 
 def test_a_build_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library_path", lambda variant: native.Path("/nowhere") / variant)
+    monkeypatch.setattr(native, "library_path", lambda variant: Path("/nowhere") / variant)
     reason = unavailable_reason()
     assert reason is not None and "compiler" in reason
     with pytest.raises(RuntimeError, match="compiler"):

@@ -7,7 +7,7 @@ import torch
 
 from shoal.core.config import SchedulerConfig
 from shoal.core.engine_core import EngineCore
-from shoal.core.model_spec import spec_from_config
+from shoal.core.model_config import spec_from_config
 from shoal.core.types import Request, Row, Sampling, SlotAssignment, StepPlan
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention

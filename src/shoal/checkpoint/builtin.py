@@ -62,6 +62,7 @@ class ListedModel(msgspec.Struct, frozen=True):
     description: str
     size: int
     """Bytes on disk, or that it will take there."""
+    licence: str
     path: Path | None
     """None where it has not been fetched."""
 
@@ -98,7 +99,7 @@ def cached_path(model: Builtin) -> Path | None:
 
 def list_models() -> list[ListedModel]:
     """Every built-in model, fetched or not."""
-    return [ListedModel(m.name, m.description, m.size, cached_path(m)) for m in BUILTINS.values()]
+    return [ListedModel(m.name, m.description, m.size, m.licence, cached_path(m)) for m in BUILTINS.values()]
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:

@@ -35,6 +35,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,  # a variable may be called `self`
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         *,

@@ -11,7 +11,8 @@ import msgspec
 from shoal.checkpoint.builtin import BUILTINS, Progress, cached_path, pull
 from shoal.checkpoint.errors import CheckpointError, ModelNotFound
 from shoal.checkpoint.gguf_file import GGUFFile
-from shoal.core.model_spec import ModelSpec, UnsupportedModel, spec_from_config, spec_from_gguf
+from shoal.core.model_config import spec_from_config, spec_from_gguf
+from shoal.core.model_spec import ModelSpec, UnsupportedModel
 
 _HUB_FILES = ["model*.safetensors", "*.json", "*.jinja"]
 """Not every *.safetensors: some repositories hold the same weights a second time under another name."""

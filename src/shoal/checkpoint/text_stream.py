@@ -1,4 +1,4 @@
-"""Token ids to text, as they come: no half characters, nothing taken back, stop strings held back until they are sure."""
+"""Token ids to text, as they come: no half characters, nothing taken back, stop strings held back until sure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_BYTES_OF_A_CHARACTER = 4
 
 
 class _StopString:
-    """Where a text stands with respect to one stop string: a Knuth-Morris-Pratt automaton, O(1) a character amortised."""
+    """Where a text stands with respect to one stop string (Knuth-Morris-Pratt: amortised O(1) a character)."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -107,6 +107,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
+        /,  # a variable may be called `self`
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         *,

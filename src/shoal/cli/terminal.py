@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -36,17 +37,42 @@ def resolve_with_progress(model: str, console: Console) -> ModelFiles:
         return resolve(model, progress=report)
 
 
-@contextlib.contextmanager
-def start_progress(name: str, console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A bar while an engine starts. Gives what EngineClient.start reports to."""
-    columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"starting {name}", total=1.0)
+class StartBar:
+    """A bar while an engine starts, gone when it has started. `report` is what EngineClient.start reports to."""
 
-        def report(what: str, fraction: float) -> None:
-            bar.update(task, description=f"{name}: {what}", completed=fraction)
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True)
+        self._task = self._progress.add_task(f"starting {name}", total=1.0)
 
-        yield report
+    def __enter__(self) -> StartBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def report(self, what: str, fraction: float) -> None:
+        self._progress.update(self._task, description=f"{self._name}: {what}", completed=fraction)
+
+    def close(self) -> None:
+        """May be called more than once."""
+        self._progress.stop()
+
+
+def format_bytes(count: int) -> str:
+    """For people: 512 B, 1.5 MiB, 2.0 GiB."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def print_json(value: Any) -> None:
+    """Indented, on standard output."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 def shown_path(path: Path) -> str:

@@ -41,7 +41,7 @@ _SANDWICH = {
 
 
 class GGUFWeights:
-    """A WeightSource. Raises CheckpointError for a truncated file or an element type that is not supported, when opened.
+    """A WeightSource. When opened, raises CheckpointError for a truncated file or an unsupported element type.
 
     Tensors that have no Hugging Face name (rotary factors, which the ModelSpec holds) are left out.
     """
@@ -132,7 +132,7 @@ def _kind_name(kind: int) -> str:
     from gguf import GGMLQuantizationType
 
     try:
-        return GGMLQuantizationType(kind).name
+        return str(GGMLQuantizationType(kind).name)
     except ValueError:
         return f"of unknown type {kind}"
 
@@ -141,7 +141,8 @@ def _block(entry: TensorEntry) -> tuple[int, int]:
     """Elements and bytes of one block of the element type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    return GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(entry.kind)]
+    return int(per_block), int(block_bytes)
 
 
 def _num_bytes(entry: TensorEntry) -> int:

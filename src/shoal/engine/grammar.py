@@ -167,7 +167,7 @@ class GrammarCompiler:
     def __init__(
         self, vocabulary: str, *, seconds: float = COMPILE_SECONDS, cache_bytes: int = 64 * 1024 * 1024
     ) -> None:
-        """`vocabulary` is a serialised `tokenizer_info`, or `vocabulary_of_checkpoint`, which spares this process xgrammar."""
+        """`vocabulary` is a serialised `tokenizer_info`, or `vocabulary_of_checkpoint`: no xgrammar in this process."""
         self._vocabulary = vocabulary.encode()
         self._seconds = seconds
         self._cache_bytes = cache_bytes
@@ -324,10 +324,10 @@ def compile_grammar(kind: GrammarKind, source: str, compiler: xgrammar.GrammarCo
 
 
 def _compile_kind(kind: GrammarKind, source: str, compiler: xgrammar.GrammarCompiler) -> xgrammar.CompiledGrammar:
-    if kind == "json_schema":
-        return compiler.compile_json_schema(source)
-    if kind == "json_object":
-        return compiler.compile_json_schema('{"type": "object", "additionalProperties": true}')
+    if kind in ("json_schema", "json_object"):
+        # One line, a space after each comma and colon. Free white space would let a weak model write blanks for ever.
+        schema = source if kind == "json_schema" else '{"type": "object", "additionalProperties": true}'
+        return compiler.compile_json_schema(schema, any_whitespace=False)
     if kind == "regex":
         return compiler.compile_regex(source)
     if kind == "choice":

@@ -88,13 +88,16 @@ class Decoder:
     def load(self, source: WeightSource, progress: Callable[[int], None] | None = None) -> None:
         """Read, convert and pack, a layer at a time. `progress` is called with the parameters read so far.
 
-        Raises CheckpointError for a missing tensor or a wrong shape before anything is read.
+        Raises CheckpointError for a missing tensor, a wrong shape or a tensor that the model has no place for before
+        anything is read.
         """
         shapes = expected_shapes(self.spec)
         _check_shapes(source, shapes)
+        self.layers.clear()
+        self.num_weight_bytes = 0
         reader = _Reader(self, source, progress)
         spec = self.spec
-        tables = {None: cos_sin_table(spec.rope, spec.head_dim, self.max_len).to(self.device)}
+        tables: dict[int | None, Tensor] = {None: cos_sin_table(spec.rope, spec.head_dim, self.max_len).to(self.device)}
         if spec.rope_local is not None:
             tables[spec.window] = cos_sin_table(spec.rope_local, spec.head_dim, self.max_len).to(self.device)
         self.embedding = reader.linear(["model.embed_tokens.weight"])
@@ -114,7 +117,9 @@ class Decoder:
             [name + "weight" for name in projections],
             [name + "bias" for name in projections] if spec.qkv_bias else [],
         )
-        layer.output = reader.linear([attention + "o_proj.weight"])
+        layer.output = reader.linear(
+            [attention + "o_proj.weight"], [attention + "o_proj.bias"] if spec.output_bias else []
+        )
         layer.gate_up = reader.gated(mlp + "gate_proj.weight", mlp + "up_proj.weight")
         layer.down = reader.linear([mlp + "down_proj.weight"])
         layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
@@ -234,6 +239,8 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if spec.qkv_bias:
                 shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
         shapes[f"{prefix}self_attn.o_proj.weight"] = (h, q)
+        if spec.output_bias:
+            shapes[f"{prefix}self_attn.o_proj.bias"] = (h,)
         shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (i, h)
         shapes[f"{prefix}mlp.down_proj.weight"] = (h, i)
         shapes |= {f"{prefix}{norm}.weight": (h,) for norm in norms}
@@ -248,6 +255,10 @@ def _check_shapes(source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> N
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(source.path, f"tensor {missing[0]} is missing{more}")
+    for name in present:
+        # Leaving out a bias or a norm computes another model. Old files hold rotary frequencies, which are derived.
+        if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(source.path, f"the model's configuration has no place for tensor {name}")
     for name, shape in shapes.items():
         found = source.shape(name)
         if found != shape:

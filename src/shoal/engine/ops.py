@@ -157,7 +157,7 @@ class TorchOps:
             (qkv_TA[:, :split], q_norm_D),
             (qkv_TA[:, split : split + num_kv_heads * head_dim], k_norm_D),
         ):
-            x_THD = part.unflatten(1, (-1, head_dim))
+            x_THD = part.view(len(part), -1, head_dim)
             x = x_THD if norm_D is None else self.rms_norm(x_THD, norm_D, eps)
             low, high = x.float().chunk(2, dim=-1)
             rotated = torch.cat([low * cos_T1D - high * sin_T1D, high * cos_T1D + low * sin_T1D], dim=-1)

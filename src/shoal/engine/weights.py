@@ -13,13 +13,22 @@ from torch import Tensor
 
 from shoal.checkpoint.errors import CheckpointError
 
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+"""How multimodal checkpoints of both generations of transformers name the parts of their text model."""
+
 
 class WeightSource(Protocol):
     path: Path
 
     def names(self) -> list[str]: ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError if the tensor's element type cannot be read, so that this is known beforehand."""
 
     def tensor(self, name: str) -> Tensor:
         """A float tensor in whatever precision it is stored; the caller may keep it only for a moment (memory map)."""
@@ -33,40 +42,56 @@ class SafetensorsWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
+        self._place: dict[str, tuple[str, str]] = {}
+        """By name: the shard, and the name within it."""
         try:
             for shard in _shards(path):
                 handle = _open(path / shard)
                 self._files[shard] = handle
-                self._file_of.update(dict.fromkeys(handle.keys(), shard))
+                self._place.update({_text_name(key): (shard, key) for key in handle.keys()})  # noqa: SIM118
         except BaseException:
             self.close()
             raise
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._place)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+        shard, key = self._place[name]
+        header = self._files[shard].get_slice(key)
+        if header.get_dtype() not in _FLOATS:
+            raise CheckpointError(
+                self.path / shard,
+                f"tensor {key} is {header.get_dtype()}: quantised checkpoints are not read, only {', '.join(_FLOATS)}",
+            )
+        return tuple(header.get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                self.path / self._file_of[name], f"tensor {name} is {tensor.dtype}: quantised checkpoints are not read"
-            )
+        shard, key = self._place[name]
+        tensor: Tensor = self._files[shard].get_tensor(key)
         return tensor
 
     def close(self) -> None:
         self._files.clear()
 
 
+def _text_name(key: str) -> str:
+    for prefix, replacement in _TEXT_PREFIXES.items():
+        if key.startswith(prefix):
+            return replacement + key.removeprefix(prefix)
+    return key
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 def _shards(path: Path) -> list[str]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            shards = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
-        except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
+            shards = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.DecodeError, OSError) as error:
             raise CheckpointError(index, f"not a weight index: {error}") from None
         for shard in shards:
             if Path(shard).name != shard:

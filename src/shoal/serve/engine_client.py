@@ -80,7 +80,9 @@ class EngineClient:
             if process.stdin is None:
                 raise EngineStartError("the engine process has no standard input")
             process.stdin.write(msgspec.json.encode(config) + b"\n")
-            client.info = await client._wait_until_started(on_progress or (lambda what, fraction: None))
+            started = await client._wait_until_started(on_progress or (lambda what, fraction: None))
+            client.info, client.load = started.info, started.load
+            client.progress_at = time.monotonic()
         except BaseException:
             await client._kill()
             raise
@@ -96,7 +98,7 @@ class EngineClient:
         """Requests under way."""
         return len(self._streams)
 
-    async def _wait_until_started(self, on_progress: Progress) -> EngineInfo:
+    async def _wait_until_started(self, on_progress: Progress) -> Started:
         ended = asyncio.create_task(self._process.wait())
         try:
             while True:
@@ -109,7 +111,7 @@ class EngineClient:
                 if isinstance(message, StartFailed):
                     raise EngineStartError(message.message)
                 if isinstance(message, Started):
-                    return message.info
+                    return message
                 if isinstance(message, Starting):
                     on_progress(message.what, message.fraction)
         finally:
@@ -168,8 +170,17 @@ class EngineClient:
             queue.put_nowait(item)
 
     async def _watch(self) -> None:
-        status = await self._process.wait()
-        self.lost = f"the engine process ended with status {status}"
+        """Until the process ends, or says what cannot be read: then it is of no use any more."""
+        reading = self._tasks[0]
+        ended = asyncio.create_task(self._process.wait())
+        try:
+            await asyncio.wait([reading, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if self._process.returncode is None:
+            self.lost = f"a message of the engine cannot be read: {reading.exception()}"
+        else:
+            self.lost = f"the engine process ended with status {self._process.returncode}"
         for queue in self._streams.values():
             queue.put_nowait(EngineLost(self.lost))
 

@@ -23,10 +23,18 @@ from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.replay import RecordingCore
 from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
-from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, encode, to_engine
-
-HEARTBEAT_SECONDS = 1.0
-"""Between messages of an idle engine."""
+from shoal.serve.messages import (
+    HEARTBEAT_SECONDS,
+    Abort,
+    Add,
+    EngineInfo,
+    Started,
+    StartFailed,
+    Starting,
+    Step,
+    encode,
+    to_engine,
+)
 
 
 class EngineLoop:
@@ -69,7 +77,8 @@ class EngineLoop:
                     attention=info.attention,
                     dtype=info.dtype,
                     start_seconds=info.start_seconds,
-                )
+                ),
+                self._core.load(),
             )
         )
 

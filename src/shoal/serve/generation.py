@@ -34,6 +34,8 @@ class Job(msgspec.Struct, frozen=True):
     """A request ready for the engine, and what the text side must know of it."""
 
     request: Request
+    continues_prompt: bool
+    """The text goes on where the prompt ends (completions), rather than standing by itself (chat)."""
     stop: list[str]
     include_stop: bool
     skip_special_tokens: bool
@@ -104,6 +106,8 @@ class Generator:
         if isinstance(item, str):
             return self._encode(item, add_special_tokens, "prompt")
         if isinstance(item, list) and all(type(token) is int for token in item):
+            if not item:
+                raise invalid("the prompt has no tokens", "prompt")
             return item
         raise invalid("prompt must be a string, a list of token ids, or a list of either", "prompt")
 
@@ -163,7 +167,13 @@ class Generator:
             deadline=None if body.timeout is None else time.monotonic() + body.timeout,
         )
         stops = stop_strings(body, self.limits)
-        return Job(request, stops, body.include_stop_str_in_output, body.skip_special_tokens)
+        return Job(
+            request,
+            isinstance(body, CompletionRequest),
+            stops,
+            body.include_stop_str_in_output,
+            body.skip_special_tokens,
+        )
 
     async def _sampling(self, body: ChatRequest | CompletionRequest) -> Sampling:
         top_k = body.top_k or 0
@@ -210,7 +220,11 @@ class Generator:
         request = job.request
         streams = [
             TextStream(
-                self.tokenizer, job.stop, skip_special_tokens=job.skip_special_tokens, include_stop=job.include_stop
+                self.tokenizer,
+                job.stop,
+                prompt_ids=request.prompt if job.continues_prompt else (),
+                skip_special_tokens=job.skip_special_tokens,
+                include_stop=job.include_stop,
             )
             for _ in range(request.n)
         ]

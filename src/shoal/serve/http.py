@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -21,12 +22,13 @@ from shoal import __version__
 from shoal.serve.engine_client import EngineClient
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.generation import Generator, Job, Piece
+from shoal.serve.messages import HEARTBEAT_SECONDS
 from shoal.serve.metrics import ServerMetrics
 from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage, joined
 from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Limits, TokenizeRequest, decode
 
+_log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
-_MAX_HEADERS, _MAX_HEADER_BYTES = 100, 16 << 10
 
 
 class Server:
@@ -64,6 +66,7 @@ class Server:
             Route("/version", self._guarded(self.version), methods=get),
         ]
         starlette = Starlette(routes=self._routes, exception_handlers={404: _no_route, 405: _no_method})
+        starlette.router.redirect_slashes = False
         self.app = self._with_admission(starlette)
 
     # --- before and around every request ----------------------------------------------------------------------------
@@ -83,8 +86,9 @@ class Server:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]
-        if len(headers) > _MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > _MAX_HEADER_BYTES:
-            return ApiError(431, f"more than {_MAX_HEADERS} headers or {_MAX_HEADER_BYTES} bytes of them")
+        most, most_bytes = self.limits.headers, self.limits.header_bytes
+        if len(headers) > most or sum(len(k) + len(v) for k, v in headers) > most_bytes:
+            return ApiError(431, f"the request has more than {most} headers or {most_bytes} bytes of them")
         if self._api_key is None or scope["path"] == "/health":
             return None
         given = next((v for k, v in headers if k == b"authorization"), b"")
@@ -103,6 +107,10 @@ class Server:
                 return _error_response(error)
             except ClientDisconnect:
                 return Response(status_code=499)
+            except Exception:
+                _log.exception("%s %s failed", request.method, request.url.path)
+                self.metrics.rejected(500)
+                return _error_response(ApiError(500, "internal error; the server's log has the details"))
 
         return guarded
 
@@ -172,11 +180,12 @@ class Server:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(form, pieces, usage, sum(job.request.n for job in jobs), wants_usage)
             # The first event is awaited here: what the engine refuses is an error status, not a broken stream.
-            first = await anext(events)
+            async with _cancelled_by_disconnect(request):
+                first = await anext(events)
             return EventStream(first, events, headers)
         collected: dict[int, list[Piece]] = {}
-        async with _cancelled_by_disconnect(request):
-            async for index, piece in pieces:
+        async with _cancelled_by_disconnect(request), contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
+            async for index, piece in source:
                 collected.setdefault(index, []).append(piece)
                 if piece.finish == "error":
                     raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
@@ -262,15 +271,18 @@ class Server:
         return _json({"ready": reason is None, "reason": reason}, status=200 if reason is None else 503)
 
     def unready_reason(self) -> str | None:
-        """Why requests should go elsewhere; None if they need not. Health is progress: a process that lives may hang."""
+        """Why requests should go elsewhere; None if they need not. Progress decides: a process that lives may hang."""
         if self.draining:
             return "the server is shutting down"
         if self.engine.lost is not None:
             return self.engine.lost
         age = time.monotonic() - self.engine.progress_at
-        if self.engine.num_streams and age > self.stall_seconds:
+        if age <= self.stall_seconds:
+            return None
+        if self.engine.num_streams:
             return f"the engine has work and has made no step for {age:.1f} s"
-        return None
+        # An idle engine gives a sign of life every second, which may be late on a busy machine.
+        return f"the engine has given no sign of life for {age:.1f} s" if age > 3 * HEARTBEAT_SECONDS else None
 
 
 class EventStream:

@@ -1,4 +1,4 @@
-"""What front and engine process say to each other: msgpack over one ZeroMQ pair, one message a step for all sequences."""
+"""What front and engine process say to each other: msgpack over one ZeroMQ pair, one message a step for all of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import msgspec
 
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import EngineLoad, Output, Rejected, Request
+
+HEARTBEAT_SECONDS = 1.0
+"""Between messages of an idle engine."""
 
 
 class Add(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -48,6 +51,7 @@ class Starting(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 class Started(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     info: EngineInfo
+    load: EngineLoad
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

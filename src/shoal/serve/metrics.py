@@ -19,7 +19,7 @@ class ServerMetrics:
 
     def __init__(self, engine: EngineClient) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
+        self.registry.register(_EngineCollector(engine))
         self._ttft, self._itl, self._e2e = (self._histogram(m) for m in (defined.TTFT, defined.ITL, defined.E2E))
         self._prompt_length = self._histogram(defined.PROMPT_LENGTH)
         self._output_length = self._histogram(defined.OUTPUT_LENGTH)

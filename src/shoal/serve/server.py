@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import uvicorn
@@ -17,6 +17,7 @@ from shoal.core.config import EngineConfig
 from shoal.serve.engine_client import EngineClient
 from shoal.serve.generation import Generator
 from shoal.serve.http import Server
+from shoal.serve.http_connection import LimitedConnection
 from shoal.serve.protocol import Limits
 from shoal.serve.session import open_generator
 
@@ -113,7 +114,8 @@ async def _listen_until_stopped(
     front = _Front(
         uvicorn.Config(
             server.app,
-            http="httptools",
+            http=LimitedConnection.with_limits(config.limits),
+            ws="none",
             log_level="warning",
             lifespan="off",
             timeout_keep_alive=10,
@@ -136,6 +138,7 @@ async def _listen_until_stopped(
 
 
 class _Front(uvicorn.Server):
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
         """Signals are handled by `serve`, which drains the engine too."""
-        return contextlib.nullcontext()
+        yield

@@ -1,4 +1,4 @@
-"""A model ready to generate: resolved, loaded in an engine process, with its tokenizer. Server, batch and chat open one."""
+"""A model ready to generate, loaded in an engine process, with its tokenizer. Server, batch and chat open one."""
 
 from __future__ import annotations
 

@@ -1,15 +1,21 @@
 """Paged attention in plain torch: runs wherever torch does, and is what every other backend is tested against.
 
-Shapes: S sequences, T tokens, N query heads, M key/value heads, G = N / M, D head size, L padded context, Q padded
-queries, K blocks of the cache, P tokens a block.
+Shapes: S sequences, T tokens, N query heads, M key/value heads, G = N / M, D head size, L padded context, Q queries of
+each sequence, B blocks of a table, K blocks of the cache, P tokens a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoal.engine.attention.base import AttentionBatch
+
+_MAX_ELEMENTS = 1 << 25
+"""Of one temporary tensor, gathered keys or scores: 128 MiB in float32. Longer work is cut into several."""
 
 
 class PortableCache:
@@ -22,8 +28,25 @@ class PortableCache:
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Sequences with equally many queries, computed in one padded call: all decodes are."""
+
+    tokens_SQ: Tensor
+    """Their rows within T."""
+    tables_SB: Tensor
+    context_lens_S: Tensor
+    shortest: int
+    longest: int
+
+
 class PortableAttention:
     name = "portable"
+
+    def __init__(self) -> None:
+        # Of the step in progress: every layer asks for the same groups, and finding them waits for the device.
+        self._batch: AttentionBatch | None = None
+        self._groups: list[_Group] = []
 
     def allocate(
         self,
@@ -36,7 +59,7 @@ class PortableAttention:
         device: torch.device,
     ) -> PortableCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        # Zeros, not empty: masked positions are multiplied by a weight of 0, and 0 * NaN is NaN.
+        # Zeros, not empty: positions outside a window are multiplied by a weight of 0, and 0 * NaN is NaN.
         make = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
         return PortableCache(make[::2], make[1::2])
 
@@ -61,48 +84,106 @@ class PortableAttention:
         num_tokens, num_heads, head_dim = q_TND.shape
         out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
         lse_TN = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q_TND.device)
-        starts = batch.query_starts_S1.tolist()
-        lens = batch.context_lens_S.tolist()
-        # Sequences with equally many queries go in one padded call: all decodes do.
-        groups: dict[int, list[int]] = {}
-        for i in range(len(lens)):
-            groups.setdefault(starts[i + 1] - starts[i], []).append(i)
-        for num_queries, members in groups.items():
-            context = max(lens[i] for i in members)
-            num_blocks = -(-context // cache.block_size)
-            rows = torch.tensor(members, device=q_TND.device)
-            tables_SB = batch.block_tables_SB[rows, :num_blocks].long()
-            # Beyond a sequence's own blocks a table holds anything: any valid block will do, for it is masked.
-            tables_SB = tables_SB.clamp(0, cache.num_blocks - 1)
-            keys = cache.keys_KPMD[layer][tables_SB].flatten(1, 2)[:, :context]
-            values = cache.values_KPMD[layer][tables_SB].flatten(1, 2)[:, :context]
-            tokens_SQ = torch.tensor([starts[i] for i in members], device=q_TND.device)[:, None] + torch.arange(
-                num_queries, device=q_TND.device
-            )
-            out, lse = _attend(q_TND[tokens_SQ], keys, values, batch.context_lens_S[rows], scale, window, soft_cap)
-            out_TND[tokens_SQ] = out.to(out_TND.dtype)
-            lse_TN[tokens_SQ] = lse
+        if self._batch is not batch:
+            self._groups = list(_groups(batch, cache))
+            self._batch = batch
+        for group in self._groups:
+            for first, end in _query_tiles(group, num_heads):
+                queries = group.tokens_SQ[:, first:end]
+                keys, values, start = _gather(cache, layer, group, first, end, window)
+                # Position of each query in its sequence: the last of Q stands at context_len - 1.
+                behind_Q = torch.arange(first, end, device=q_TND.device) - group.tokens_SQ.shape[1]
+                at_SQ = group.context_lens_S[:, None] + behind_Q
+                out, lse = _attend(q_TND[queries], keys, values, at_SQ, start, scale, window, soft_cap)
+                out_TND[queries] = out.to(out_TND.dtype)
+                lse_TN[queries] = lse
         return out_TND, lse_TN if need_lse else None
+
+
+def _groups(batch: AttentionBatch, cache: PortableCache) -> Iterator[_Group]:
+    starts, lens = batch.query_starts_S1.tolist(), batch.context_lens_S.tolist()
+    per_position = cache.keys_KPMD[0][0, 0].numel()
+    # Sorted, so that a call pads sequences to the length of their likes.
+    order = sorted(
+        (i for i in range(len(lens)) if starts[i + 1] > starts[i]), key=lambda i: (_queries(starts, i), lens[i])
+    )
+    members: list[int] = []
+    for i in order:
+        too_many = (len(members) + 1) * lens[i] * per_position > _MAX_ELEMENTS
+        if members and (too_many or _queries(starts, i) != _queries(starts, members[0])):
+            yield _group(members, starts, lens, batch, cache)
+            members = []
+        members.append(i)
+    if members:
+        yield _group(members, starts, lens, batch, cache)
+
+
+def _queries(starts: list[int], i: int) -> int:
+    return starts[i + 1] - starts[i]
+
+
+def _group(
+    members: list[int], starts: list[int], lens: list[int], batch: AttentionBatch, cache: PortableCache
+) -> _Group:
+    device = batch.context_lens_S.device
+    longest = max(lens[i] for i in members)
+    rows = torch.tensor(members, device=device)
+    tables_SB = batch.block_tables_SB[rows, : -(-longest // cache.block_size)].long()
+    first_tokens_S1 = torch.tensor([[starts[i]] for i in members], device=device)
+    return _Group(
+        tokens_SQ=first_tokens_S1 + torch.arange(_queries(starts, members[0]), device=device),
+        # Beyond a sequence's own blocks a table holds anything: any valid block will do, for it is masked.
+        tables_SB=tables_SB.clamp(0, cache.num_blocks - 1),
+        context_lens_S=batch.context_lens_S[rows].long(),
+        shortest=min(lens[i] for i in members),
+        longest=longest,
+    )
+
+
+def _query_tiles(group: _Group, num_heads: int) -> Iterator[tuple[int, int]]:
+    """Ranges of queries whose scores over the whole context stay within the limit."""
+    num_sequences, num_queries = group.tokens_SQ.shape
+    step = max(1, _MAX_ELEMENTS // (num_sequences * num_heads * group.longest))
+    for first in range(0, num_queries, step):
+        yield first, min(first + step, num_queries)
+
+
+def _gather(
+    cache: PortableCache, layer: int, group: _Group, first: int, end: int, window: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (S, L, M, D) that queries [first, end) can see, and the position of the first."""
+    num_queries = group.tokens_SQ.shape[1]
+    first_block = 0
+    if window is not None:
+        first_block = max(0, group.shortest - num_queries + first - window + 1) // cache.block_size
+    stop = group.longest - num_queries + end
+    tables = group.tables_SB[:, first_block : -(-stop // cache.block_size)]
+    start = first_block * cache.block_size
+    keys = cache.keys_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
+    values = cache.values_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
+    # A block that pads the table may hold another sequence's NaN, which a weight of 0 would not stop.
+    foreign_SL = torch.arange(start, stop, device=values.device) >= group.context_lens_S[:, None]
+    return keys, values.masked_fill_(foreign_SL[:, :, None, None], 0.0), start
 
 
 def _attend(
     q_SQND: Tensor,
     k_SLMD: Tensor,
     v_SLMD: Tensor,
-    context_lens_S: Tensor,
+    at_SQ: Tensor,
+    start: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax in float32. Query j of Q stands at position context_len - Q + j of its sequence."""
-    num_queries, num_kv_heads = q_SQND.shape[1], k_SLMD.shape[2]
-    q = q_SQND.unflatten(2, (num_kv_heads, -1)).float()
+    """Softmax in float32. Queries stand at `at_SQ`, keys at `start` and on. Returns (S, Q, N, D) and (S, Q, N)."""
+    sequences, queries, _, head_dim = q_SQND.shape
+    q = q_SQND.reshape(sequences, queries, k_SLMD.shape[2], -1, head_dim).float()
     scores = torch.einsum("sqmgd,slmd->smgql", q, k_SLMD.float()) * scale
     if soft_cap is not None:
         scores = torch.tanh(scores / soft_cap) * soft_cap
-    queries = torch.arange(num_queries, device=q.device)
-    at_SQ1 = (context_lens_S.long()[:, None] - num_queries + queries)[:, :, None]
-    positions_L = torch.arange(k_SLMD.shape[1], device=q.device)
+    at_SQ1 = at_SQ[:, :, None]
+    positions_L = torch.arange(start, start + k_SLMD.shape[1], device=q.device)
     seen_SQL = positions_L <= at_SQ1
     if window is not None:
         seen_SQL &= positions_L > at_SQ1 - window

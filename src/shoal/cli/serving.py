@@ -1,0 +1,61 @@
+"""`shoal serve`: settings to a running server, and what people see of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.markup import escape
+
+from shoal.cli.terminal import StartBar, error_console, format_bytes, resolve_with_progress
+from shoal.config import load_config
+from shoal.serve.engine_client import EngineClient
+from shoal.serve.server import ServeConfig, listen, serve
+
+
+def run_server(model: str, file: Path | None, flags: Mapping[str, Any], recording: Path | None) -> int:
+    """Until it is told to stop; returns the exit status. `flags` are ServeConfig's keys, dotted."""
+    errors, console = error_console(), Console(highlight=False)
+    config = load_config(ServeConfig, file, flags)
+    if recording is not None:
+        recording.open("wb").close()  # a path that cannot be written is the user's to know before the model loads
+    listener = listen(config)
+    files = resolve_with_progress(model, errors)
+    name = config.served_model_name or files.name
+    with StartBar(name, errors) as bar:
+
+        def ready(url: str, engine: EngineClient) -> None:
+            bar.close()
+            _announce(console, name, url, engine)
+
+        running = serve(
+            config,
+            files,
+            listener,
+            on_progress=bar.report,
+            on_ready=ready,
+            recording=None if recording is None else str(recording.resolve()),
+        )
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            status = runner.run(running)
+    if status:
+        errors.print("[red bold]error:[/] the engine process ended unexpectedly; what it said is above")
+    return status
+
+
+def _announce(console: Console, name: str, url: str, engine: EngineClient) -> None:
+    info = engine.info
+    console.print(f"[bold green]{escape(name)}[/] is served at [bold]{url}/v1[/]", soft_wrap=True)
+    console.print(
+        f"{info.dtype} weights ({format_bytes(info.weight_bytes)}) on {info.device} with {info.ops} kernels; "
+        f"KV cache of {info.num_blocks * info.block_size:,} tokens ({format_bytes(info.kv_bytes)}); "
+        f"sequences of up to {info.max_len:,} tokens; started in {info.start_seconds:.1f} s",
+        style="dim",
+        soft_wrap=True,
+    )
+    console.print("Stop with Ctrl-C.", style="dim")
+    console.file.flush()

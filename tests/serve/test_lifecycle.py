@@ -1,0 +1,169 @@
+"""Clients that leave, signals, death: each fault is seen to have happened, and has a control without it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.serve.running import RunningServer, alive, running, state_of, wait_until
+
+LONG = {"prompt": "fish", "max_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("tiny"), max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[RunningServer]:
+    with running(checkpoint) as one:
+        yield one
+
+
+class Stream:
+    """A streamed completion whose first event has come. It goes on until it is read to its end or closed."""
+
+    def __init__(self, server: RunningServer, **changes: object) -> None:
+        request = server.client.build_request("POST", "/v1/completions", json=LONG | {"stream": True} | changes)
+        self._response = server.client.send(request, stream=True)
+        # Kept: httpx closes the connection with the iterator.
+        self._events = self._response.iter_bytes()
+        self.first = next(self._events)
+
+    def rest(self) -> bytes:
+        return b"".join(self._events)
+
+    def close(self) -> None:
+        self._response.close()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, streaming: bool) -> None:
+    server.wait_for_metric("shoal:num_requests_running", 0)
+    if streaming:
+        stream = Stream(server)
+        assert server.metric("shoal:num_requests_running") == 1
+        stream.close()
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/v1/completions", json=LONG, timeout=0.5)
+    steps = server.metric("shoal:engine_steps_total")
+    server.wait_for_metric("shoal:num_requests_running", 0)
+    server.wait_for_metric("shoal:kv_cache_usage_perc", 0)
+    # It would have run for 4,000 steps: it stopped soon after.
+    assert server.metric("shoal:engine_steps_total") - steps < 2000
+
+
+def test_readiness_is_progress(checkpoint: Path) -> None:
+    with running(checkpoint, stall_seconds=1.0) as server:
+        stream = Stream(server)
+        assert server.client.get("/ready").status_code == 200, "control: it makes steps"
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        wait_until(lambda: state_of(server.engine_pid) == "T", 5, "the engine to stop")
+        wait_until(lambda: server.client.get("/ready").status_code == 503, 10, "not ready")
+        assert "no step" in server.client.get("/ready").json()["reason"]
+        assert server.client.get("/health").status_code == 200
+        os.kill(server.engine_pid, signal.SIGCONT)
+        wait_until(lambda: server.client.get("/ready").status_code == 200, 10, "ready again")
+        stream.close()
+
+
+def test_nothing_outlives_a_front_that_is_killed(checkpoint: Path) -> None:
+    with running(checkpoint) as server:
+        stream = Stream(server)
+        assert alive(server.engine_pid), "control: it lives while its parent does"
+        server.process.kill()
+        server.process.wait()
+        wait_until(lambda: not alive(server.engine_pid), 5, "the engine to die with its parent")
+        stream.close()
+
+
+def test_sigterm_drains_what_runs_and_exits_0(checkpoint: Path) -> None:
+    with running(checkpoint, drain_seconds=20) as server:
+        result: list[dict[str, object]] = []
+
+        def ask() -> None:
+            body = LONG | {"max_tokens": 600}
+            result.append(httpx.post(server.url + "/v1/completions", json=body, timeout=60).json())
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        server.wait_for_metric("shoal:num_requests_running", 1)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(60)
+        assert server.process.wait(20) == 0
+        assert result[0]["usage"]["completion_tokens"] == 600  # type: ignore[index]
+        assert not alive(server.engine_pid)
+
+
+def test_a_drain_ends_at_its_limit(checkpoint: Path) -> None:
+    with running(checkpoint, drain_seconds=1, engine={"check": False}) as server:
+        stream = Stream(server, n=8)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 20
+        assert not alive(server.engine_pid)
+        stream.close()
+
+
+def test_a_lost_engine_ends_the_server_with_an_error(checkpoint: Path) -> None:
+    with running(checkpoint) as server:
+        stream = Stream(server)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        rest = stream.rest()
+        assert b"engine_lost" in rest and rest.endswith(b"data: [DONE]\n\n")
+        assert server.process.wait(20) == 1
+
+
+def test_a_key_guards_everything_but_health(checkpoint: Path) -> None:
+    with running(checkpoint, api_key="secret") as server:
+        client = server.client
+        paths = [
+            "/v1/models",
+            "/metrics",
+            "/ready",
+            "/version",
+            "/tokenize",
+            "/v1/chat/completions",
+            "/",
+            "//v1/models",
+        ]
+        for path in paths:
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+                assert client.get(path, headers=headers).status_code == 401
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+def test_a_taken_port_and_a_public_address_are_refused_at_once() -> None:
+    from shoal.core.config import EngineConfig
+    from shoal.serve.server import ListenError, ServeConfig, listen
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError, match="--port 0"):
+        listen(ServeConfig(engine=EngineConfig(model=""), port=taken.getsockname()[1]))
+    with pytest.raises(ListenError, match="--allow-remote"):
+        listen(ServeConfig(engine=EngineConfig(model=""), host="0.0.0.0", port=0))
+
+
+def test_a_bad_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    import asyncio
+
+    from shoal.core.config import EngineConfig
+    from shoal.serve.engine_client import EngineClient, EngineStartError
+
+    path = make_checkpoint("llama", tmp_path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(EngineStartError, match=r"model\.safetensors.*truncated"):
+        asyncio.run(EngineClient.start(EngineConfig(model=str(path))))
