@@ -1,13 +1,11 @@
-"""What storing the weights in bfloat16 or int8 costs: perplexity beside float32 on a fixed text.
+"""What int8 and bfloat16 weights cost in quality: perplexity beside float32, on text that every Python has.
 
     python benchmarks/quality.py
 
-The text is the Python language reference as the interpreter carries it (`pydoc_data.topics`, the sections in
-alphabetical order): plain English with some code, on every machine that runs this. It changes a little between versions
-of Python, so the SHA-256 of what was used is printed; the comparison is made within one run, on one text.
-
-It is cut into windows; each starts from nothing, and every token of a window but the first is predicted. Perplexity is
-exp(mean negative log-likelihood). Target: int8 within 1% of float32.
+The text is the language reference in the standard library's `pydoc_data.topics`: topics in the order of their names, joined
+by blank lines. It differs a little between versions of Python, so the report gives version and SHA-256; the relative
+difference of two precisions on the same text is what counts. Windows of 1,024 tokens are scored independently,
+each from its second token on.
 
 Shapes: T tokens of a window, H hidden, V vocabulary.
 """
@@ -18,140 +16,115 @@ import argparse
 import hashlib
 import math
 import platform
-import statistics
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from pydoc_data.topics import topics
-
-import torch
+from typing import cast
 
 import machine
-from shoal.checkpoint.builtin import PullError
-from shoal.checkpoint.errors import CheckpointError, ModelNotFound
-from shoal.checkpoint.resolve import load_spec, resolve
+import torch
+
+from shoal.checkpoint.builtin import pull
+from shoal.checkpoint.resolve import load_spec
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import WeightPrecision
-from shoal.engine.attention.base import AttentionBatch
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch
 from shoal.engine.attention.native import NativeAttention
+from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
+from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.weights import open_weights
 
-PRECISIONS: tuple[WeightPrecision, ...] = ("float32", "bfloat16", "int8")
 BLOCK_SIZE = 16
-TARGET = 0.01
-CPU = torch.device("cpu")
+PRECISIONS: tuple[WeightPrecision, ...] = ("float32", "bfloat16", "int8")
+LIMIT = 0.01
+"""Relative difference to float32 that a precision may have."""
 
 
-@dataclass(frozen=True)
-class Text:
-    windows: list[list[int]]
-    sha256: str
-    """Of the UTF-8 text before it was cut."""
+def reference_text() -> str:
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def read_text(model: Path, num_windows: int, window_len: int) -> Text:
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = load_tokenizer(model).encode(text)
-    available = len(ids) // window_len
-    if available < num_windows:
-        raise SystemExit(
-            f"--windows: the text has {available} windows of {window_len} tokens, {num_windows} were asked for"
-        )
-    # Evenly spread, so that no single topic decides.
-    starts = [index * available // num_windows * window_len for index in range(num_windows)]
-    windows = [ids[start : start + window_len] for start in starts]
-    return Text(windows, hashlib.sha256(text.encode()).hexdigest())
-
-
-def losses(model: Path, precision: WeightPrecision, windows: list[list[int]], threads: int) -> list[float]:
-    """Mean negative log-likelihood, in nats a token, of each window. The KV cache is as the engine keeps it: bfloat16
-    unless the weights are float32."""
-    spec = load_spec(model)
-    ops = NativeOps(threads=threads)
+def make_decoder(model: Path, precision: WeightPrecision, max_len: int, arithmetic: str) -> Decoder:
+    """On the CPU, with the kernels that `shoal serve` uses there, or with torch."""
+    spec, cpu = load_spec(model), torch.device("cpu")
+    ops: Ops
+    attention: AttentionBackend
+    if arithmetic == "native":
+        native = NativeOps(threads=machine.num_cores())
+        ops, attention = native, NativeAttention(native)
+    else:
+        ops, attention = TorchOps(cpu), PortableAttention()
+    decoder = Decoder(spec, ops, attention, precision, device=cpu, max_len=max_len)
+    source = open_weights(model)
     try:
-        decoder = Decoder(
-            spec,
-            ops,
-            NativeAttention(ops),
-            precision,
-            device=CPU,
-            kv_dtype=torch.float32 if precision == "float32" else torch.bfloat16,
-            max_len=len(windows[0]),
-        )
-        source = open_weights(model)
-        try:
-            decoder.load(source)
-        finally:
-            source.close()
-        with torch.inference_mode():
-            return [window_loss(decoder, window) for window in windows]
+        decoder.load(source)
     finally:
-        ops.close()
+        source.close()
+    return decoder
 
 
-def window_loss(decoder: Decoder, window: list[int]) -> float:
-    length = len(window)
-    num_blocks = -(-length // BLOCK_SIZE)
-    batch = AttentionBatch(
-        query_starts_S1=torch.tensor([0, length], dtype=torch.int32),
-        context_lens_S=torch.tensor([length], dtype=torch.int32),
-        block_tables_SB=torch.arange(num_blocks, dtype=torch.int32)[None],
-        slot_mapping_T=torch.arange(length, dtype=torch.int32),
-        max_query_len=length,
-        max_context_len=length,
-    )
-    ids_T = torch.tensor(window)
+def window_losses(decoder: Decoder, windows: list[list[int]]) -> list[float]:
+    """Mean negative log-likelihood a token of each window, in nats."""
+    window_len = len(windows[0])
+    num_blocks = -(-window_len // BLOCK_SIZE)
     cache = decoder.new_cache(num_blocks, BLOCK_SIZE)
-    hidden_TH = decoder.forward(ids_T, torch.arange(length), batch, cache)
-    logits_TV = decoder.logits(hidden_TH[:-1].contiguous())
-    return float(torch.nn.functional.cross_entropy(logits_TV.double(), ids_T[1:]))
-
-
-def report(results: dict[WeightPrecision, list[float]]) -> str:
-    reference = results["float32"]
-    lines = ["| weights | perplexity | relative to float32 | standard error | within 1% |", "|" + " --- |" * 5]
-    for precision, found in results.items():
-        # Windows are paired, so what differs between texts does not blur what differs between precisions.
-        differences = [loss - base for loss, base in zip(found, reference, strict=True)]
-        change = math.expm1(statistics.mean(differences))
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        relative = "–" if precision == "float32" else f"{change:+.3%}"
-        verdict = "–" if precision == "float32" else "yes" if change <= TARGET else "**no**"
-        perplexity = math.exp(statistics.mean(found))
-        lines.append(f"| {precision} | {perplexity:.4f} | {relative} | {error:.3%} | {verdict} |")
-    return "\n".join(lines)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Perplexity of each weight precision on a fixed text.")
-    parser.add_argument("--model", default="smollm2-135m", help="as for `shoal serve`; default smollm2-135m")
-    parser.add_argument("--windows", type=int, default=64, help="default 64")
-    parser.add_argument("--window-len", type=int, default=512, help="tokens; default 512")
-    parser.add_argument("--threads", type=int, default=machine.num_cores(), help="default: all cores")
-    arguments = parser.parse_args()
-    for option, least in (("windows", 2), ("window_len", 2), ("threads", 1)):
-        if getattr(arguments, option) < least:
-            given = getattr(arguments, option)
-            parser.error(f"--{option.replace('_', '-')} must be at least {least}, got {given}")
-    return arguments
+    positions_T = torch.arange(window_len)
+    batch = AttentionBatch(
+        query_starts_S1=torch.tensor([0, window_len], dtype=torch.int32),
+        context_lens_S=torch.tensor([window_len], dtype=torch.int32),
+        block_tables_SB=torch.arange(num_blocks, dtype=torch.int32)[None],
+        slot_mapping_T=positions_T.int(),
+        max_query_len=window_len,
+        max_context_len=window_len,
+    )
+    losses = []
+    for window in windows:
+        ids_T = torch.tensor(window)
+        with torch.inference_mode():
+            logits_TV = decoder.logits(decoder.forward(ids_T, positions_T, batch, cache)[:-1])
+            losses.append(float(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:])))
+    return losses
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if (reason := unavailable_reason()) is not None:
-        raise SystemExit(f"this measures the native kernels, which are not available: {reason}")
-    try:
-        model = resolve(arguments.model).path
-    except (ModelNotFound, PullError, CheckpointError) as error:
-        raise SystemExit(f"--model: {error}") from None
-    text = read_text(model, arguments.windows, arguments.window_len)
-    facts = machine.describe()
-    print(f"{arguments.model} on {facts['cpu']}, Python {platform.python_version()}, torch {facts['torch']}")
-    print(f"{arguments.windows} windows of {arguments.window_len} tokens, text SHA-256 {text.sha256}\n")
-    results = {precision: losses(model, precision, text.windows, arguments.threads) for precision in PRECISIONS}
-    print(report(results))
+    parser = argparse.ArgumentParser(description="Perplexity by weight precision, as a Markdown table.")
+    parser.add_argument("--model", default="smollm2-135m", help="a built-in model; default smollm2-135m")
+    parser.add_argument("--windows", type=int, default=32, help="default 32")
+    parser.add_argument("--window-len", type=int, default=1024, help="tokens; default 1024")
+    parser.add_argument("--ops", choices=["native", "torch"], help="arithmetic; default: native where it can run")
+    arguments = parser.parse_args()
+    if arguments.windows < 1 or arguments.window_len < 2:
+        parser.error("--windows must be at least 1 and --window-len at least 2")
+    arithmetic = arguments.ops or ("torch" if unavailable_reason() else "native")
+    model = pull(arguments.model)
+    text = reference_text()
+    ids = load_tokenizer(model).encode(text)
+    length = arguments.window_len
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][: arguments.windows]
+    if len(windows) < arguments.windows:
+        parser.error(f"--windows: the text has only {len(windows)} windows of {length} tokens")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    print(
+        f"{arguments.model}, {len(windows)} windows of {length} tokens of Python {platform.python_version()}'s "
+        f"`pydoc_data.topics` (SHA-256 {digest[:16]}), {arithmetic} arithmetic\n"
+    )
+    print("| weights | MB | perplexity | against float32 | worst window | within 1% |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    baseline: list[float] = []
+    for precision in PRECISIONS:
+        decoder = make_decoder(model, precision, length, arithmetic)
+        losses = window_losses(decoder, windows)
+        decoder.ops.close()
+        baseline = baseline or losses
+        differences = [math.expm1(loss - base) for loss, base in zip(losses, baseline, strict=True)]
+        difference = math.expm1((sum(losses) - sum(baseline)) / len(losses))
+        print(
+            f"| {precision} | {decoder.num_weight_bytes / 1e6:.0f} | {math.exp(sum(losses) / len(losses)):.4f} "
+            f"| {difference:+.3%} | {max(differences, key=abs):+.3%} | {'yes' if abs(difference) <= LIMIT else '**no**'} |"
+        )
 
 
 if __name__ == "__main__":

@@ -191,3 +191,18 @@ def test_after_all_that_nothing_is_held(server: RunningServer) -> None:
     server.wait_for_metric("shoal:num_requests_running", 0)
     server.wait_for_metric("shoal:kv_cache_usage_perc", 0)
     assert server.metric("shoal:engine_failures_total") == 0
+
+
+def test_a_prompt_is_too_long_by_its_tokens_not_its_characters(server: RunningServer) -> None:
+    def status(text: str) -> tuple[int, str | None]:
+        answer = server.client.post("/v1/completions", json={"prompt": text, "max_tokens": 1})
+        return answer.status_code, answer.json().get("error", {}).get("code")
+
+    sentence = "many gpus one movement, a shoal of fish turns as one and nobody gives the order"
+    tokens = server.client.post("/tokenize", json={"prompt": sentence}).json()["count"]
+    limit = server.client.get("/v1/models").json()["data"][0]["max_model_len"]
+    fits = sentence * ((limit - 2) // tokens)
+    assert len(fits) > 4 * limit, "control: long enough to be looked at piece by piece"
+    assert status(fits) == (200, None)
+    assert status(fits + sentence * 2) == (400, "context_length_exceeded")
+    assert status(fits * 20) == (400, "context_length_exceeded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -57,8 +58,20 @@ def _for_user(error: Exception) -> str | None:
 
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineStartError, EngineLost)
-    return str(error) if isinstance(error, (*told, ListenError)) else None
+    if isinstance(error, EngineStartError):
+        return _with_flags(str(error))
+    told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError)
+    return str(error) if isinstance(error, told) else None
+
+
+def _with_flags(message: str) -> str:
+    """The engine speaks of its settings by their keys; on the command line they have the field's names."""
+    from shoal.cli.app import ENGINE_FLAGS
+
+    for flag, key in ENGINE_FLAGS.items():
+        if "_" in key:  # others are words of the language too
+            message = re.sub(rf"\b{key}\b", f"--{flag.replace('_', '-')}", message)
+    return message
 
 
 def _say(message: str) -> None:

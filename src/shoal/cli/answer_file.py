@@ -78,7 +78,8 @@ class AnswerFile:
 
     def _foreign(self, reason: str) -> CommandError:
         return CommandError(
-            f"{self.path} does not hold the answers to this input: {reason}; name another file, or begin anew with --force"
+            f"{self.path} does not hold the answers to this input: {reason}; name "
+            "another file, or begin anew with --force"
         )
 
     def append(self, line: bytes) -> None:

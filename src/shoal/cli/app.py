@@ -20,7 +20,7 @@ app = typer.Typer(
 _ENGINE = "Engine"
 _SERVER = "Server"
 
-FLAGS = {
+ENGINE_FLAGS = {
     "model": "model",
     "dtype": "dtype",
     "device": "device",
@@ -67,9 +67,7 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [default: auto]", rich_help_panel=_ENGINE)
 ]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. [default: one a core]", rich_help_panel=_ENGINE)
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: one a core]", rich_help_panel=_ENGINE)]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Longest sequence in tokens. [default: the model's]", rich_help_panel=_ENGINE)
 ]
@@ -84,9 +82,7 @@ BlockSize = Annotated[
 ]
 KVCacheMemory = Annotated[
     int | None,
-    typer.Option(
-        parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE
-    ),
+    typer.Option(parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE),
 ]
 PrefixCaching = Annotated[
     bool | None,
@@ -102,7 +98,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _engine_flags(context: typer.Context) -> dict[str, Any]:
     """Flags of this command by their keys in EngineConfig; None where not given."""
-    return {key: context.params.get(flag) for flag, key in FLAGS.items()}
+    return {key: context.params.get(flag) for flag, key in ENGINE_FLAGS.items()}
 
 
 def _version(asked: bool) -> None:
@@ -212,8 +208,8 @@ def generate(
     """Answer a file of requests.
 
     A line of the input is a JSON object with `prompt` or `messages`, any field of the API, and an `id` of your own. A
-    line of the output is its answer, in the same order: `text`, `token_ids`, `finish_reason`, `usage`, or `error`. After
-    an interruption the same command goes on where it stopped.
+    line of the output is its answer, in the same order, with `text`, `token_ids`, `finish_reason` and `usage`, or with
+    `error`. After an interruption the same command goes on where it stopped.
 
     **Examples**
 

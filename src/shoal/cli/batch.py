@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 from shoal.cli.answer_file import AnswerFile
 from shoal.cli.errors import CommandError
 from shoal.cli.local_engine import exit_on_sigterm, local_engine
-from shoal.cli.terminal import error_console, resolve_with_progress
+from shoal.cli.terminal import error_console, passing_bar, resolve_with_progress
 from shoal.config import load_config
 from shoal.core.config import EngineConfig
 from shoal.serve.engine_client import EngineLost
@@ -147,8 +147,8 @@ def _first(group: ExceptionGroup[Any]) -> Exception:
 @contextmanager
 def _bar(tally: Tally, total: int, console: Console) -> Iterator[Callable[[], None]]:
     """Gives what to call after each answer."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(tally))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(tally), TimeRemainingColumn())
+    with passing_bar(console, *columns) as bar:
         task = bar.add_task("answers", total=total, completed=tally.answers)
         yield lambda: bar.update(task, completed=tally.answers)
 
@@ -254,7 +254,9 @@ async def _generate(
     generator: Generator, body: ChatLine | CompletionLine, request_id: str, tally: Tally
 ) -> dict[str, Any]:
     if isinstance(body, ChatRequest):
-        prompts = [generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt, body.chat_template_kwargs)]
+        prompts = [
+            generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt, body.chat_template_kwargs)
+        ]
         form: Any = ChatFormat(body, generator.tokenizer, body.model, request_id, prompts)
     else:
         prompts = generator.prompts(body)

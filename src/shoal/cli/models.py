@@ -91,7 +91,9 @@ def print_info(model: str, max_len: int | None, *, as_json: bool) -> None:
     files = resolve_with_progress(model, error_console())
     spec = load_spec(files.path)
     if max_len is not None and max_len > spec.max_len:
-        raise CommandError(f"--max-model-len is {max_len}, and {files.name} was made for {spec.max_len} tokens: lower it")
+        raise CommandError(
+            f"--max-model-len is {max_len}, and {files.name} was made for {spec.max_len} tokens: lower it"
+        )
     length = max_len or spec.max_len
 
     import torch
@@ -167,5 +169,7 @@ def _print_facts(name: str, spec: ModelSpec, available: int, device: str, length
 
 def _count(number: int) -> str:
     """134,515,008 (135M)."""
-    short = f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.0f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
+    short = (
+        f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.0f}M" if number >= 1e6 else f"{number / 1e3:.0f}K"
+    )
     return f"{number:,} ({short})"

@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from shoal.checkpoint.resolve import ModelFiles, resolve
 
@@ -27,9 +35,9 @@ def error_console() -> Console:
 
 def resolve_with_progress(model: str, console: Console) -> ModelFiles:
     """`resolve`, with a bar while a built-in model is fetched. Raises what `resolve` raises."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(f"{model}", total=None, visible=False)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with passing_bar(console, *columns) as bar:
+        task = bar.add_task(model, total=None, visible=False)
 
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=f"{what} {model}", completed=done, total=total, visible=True)
@@ -37,12 +45,18 @@ def resolve_with_progress(model: str, console: Console) -> ModelFiles:
         return resolve(model, progress=report)
 
 
+def passing_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A bar that leaves no trace, and nothing at all where there is no terminal."""
+    shown = (TextColumn("{task.description}"), *columns)
+    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+
+
 class StartBar:
     """A bar while an engine starts, gone when it has started. `report` is what EngineClient.start reports to."""
 
     def __init__(self, name: str, console: Console) -> None:
         self._name = name
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True)
+        self._progress = passing_bar(console, BarColumn())
         self._task = self._progress.add_task(f"starting {name}", total=1.0)
 
     def __enter__(self) -> StartBar:

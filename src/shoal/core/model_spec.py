@@ -101,41 +101,50 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def is_windowed(self, layer: int) -> bool:
         return self.window is not None and (not self.windowed_layers or self.windowed_layers[layer])
 
-    def attention_parameters(self) -> int:
-        """Of one layer, norms of query and key included."""
-        h = self.hidden_size
-        if self.mla is not None:
-            m = self.mla
-            qk_dim = m.qk_nope_head_dim + m.qk_rope_head_dim
-            query = h * self.num_heads * qk_dim
-            if m.q_lora_rank is not None:
-                query = h * m.q_lora_rank + m.q_lora_rank + m.q_lora_rank * self.num_heads * qk_dim
-            latent = h * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank
-            expand = m.kv_lora_rank * self.num_heads * (m.qk_nope_head_dim + m.v_head_dim)
-            return query + latent + expand + self.num_heads * m.v_head_dim * h
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        biases = (q + 2 * kv if self.qkv_bias else 0) + (h if self.output_bias else 0)
-        norms = 2 * self.head_dim if self.qk_norm else 0
-        return h * (q + 2 * kv) + biases + norms + q * h
+    def attention_matrices(self) -> int:
+        """Parameters of one layer's projections, without biases and norms."""
+        h, n = self.hidden_size, self.num_heads
+        if self.mla is None:
+            return h * (2 * n + 2 * self.num_kv_heads) * self.head_dim
+        m = self.mla
+        qk_dim = m.qk_nope_head_dim + m.qk_rope_head_dim
+        query = h * n * qk_dim if m.q_lora_rank is None else m.q_lora_rank * (h + n * qk_dim)
+        latent = h * (m.kv_lora_rank + m.qk_rope_head_dim)
+        expand = m.kv_lora_rank * n * (m.qk_nope_head_dim + m.v_head_dim)
+        return query + latent + expand + n * m.v_head_dim * h
 
-    def mlp_parameters(self, layer: int, *, active: bool = False) -> int:
-        """Of one layer; `active` counts only the experts that one token visits, and the router."""
-        h = self.hidden_size
-        if self.moe is None or layer < self.moe.first_dense_layers:
+    def attention_vectors(self) -> int:
+        """Parameters of one layer's biases and norms within attention."""
+        if self.mla is not None:
+            return (self.mla.q_lora_rank or 0) + self.mla.kv_lora_rank
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
+        norms = 2 * self.head_dim if self.qk_norm else 0
+        return biases + norms + (self.hidden_size if self.output_bias else 0)
+
+    def mlp_matrices(self, layer: int, *, active: bool = False) -> int:
+        """Parameters of one layer's MLP or router and experts; `active` counts the experts that one token visits."""
+        h, moe = self.hidden_size, self.moe
+        if moe is None or layer < moe.first_dense_layers:
             return 3 * h * self.intermediate_size
-        moe = self.moe
-        expert = 3 * h * moe.expert_intermediate_size
         experts = (moe.num_experts_per_token if active else moe.num_experts) + moe.num_shared_experts
-        return experts * expert + moe.num_experts * h + (moe.num_experts if moe.router_bias else 0)
+        return experts * 3 * h * moe.expert_intermediate_size + moe.num_experts * h
+
+    def _matrices(self, *, active: bool) -> int:
+        """Of all layers."""
+        mlps = sum(self.mlp_matrices(layer, active=active) for layer in range(self.num_layers))
+        return mlps + self.num_layers * self.attention_matrices()
+
+    def _vectors(self) -> int:
+        """Norms, biases and score corrections, of all layers and behind them."""
+        norms = (4 if self.sandwich_norms else 2) * self.hidden_size
+        corrections = 0
+        if self.moe is not None and self.moe.router_bias:
+            corrections = (self.num_layers - self.moe.first_dense_layers) * self.moe.num_experts
+        return self.num_layers * (self.attention_vectors() + norms) + corrections + self.hidden_size
 
     def _count(self, *, active: bool) -> int:
-        norms = (4 if self.sandwich_norms else 2) * self.hidden_size
-        layers = sum(
-            self.attention_parameters() + self.mlp_parameters(layer, active=active) + norms
-            for layer in range(self.num_layers)
-        )
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return embeddings + layers + self.hidden_size
+        return embeddings + self._matrices(active=active) + self._vectors()
 
     def num_parameters(self) -> int:
         return self._count(active=False)
@@ -172,19 +181,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def flops_per_token(self, context_len: int, *, with_head: bool = True) -> int:
         """Floating-point operations to compute one token that attends to `context_len` positions, itself included.
 
-        Two operations a weight (multiply and add; Kaplan et al., arXiv 2001.08361, table 1) and, for attention, two
-        products of head_dim a position and head: scores and the weighted sum. Windowed layers see at most their
-        window. Norms, biases, rope and softmax, together below 0.1%, are counted as weights or left out. MLA is
-        counted as it is computed without absorbing the up-projections.
+        Two operations (multiply, add) for each element of a matrix that the token meets (Kaplan et al.,
+        arXiv 2001.08361, table 1) and, for attention, two products of head_dim for each position and head: scores and
+        the weighted sum. Windowed layers see at most their window. Norms, biases, rope, softmax and activations are
+        left out. MLA is counted without absorbing its up-projections into the queries.
         """
-        embedding = self.vocab_size * self.hidden_size
-        matrices = self._count(active=True) - embedding * (1 if self.tied_embeddings else 2)
+        head = self.vocab_size * self.hidden_size if with_head else 0
         per_position = 4 * self.num_heads * self.head_dim
         if self.mla is not None:
             m = self.mla
             per_position = 2 * self.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
         positions = sum(self._visible(layer, context_len) for layer in range(self.num_layers))
-        return 2 * (matrices + (embedding if with_head else 0)) + per_position * positions
+        return 2 * (self._matrices(active=True) + head) + per_position * positions
 
 
 PRECISION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

@@ -6,7 +6,7 @@ Shapes: T tokens, H hidden, N output features, K input features, V vocabulary, D
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class NativeLinear:
         group = library.shoal_group()
         panels = -(-n // width)
         self.out_features, self.in_features = n, k
+        self.is_gated = gated
         self._library = library
         columns = panels * library.shoal_panel_width()
         # Zeros: the columns that pad the last panel are computed with the others.
@@ -60,7 +61,11 @@ class NativeLinear:
 
 
 class NativeOps:
-    """Float32 activations on the CPU. `variant` names an instruction set; None is the best that this CPU has."""
+    """Float32 activations on the CPU. `variant` names an instruction set; None is the best that this CPU has.
+
+    `threads` counts the caller's. Calls from several Python threads wait for each other. Every method raises ValueError
+    for tensors that do not fit, and RuntimeError once closed.
+    """
 
     name = "native"
 
@@ -68,10 +73,16 @@ class NativeOps:
         reason = unavailable_reason()
         if reason is not None:
             raise RuntimeError(reason)
+        if variant is not None and variant not in variants():
+            raise ValueError(f"variant {variant!r} cannot run here; this machine has: {', '.join(variants())}")
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
         self.variant = variant or variants()[0]
-        self.threads = max(1, threads)
+        self.threads = threads
         self.library = library = load_library(self.variant)
-        self.pool: int | None = library.shoal_pool_create(self.threads)
+        self.pool: int | None = library.shoal_pool_create(threads)
+        if self.pool is None:
+            raise RuntimeError(f"the system refuses {threads} threads: ask for fewer")
         # Looked up once: these are called some 200 times a step.
         self._linear = library.shoal_linear
         self._rms_norm = library.shoal_rms_norm
@@ -89,8 +100,16 @@ class NativeOps:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
+    def fail(self, out_of_range: str) -> NoReturn:
+        """Raise for a call that returned other than 0, which is so far only one of two reasons."""
+        if self.pool is None:
+            raise RuntimeError("these native kernels were closed")
+        raise ValueError(out_of_range)
+
     def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> NativeLinear:
         n, k = weight_NK.shape
+        if bias_N is not None and bias_N.shape != (n,):
+            raise ValueError(f"the bias has shape {tuple(bias_N.shape)}, the weights have {n} output features")
         packed = NativeLinear(self.library, precision, n, k, gated=False, bias=bias_N is not None)
         self._fill(packed, weight_NK, 0)
         if bias_N is not None:
@@ -109,16 +128,20 @@ class NativeOps:
     def _fill(self, packed: NativeLinear, weight_NK: Tensor, half: int) -> None:
         for first in range(0, weight_NK.shape[0], _ROWS_AT_A_TIME):
             rows = weight_NK[first : first + _ROWS_AT_A_TIME].float().contiguous()
-            self.library.shoal_pack(
-                self.pool, packed.address, rows.data_ptr(), rows.stride(0), first, rows.shape[0], half
-            )
+            count = rows.shape[0]
+            if self.library.shoal_pack(self.pool, packed.address, rows.data_ptr(), rows.stride(0), first, count, half):
+                self.fail("the weights do not fit")
 
     # --- compute ----------------------------------------------------------------------------------------------------
 
     def linear(self, x_TK: Tensor, packed: NativeLinear) -> Tensor:
+        if packed.is_gated:
+            raise ValueError("these weights were packed for gated()")
         return self._multiply(x_TK, packed, 0)
 
     def gated(self, x_TK: Tensor, packed: NativeLinear, activation: Activation) -> Tensor:
+        if not packed.is_gated:
+            raise ValueError("gated() takes weights of pack_gated()")
         return self._multiply(x_TK, packed, _ACTIVATIONS[activation])
 
     def _multiply(self, x_TK: Tensor, packed: NativeLinear, activation: int) -> Tensor:
@@ -128,41 +151,43 @@ class NativeOps:
             raise ValueError(f"input has {k} features, the weights take {packed.in_features}")
         _require_floats(x_TK)
         y_TN = torch.empty((rows, n))
-        self._linear(self.pool, packed.address, x_TK.data_ptr(), x_TK.stride(0), rows, activation, y_TN.data_ptr(), n)
+        x, y, stride = x_TK.data_ptr(), y_TN.data_ptr(), x_TK.stride(0)
+        if self._linear(self.pool, packed.address, x, stride, rows, activation, y, n):
+            self.fail("the input does not fit the weights")
         return y_TN
 
     def embedding(self, ids_T: Tensor, packed: NativeLinear) -> Tensor:
         ids = ids_T.long().contiguous()
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= packed.out_features):
-            raise ValueError(f"token ids must lie in [0, {packed.out_features})")
+        if packed.is_gated:
+            raise ValueError("an embedding cannot be read out of gated weights")
         y_TH = torch.empty((ids.numel(), packed.in_features))
-        self.library.shoal_embedding(
+        if self.library.shoal_embedding(
             self.pool, packed.address, ids.data_ptr(), ids.numel(), y_TH.data_ptr(), packed.in_features
-        )
+        ):
+            self.fail(f"token ids must lie in [0, {packed.out_features})")
         return y_TH
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         rows, n = x_TH.shape
         _require_floats(x_TH)
+        _require_norm(weight_H, n)
         y_TH = torch.empty((rows, n))
-        self._rms_norm(self.pool, x_TH.data_ptr(), x_TH.stride(0), weight_H.data_ptr(), eps, y_TH.data_ptr(), rows, n)
+        x, y, weight = x_TH.data_ptr(), y_TH.data_ptr(), weight_H.data_ptr()
+        if self._rms_norm(self.pool, x, x_TH.stride(0), weight, eps, y, rows, n):
+            self.fail("the input does not fit the norm")
         return y_TH
 
     def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         rows, n = x_TH.shape
         if not (x_TH.is_contiguous() and residual_TH.is_contiguous()) or residual_TH.shape != x_TH.shape:
             raise ValueError("add_rms_norm_ takes two contiguous tensors of one shape")
+        _require_floats(x_TH)
+        _require_floats(residual_TH)
+        _require_norm(weight_H, n)
         y_TH = torch.empty((rows, n))
-        self._add_rms_norm(
-            self.pool,
-            x_TH.data_ptr(),
-            residual_TH.data_ptr(),
-            weight_H.data_ptr(),
-            eps,
-            y_TH.data_ptr(),
-            rows,
-            n,
-        )
+        x, residual, weight, y = x_TH.data_ptr(), residual_TH.data_ptr(), weight_H.data_ptr(), y_TH.data_ptr()
+        if self._add_rms_norm(self.pool, x, residual, weight, eps, y, rows, n):
+            self.fail("the input does not fit the norm")
         return y_TH
 
     def rope_(
@@ -177,30 +202,55 @@ class NativeOps:
         k_norm_D: Tensor | None,
         eps: float,
     ) -> None:
-        self._rope(
+        rows, features = qkv_TA.shape
+        known, angles = cos_sin_PD.shape
+        _require_floats(qkv_TA)
+        expected = (num_heads + 2 * num_kv_heads) * head_dim
+        if features != expected or head_dim % 2 or angles != head_dim:
+            raise ValueError(
+                f"{num_heads} + 2 x {num_kv_heads} heads of {head_dim}, which must be even, are {expected} features and "
+                f"{head_dim} cosines and sines; got {features} and {angles}"
+            )
+        if positions_T.dtype != torch.int64 or positions_T.shape != (rows,) or not positions_T.is_contiguous():
+            raise ValueError(f"positions must be {rows} int64, got {tuple(positions_T.shape)} of {positions_T.dtype}")
+        if cos_sin_PD.dtype != torch.float32 or not cos_sin_PD.is_contiguous():
+            raise ValueError("the table of angles must be contiguous float32")
+        for norm_D in (q_norm_D, k_norm_D):
+            if norm_D is not None:
+                _require_norm(norm_D, head_dim)
+        if self._rope(
             self.pool,
             qkv_TA.data_ptr(),
             qkv_TA.stride(0),
             positions_T.data_ptr(),
             cos_sin_PD.data_ptr(),
-            qkv_TA.shape[0],
+            known,
+            rows,
             num_heads,
             num_kv_heads,
             head_dim,
             None if q_norm_D is None else q_norm_D.data_ptr(),
             None if k_norm_D is None else k_norm_D.data_ptr(),
             eps,
-        )
+        ):
+            self.fail(f"positions must lie in [0, {known})")
 
     def argmax(self, x_SV: Tensor) -> Tensor:
+        rows, width = x_SV.shape
+        if width == 0:
+            raise ValueError("the largest of no elements was asked for")
         _require_floats(x_SV)
-        out_S = torch.empty(x_SV.shape[0], dtype=torch.int64)
-        self.library.shoal_argmax(
-            self.pool, x_SV.data_ptr(), x_SV.stride(0), x_SV.shape[0], x_SV.shape[1], out_S.data_ptr()
-        )
+        out_S = torch.empty(rows, dtype=torch.int64)
+        if self.library.shoal_argmax(self.pool, x_SV.data_ptr(), x_SV.stride(0), rows, width, out_S.data_ptr()):
+            self.fail("the input does not fit")
         return out_S
 
 
 def _require_floats(x: Tensor) -> None:
     if x.dtype != torch.float32 or x.stride(-1) != 1:
         raise ValueError(f"native kernels take float32 with contiguous rows, got {x.dtype} with strides {x.stride()}")
+
+
+def _require_norm(weight: Tensor, size: int) -> None:
+    if weight.shape != (size,) or weight.dtype != torch.float32 or weight.stride(0) != 1:
+        raise ValueError(f"norm weights must be {size} float32, got {tuple(weight.shape)} of {weight.dtype}")

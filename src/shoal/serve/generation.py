@@ -29,6 +29,12 @@ from shoal.serve.protocol import (
     stop_strings,
 )
 
+_LIKELY_CHARACTERS_PER_TOKEN = 4
+"""Texts with more for each token of the context are probably too long, which is worth finding out cheaply."""
+_PIECE_CHARACTERS = 4096
+_TOKENS_LOST_TO_A_CUT = 16
+"""At most so many more tokens has a text because it was cut: only the words at the cut are tokenised otherwise."""
+
 
 class Job(msgspec.Struct, frozen=True):
     """A request ready for the engine, and what the text side must know of it."""
@@ -112,14 +118,21 @@ class Generator:
         raise invalid("prompt must be a string, a list of token ids, or a list of either", "prompt")
 
     def _encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
-        # A token has at most some tens of bytes; a text that cannot fit is refused before it costs anything.
-        most = self.max_len * 64
-        if len(text) > most:
-            raise self._too_long(f"the prompt has {len(text)} characters", field)
+        if len(text) > _LIKELY_CHARACTERS_PER_TOKEN * self.max_len:
+            self._refuse_surely_too_long(text, field)
         ids = self.tokenizer.encode(text, add_special_tokens)
         if not ids:
             raise invalid("the prompt has no tokens", field)
         return ids
+
+    def _refuse_surely_too_long(self, text: str, field: str) -> None:
+        """Tokenise piece by piece only until there are too many tokens, however long the text goes on."""
+        count = 0
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            piece = self.tokenizer.encode(text[start : start + _PIECE_CHARACTERS], False)
+            count += max(0, len(piece) - _TOKENS_LOST_TO_A_CUT)
+            if count >= self.max_len:
+                raise self._too_long(f"the prompt has {len(text)} characters, more than {count} tokens", field)
 
     def _too_long(self, what: str, field: str) -> ApiError:
         return invalid(

@@ -144,26 +144,29 @@ class Server:
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
+        arrived = time.monotonic()
         body = decode(await self._body(request), ChatRequest, self.limits)
         self._check_model(body.model)
         if isinstance(body.tool_choice, dict) or body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice must be 'none' or 'auto': a call cannot be forced", "tool_choice")
         tools = None if body.tool_choice == "none" else body.tools
         prompt = self.generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
-        return await self._answer(request, body, [prompt], ChatFormat)
+        return await self._answer(request, arrived, body, [prompt], ChatFormat)
 
     async def completions(self, request: Request) -> Response | EventStream:
+        arrived = time.monotonic()
         body = decode(await self._body(request), CompletionRequest, self.limits)
         self._check_model(body.model)
         if body.suffix:
             raise invalid("suffix is not supported", "suffix")
         if body.echo and body.logprobs is not None:
             raise invalid("echo together with logprobs is not supported", "echo")
-        return await self._answer(request, body, self.generator.prompts(body), CompletionFormat)
+        return await self._answer(request, arrived, body, self.generator.prompts(body), CompletionFormat)
 
     async def _answer(
         self,
         request: Request,
+        arrived: float,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         make_format: Any,
@@ -174,7 +177,7 @@ class Server:
         jobs = [await self.generator.job(body, p, f"{request_id}-{i}") for i, p in enumerate(prompts)]
         form = make_format(body, self.generator.tokenizer, self.model, request_id, prompts)
         usage = Usage(sum(map(len, prompts)))
-        pieces = self._pieces(jobs, usage)
+        pieces = self._pieces(jobs, usage, arrived)
         headers = {"x-request-id": request_id}
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -192,9 +195,9 @@ class Server:
         choices = [joined(collected[index]) for index in sorted(collected)]
         return _json(form.whole(choices, usage), headers=headers)
 
-    async def _pieces(self, jobs: list[Job], usage: Usage) -> AsyncIterator[tuple[int, Piece]]:
-        """Pieces of all jobs by choice number, interleaved as they come."""
-        timers = [self.metrics.timer(len(job.request.prompt), job.request.n) for job in jobs]
+    async def _pieces(self, jobs: list[Job], usage: Usage, arrived: float) -> AsyncIterator[tuple[int, Piece]]:
+        """Pieces of all jobs by choice number, interleaved as they come. `arrived`: monotonic second of the request."""
+        timers = [self.metrics.timer(arrived, len(job.request.prompt), job.request.n) for job in jobs]
         queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
 
         async def pump(number: int, job: Job) -> None:

@@ -38,18 +38,18 @@ class ServerMetrics:
     def rejected(self, status: int) -> None:
         self._rejected.labels(str(status)).inc()
 
-    def timer(self, num_prompt_tokens: int, num_sequences: int) -> RequestTimer:
-        """For one request, from its arrival on."""
+    def timer(self, arrived: float, num_prompt_tokens: int, num_sequences: int) -> RequestTimer:
+        """For one prompt of a request that arrived at that monotonic second."""
         self._prompt_length.observe(num_prompt_tokens)
-        return RequestTimer(self, num_sequences)
+        return RequestTimer(self, arrived, num_sequences)
 
 
 class RequestTimer:
     """Observes the pieces of one request as they are sent."""
 
-    def __init__(self, metrics: ServerMetrics, num_sequences: int) -> None:
+    def __init__(self, metrics: ServerMetrics, arrived: float, num_sequences: int) -> None:
         self._metrics = metrics
-        self._arrived = time.monotonic()
+        self._arrived = arrived
         self._first: list[tuple[float, int] | None] = [None] * num_sequences
         self._num_tokens = [0] * num_sequences
 

@@ -15,14 +15,13 @@ from shoal.engine.native import AttentionCall
 from shoal.engine.native_ops import NativeOps
 
 _VECTOR = 16
-"""Floats; head and block sizes are multiples of it."""
+"""Floats; block sizes are multiples of it, and the rows of values are padded to it."""
 _MAX_HEAD_DIM = 256
-_MAX_GROUP = 6
-"""Query heads of one key/value head that the AVX2 kernels hold at once."""
 
 
 class NativeCache:
-    """Keys (blocks, M, D, block_size) and values (blocks, M, block_size, D) of each layer, float32 or bfloat16."""
+    """Keys (blocks, M, D, block_size) and values (blocks, M, block_size, D padded to whole vectors) of each layer,
+    float32 or bfloat16."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], block_size: int, num_kv_heads: int) -> None:
         self.keys = keys
@@ -30,6 +29,7 @@ class NativeCache:
         self.num_blocks = keys[0].shape[0]
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
+        self.head_dim = keys[0].shape[2]
         self.is_bfloat16 = keys[0].dtype == torch.bfloat16
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
         self.addresses = [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)]
@@ -39,19 +39,19 @@ class NativeAttention:
     name = "native"
 
     def __init__(self, ops: NativeOps) -> None:
-        self._ops = ops
+        self.ops = ops
         self._write = ops.library.shoal_write_kv
         self._attention = ops.library.shoal_attention
 
     @staticmethod
     def unsupported_reason(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> str | None:
         """Why these kernels cannot serve a model of this shape; None if they can."""
-        if head_dim % _VECTOR or head_dim > _MAX_HEAD_DIM:
-            return f"head size {head_dim} is not a multiple of {_VECTOR} up to {_MAX_HEAD_DIM}"
-        if block_size % _VECTOR:
+        if head_dim % 2 or not 0 < head_dim <= _MAX_HEAD_DIM:
+            return f"head size {head_dim} is not an even number up to {_MAX_HEAD_DIM}"
+        if block_size < 1 or block_size % _VECTOR:
             return f"block size {block_size} is not a multiple of {_VECTOR}"
-        if num_heads // num_kv_heads > _MAX_GROUP:
-            return f"{num_heads // num_kv_heads} query heads share a key/value head, more than {_MAX_GROUP}"
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            return f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly"
         return None
 
     def allocate(
@@ -70,8 +70,9 @@ class NativeAttention:
             raise ValueError(f"native attention: {reason}")
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"native attention keeps KV as float32 or bfloat16, not {dtype}")
+        width = -(-head_dim // _VECTOR) * _VECTOR
         keys = [torch.empty((num_blocks, num_kv_heads, head_dim, block_size), dtype=dtype) for _ in range(num_layers)]
-        values = [torch.empty((num_blocks, num_kv_heads, block_size, head_dim), dtype=dtype) for _ in range(num_layers)]
+        values = [torch.empty((num_blocks, num_kv_heads, block_size, width), dtype=dtype) for _ in range(num_layers)]
         return NativeCache(keys, values, block_size, num_kv_heads)
 
     def write(self, cache: NativeCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
@@ -79,20 +80,32 @@ class NativeAttention:
         tokens, kv_heads, head_dim = k_TMD.shape
         if k_TMD.stride() != v_TMD.stride() or k_TMD.stride()[1:] != (head_dim, 1):
             raise ValueError("keys and values must be views of one fused tensor or both contiguous")
-        self._write(
-            self._ops.pool,
+        if v_TMD.shape != k_TMD.shape or (kv_heads, head_dim) != (cache.num_kv_heads, cache.head_dim):
+            raise ValueError(
+                f"the cache holds {cache.num_kv_heads} heads of {cache.head_dim}, got keys {tuple(k_TMD.shape)} "
+                f"and values {tuple(v_TMD.shape)}"
+            )
+        if k_TMD.dtype != torch.float32 or v_TMD.dtype != torch.float32:
+            raise ValueError(f"keys and values must be float32, got {k_TMD.dtype} and {v_TMD.dtype}")
+        slots, num_slots = batch.slot_mapping_T, cache.num_blocks * cache.block_size
+        if slots.dtype != torch.int32 or slots.shape != (tokens,) or not slots.is_contiguous():
+            raise ValueError(f"slot_mapping must be {tokens} int32, got {tuple(slots.shape)} of {slots.dtype}")
+        if self._write(
+            self.ops.pool,
             keys,
             values,
             k_TMD.data_ptr(),
             v_TMD.data_ptr(),
             k_TMD.stride(0),
-            batch.slot_mapping_T.data_ptr(),
+            slots.data_ptr(),
+            num_slots,
             tokens,
             kv_heads,
             head_dim,
             cache.block_size,
             cache.is_bfloat16,
-        )
+        ):
+            self.ops.fail(f"slot_mapping must lie in [0, {num_slots})")
 
     def forward(
         self,
@@ -107,8 +120,21 @@ class NativeAttention:
         need_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         tokens, heads, head_dim = q_TND.shape
-        if q_TND.stride()[1:] != (head_dim, 1):
-            raise ValueError("the heads of a token must be contiguous")
+        if q_TND.stride()[1:] != (head_dim, 1) or q_TND.dtype != torch.float32:
+            raise ValueError("queries must be float32, the heads of a token contiguous")
+        if head_dim != cache.head_dim or heads % cache.num_kv_heads:
+            raise ValueError(
+                f"the cache holds {cache.num_kv_heads} heads of {cache.head_dim}, got queries {tuple(q_TND.shape)}"
+            )
+        starts, lens, tables = batch.query_starts_S1, batch.context_lens_S, batch.block_tables_SB
+        sequences = lens.shape[0]
+        if starts.shape[0] != sequences + 1 or tables.shape[0] != sequences or tables.stride(1) != 1:
+            raise ValueError(
+                f"{sequences} context lengths, {starts.shape[0]} query starts and tables {tuple(tables.shape)} "
+                "do not fit each other"
+            )
+        if not starts.dtype == lens.dtype == tables.dtype == torch.int32:
+            raise ValueError(f"lengths and tables must be int32, got {starts.dtype}, {lens.dtype}, {tables.dtype}")
         keys, values = cache.addresses[layer]
         out_TND = torch.empty((tokens, heads, head_dim))
         lse_TN = torch.empty((tokens, heads)) if need_lse else None
@@ -117,20 +143,23 @@ class NativeAttention:
             q_TND.stride(0),
             keys,
             values,
-            batch.query_starts_S1.data_ptr(),
-            batch.context_lens_S.data_ptr(),
-            batch.block_tables_SB.data_ptr(),
-            batch.block_tables_SB.stride(0),
+            starts.data_ptr(),
+            lens.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0),
             out_TND.data_ptr(),
             None if lse_TN is None else lse_TN.data_ptr(),
             heads,
             cache.num_kv_heads,
             head_dim,
             cache.block_size,
+            cache.num_blocks,
             scale,
             soft_cap or 0.0,
             window or 0,
             cache.is_bfloat16,
+            tables.shape[1],
         )
-        self._attention(self._ops.pool, ctypes.addressof(call), batch.context_lens_S.shape[0])
+        if self._attention(self.ops.pool, ctypes.addressof(call), sequences, tokens):
+            self.ops.fail("query starts, context lengths or block tables reach beyond the tokens or the cache")
         return out_TND, lse_TN

@@ -90,10 +90,12 @@ class AttentionCall(ctypes.Structure):
         ("kv_heads", ctypes.c_int),
         ("head_dim", ctypes.c_int),
         ("block_size", ctypes.c_int),
+        ("num_blocks", ctypes.c_int),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("window", ctypes.c_int),
         ("kv_bfloat16", ctypes.c_int),
+        ("table_length", ctypes.c_int),
     ]
 
 
@@ -102,18 +104,20 @@ _SIGNATURES = {  # p pointer, i int, l int64, f float; result first, - for none
     "shoal_pool_destroy": "-p",
     "shoal_allocate": "pl",
     "shoal_free": "-pl",
+    "shoal_size_of_packed": "i",
+    "shoal_size_of_attention": "i",
     "shoal_panel_width": "i",
     "shoal_group": "i",
     "shoal_weight_bytes": "lp",
-    "shoal_pack": "-pppliii",
-    "shoal_linear": "-ppplii" + "pl",
-    "shoal_embedding": "-pppipl",
-    "shoal_rms_norm": "-pplpfpii",
-    "shoal_add_rms_norm": "-pp" + "ppfpii",
-    "shoal_rope": "-pplppiiiippf",
-    "shoal_write_kv": "-ppppplpiiiii",
-    "shoal_attention": "-ppi",
-    "shoal_argmax": "-pplii" + "p",
+    "shoal_pack": "ipppliii",
+    "shoal_linear": "ippplii" + "pl",
+    "shoal_embedding": "ipppipl",
+    "shoal_rms_norm": "ipplpfpii",
+    "shoal_add_rms_norm": "ipp" + "ppfpii",
+    "shoal_rope": "ipplppiiiiippf",
+    "shoal_write_kv": "ippppplpliiiii",
+    "shoal_attention": "ippii",
+    "shoal_argmax": "ipplii" + "p",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "-": None}
 

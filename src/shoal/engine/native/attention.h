@@ -1,10 +1,12 @@
 // Paged attention. Keys of a block are stored (head, D, block_size), values (head, block_size, D): a vector of keys is
 // VW tokens of one dimension, so scores need no horizontal sums, and a vector of values is VW dimensions of one token.
 //
-// The KV of a sequence is walked in tiles of TILE tokens at fixed positions with a running maximum, so a query's result
-// does not depend on which other queries are computed beside it: a tile that it does not see adds exact zeros.
+// A query's result does not depend on what is computed beside it, nor by how many threads. Its KV is cut at fixed
+// positions into splits of SPLIT tokens, each walked in tiles of TILE tokens with a running maximum from nothing; the
+// splits' results are merged in order, whether one thread did them all or several did one each. A tile or split that a
+// query does not see changes nothing.
 //
-// D head size, R rows (query heads of one key/value head times queries).
+// D head size, R rows: (query, head) pairs of one key/value head, the heads of a query adjacent.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,6 +17,7 @@
 namespace shoal {
 
 constexpr int TILE = 64;
+constexpr int SPLIT = 256;  // a multiple of TILE; some 10 us of memory traffic, so that one long sequence feeds all threads
 constexpr int TILE_VECTORS = TILE / VW;
 #if defined(__AVX512F__)
 constexpr int ATTENTION_ROWS = 12;
@@ -22,6 +25,7 @@ constexpr int ATTENTION_ROWS = 12;
 constexpr int ATTENTION_ROWS = 6;
 #endif
 constexpr int MAX_HEAD_DIM = 256;
+constexpr int PAD = 16;  // values are stored in rows of D rounded up to this: whole vectors; what the padding holds is never used
 
 struct Attention {
   const float* q;
@@ -34,12 +38,14 @@ struct Attention {
   int64_t table_stride;
   float* out;  // (T, N, D)
   float* lse;  // (T, N) or null
-  int heads, kv_heads, head_dim, block_size;
+  int heads, kv_heads, head_dim, block_size, num_blocks;
   float scale, soft_cap;
   int window;  // 0: none
   int kv_bfloat16;
+  int table_length;  // blocks that a row of block_tables has room for
 };
 
+static inline int padded(int head_dim) { return (head_dim + PAD - 1) / PAD * PAD; }
 static inline vf load_kv(const float* p) { return load(p); }
 static inline vf load_kv(const uint16_t* p) { return load_bf16(p); }
 
@@ -57,7 +63,7 @@ static void score(const float* q, const KV* const* key_vectors, int block_size, 
     for (int t = 0; t < NT; ++t) k[t] = load_kv(key_vectors[t] + (int64_t)d * block_size);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const vf a = set1(q[r * head_dim + d]);
+      const vf a = set1(q[r * MAX_HEAD_DIM + d]);
 #pragma GCC unroll 16
       for (int t = 0; t < NT; ++t) c[r][t] = fma(a, k[t], c[r][t]);
     }
@@ -78,12 +84,12 @@ static void score_rows(int rows, const float* q, const KV* const* keys, int bloc
 
 // out[r][0 .. ND vectors) += sum_t weights[r][t] * values[t], t in order.
 template <int ROWS, int ND, class KV>
-static void weigh(const float* weights, const KV* const* value_rows, int tokens, int offset, float* out, int head_dim) {
+static void weigh(const float* weights, const KV* const* value_rows, int tokens, int offset, float* out) {
   vf c[ROWS][ND];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-    for (int d = 0; d < ND; ++d) c[r][d] = load(out + r * head_dim + offset + d * VW);
+    for (int d = 0; d < ND; ++d) c[r][d] = load(out + r * MAX_HEAD_DIM + offset + d * VW);
   for (int t = 0; t < tokens; ++t) {
     vf v[ND];
 #pragma GCC unroll 16
@@ -98,32 +104,47 @@ static void weigh(const float* weights, const KV* const* value_rows, int tokens,
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-    for (int d = 0; d < ND; ++d) store(out + r * head_dim + offset + d * VW, c[r][d]);
+    for (int d = 0; d < ND; ++d) store(out + r * MAX_HEAD_DIM + offset + d * VW, c[r][d]);
 }
 
 template <int ND, int ROWS, class KV>
-static void weigh_rows(int rows, const float* weights, const KV* const* values, int tokens, int offset, float* out,
-                       int head_dim) {
+static void weigh_rows(int rows, const float* weights, const KV* const* values, int tokens, int offset, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return weigh<ROWS, ND>(weights, values, tokens, offset, out, head_dim);
-    return weigh_rows<ND, ROWS - 1>(rows, weights, values, tokens, offset, out, head_dim);
+    if (rows == ROWS) return weigh<ROWS, ND>(weights, values, tokens, offset, out);
+    return weigh_rows<ND, ROWS - 1>(rows, weights, values, tokens, offset, out);
   }
 }
 
-struct Rows {  // running state of one task
-  alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];
+// What a row has so far: softmax(scores) V = out / total, both scaled by exp(-most).
+struct Sums {
   alignas(64) float out[ATTENTION_ROWS * MAX_HEAD_DIM];
-  alignas(64) float scores[ATTENTION_ROWS * TILE];
-  alignas(64) float total[ATTENTION_ROWS * VW];  // of the weights, lane by lane; summed across at the end
+  alignas(64) float total[ATTENTION_ROWS * VW];  // lane by lane; summed across at the end
   float most[ATTENTION_ROWS];
+
+  void clear(int rows) {
+    for (int r = 0; r < rows; ++r) {
+      most[r] = -__builtin_inff();
+      store(total + r * VW, zero());
+      std::memset(out + r * MAX_HEAD_DIM, 0, sizeof(float) * MAX_HEAD_DIM);
+    }
+  }
+};
+
+// Rows [first, first + rows) of one sequence and one key/value head: what a thread works on.
+struct Task {
+  int sequence, kv_head, first, rows;
+  int begin, end;  // positions that any of the rows sees, begin rounded down to a tile
+  const int32_t* table;
   int position[ATTENTION_ROWS];
+  alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];  // times scale
+  alignas(64) float scores[ATTENTION_ROWS * TILE];
 };
 
 // Softmax weights of one row over a tile; rescales what the row has so far.
-static void soften(const Attention& a, Rows& s, int r, int tile_start) {
-  float* scores = s.scores + r * TILE;
-  const int high = s.position[r] + 1 - tile_start;
-  const int low = a.window ? s.position[r] + 1 - a.window - tile_start : 0;
+static void soften(const Attention& a, Task& t, Sums& s, int r, int tile_start) {
+  float* scores = t.scores + r * TILE;
+  const int high = t.position[r] + 1 - tile_start;
+  const int low = a.window ? t.position[r] + 1 - a.window - tile_start : 0;
   vf x[TILE_VECTORS];
   vf peak = set1(-__builtin_inff());
   for (int v = 0; v < TILE_VECTORS; ++v) {
@@ -141,8 +162,8 @@ static void soften(const Attention& a, Rows& s, int r, int tile_start) {
   if (most != s.most[r]) {
     const vf factor = exp(set1(s.most[r] - most));
     total = mul(total, factor);
-    for (int d = 0; d < a.head_dim; d += VW)
-      store(s.out + r * a.head_dim + d, mul(load(s.out + r * a.head_dim + d), factor));
+    float* out = s.out + r * MAX_HEAD_DIM;
+    for (int d = 0; d < a.head_dim; d += VW) store(out + d, mul(load(out + d), factor));
     s.most[r] = most;
   }
   for (int v = 0; v < TILE_VECTORS; ++v) {
@@ -154,109 +175,201 @@ static void soften(const Attention& a, Rows& s, int r, int tile_start) {
 }
 
 // Asks for the KV of a tile while the one before it is computed: blocks lie anywhere, so no hardware prefetcher will.
-static void prefetch_tile(const Attention& a, const int32_t* table, int kv_head, int tile_start, int tokens, int bytes) {
-  const int64_t head_size = (int64_t)a.head_dim * a.block_size * bytes, block_stride = head_size * a.kv_heads;
-  for (int at = tile_start; at < tile_start + tokens; at += a.block_size) {
-    const int64_t offset = table[at / a.block_size] * block_stride + kv_head * head_size;
-    for (int64_t line = 0; line < head_size; line += 64) _mm_prefetch((const char*)a.keys + offset + line, _MM_HINT_T1);
-    for (int64_t line = 0; line < head_size; line += 64) _mm_prefetch((const char*)a.values + offset + line, _MM_HINT_T1);
+static void prefetch_tile(const Attention& a, const Task& t, int tile_start, int bytes) {
+  const int64_t key_bytes = (int64_t)a.head_dim * a.block_size * bytes;
+  const int64_t value_bytes = (int64_t)padded(a.head_dim) * a.block_size * bytes;
+  for (int at = tile_start; at < std::min(t.end, tile_start + TILE); at += a.block_size) {
+    const int64_t head = (int64_t)t.table[at / a.block_size] * a.kv_heads + t.kv_head;
+    const char *keys = (const char*)a.keys + head * key_bytes, *values = (const char*)a.values + head * value_bytes;
+    for (int64_t line = 0; line < key_bytes; line += 64) _mm_prefetch(keys + line, _MM_HINT_T1);
+    for (int64_t line = 0; line < value_bytes; line += 64) _mm_prefetch(values + line, _MM_HINT_T1);
   }
 }
 
 template <class KV>
-static void attend_tile(const Attention& a, Rows& s, int rows, const int32_t* table, int kv_head, int tile_start,
-                        int tokens) {
-  const int64_t head_size = (int64_t)a.head_dim * a.block_size, block_stride = head_size * a.kv_heads;
+static void attend_tile(const Attention& a, Task& t, Sums& s, int tile_start) {
+  const int tokens = std::min(TILE, t.end - tile_start), vectors = (tokens + VW - 1) / VW, rows = t.rows;
+  const int d_padded = padded(a.head_dim);
   const KV* keys[TILE_VECTORS];
   const KV* values[TILE];
-  const int vectors = (tokens + VW - 1) / VW;
-  const int32_t* block = table + tile_start / a.block_size;  // blocks are cut at multiples of VW, tiles at multiples of both
-  int v = 0, t = 0;
+  const int32_t* block = t.table + tile_start / a.block_size;  // blocks and tiles are cut at multiples of VW
+  int v = 0, i = 0;
   for (int offset = tile_start % a.block_size; v < vectors; offset = 0, ++block) {
-    const int64_t base = *block * block_stride + kv_head * head_size;
-    for (int at = offset; at < a.block_size && v < vectors; at += VW) keys[v++] = (const KV*)a.keys + base + at;
-    for (int at = offset; at < a.block_size && t < tokens; ++at)
-      values[t++] = (const KV*)a.values + base + (int64_t)at * a.head_dim;
+    const int64_t head = (int64_t)*block * a.kv_heads + t.kv_head;
+    const KV* head_keys = (const KV*)a.keys + head * a.head_dim * a.block_size;
+    const KV* head_values = (const KV*)a.values + head * a.block_size * d_padded;
+    for (int at = offset; at < a.block_size && v < vectors; at += VW) keys[v++] = head_keys + at;
+    for (int at = offset; at < a.block_size && i < tokens; ++at) values[i++] = head_values + (int64_t)at * d_padded;
   }
   constexpr int HALF = ATTENTION_ROWS / 2;  // times 4 vectors fill the registers
   for (int r = 0; r < rows; r += HALF) {
     const int count = std::min(HALF, rows - r);
-    const float* q = s.q + r * a.head_dim;
-    float* scores = s.scores + r * TILE;
+    const float* q = t.q + r * MAX_HEAD_DIM;
+    float* scores = t.scores + r * TILE;
     v = 0;
     if constexpr (VW == 16)
       for (; v + 4 <= vectors; v += 4) score_rows<4, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
     for (; v + 2 <= vectors; v += 2) score_rows<2, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
     for (; v < vectors; ++v) score_rows<1, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
   }
-  for (int r = 0; r < rows; ++r) soften(a, s, r, tile_start);
+  for (int r = 0; r < rows; ++r) soften(a, t, s, r, tile_start);
 
   for (int r = 0; r < rows; r += HALF) {
     const int count = std::min(HALF, rows - r);
-    const float* weights = s.scores + r * TILE;
-    float* out = s.out + r * a.head_dim;
+    const float* weights = t.scores + r * TILE;
+    float* out = s.out + r * MAX_HEAD_DIM;
     int d = 0;
     if constexpr (VW == 16)
-      for (; d + 4 * VW <= a.head_dim; d += 4 * VW) weigh_rows<4, HALF>(count, weights, values, tokens, d, out, a.head_dim);
-    for (; d + 2 * VW <= a.head_dim; d += 2 * VW) weigh_rows<2, HALF>(count, weights, values, tokens, d, out, a.head_dim);
-    for (; d < a.head_dim; d += VW) weigh_rows<1, HALF>(count, weights, values, tokens, d, out, a.head_dim);
+      for (; d + 4 * VW <= d_padded; d += 4 * VW) weigh_rows<4, HALF>(count, weights, values, tokens, d, out);
+    for (; d + 2 * VW <= d_padded; d += 2 * VW) weigh_rows<2, HALF>(count, weights, values, tokens, d, out);
+    for (; d < d_padded; d += VW) weigh_rows<1, HALF>(count, weights, values, tokens, d, out);
   }
 }
 
-// Queries [first, first + count) of one sequence for one key/value head.
-static void attend(const Attention& a, Rows& s, int sequence, int kv_head, int first, int count) {
-  const int group = a.heads / a.kv_heads, rows = count * group, d = a.head_dim;
-  const int start = a.query_starts[sequence], queries = a.query_starts[sequence + 1] - start;
-  const int context = a.context_lens[sequence];
-  for (int r = 0; r < rows; ++r) {
-    const int query = first + r / group;
-    const float* q = a.q + (start + query) * a.q_stride + (int64_t)(kv_head * group + r % group) * d;
-    for (int i = 0; i < d; i += VW) {
-      store(s.q + r * d + i, mul(load(q + i), set1(a.scale)));
-      store(s.out + r * d + i, zero());
-    }
-    s.most[r] = -__builtin_inff();
-    store(s.total + r * VW, zero());
-    s.position[r] = context - queries + query;
-  }
-  const int32_t* table = a.block_tables + sequence * a.table_stride;
-  const int end = s.position[rows - 1] + 1;
-  const int begin = a.window ? std::max(0, s.position[0] + 1 - a.window) / TILE * TILE : 0;
-  prefetch_tile(a, table, kv_head, begin, std::min(TILE, end - begin), a.kv_bfloat16 ? 2 : 4);
+// One split of a task, from nothing.
+template <class KV>
+static void attend_split(const Attention& a, Task& t, int split, Sums& s) {
+  s.clear(t.rows);
+  const int end = std::min(t.end, (split + 1) * SPLIT);
+  const int begin = std::max(t.begin, split * SPLIT);
+  prefetch_tile(a, t, begin, sizeof(KV));
   for (int tile = begin; tile < end; tile += TILE) {
-    if (tile + TILE < end)
-      prefetch_tile(a, table, kv_head, tile + TILE, std::min(TILE, end - tile - TILE), a.kv_bfloat16 ? 2 : 4);
-    const int tokens = std::min(TILE, end - tile);
-    if (a.kv_bfloat16)
-      attend_tile<uint16_t>(a, s, rows, table, kv_head, tile, tokens);
-    else
-      attend_tile<float>(a, s, rows, table, kv_head, tile, tokens);
+    prefetch_tile(a, t, tile + TILE, sizeof(KV));
+    attend_tile<KV>(a, t, s, tile);
   }
+}
+
+static void merge(Sums& into, const Sums& next, int rows, int head_dim) {
   for (int r = 0; r < rows; ++r) {
-    const int64_t at = (int64_t)(start + first + r / group) * a.heads + kv_head * group + r % group;
-    const float total = sum(load(s.total + r * VW));
-    for (int i = 0; i < d; i += VW) store(a.out + at * d + i, div(load(s.out + r * d + i), set1(total)));
+    if (next.most[r] == -__builtin_inff()) continue;
+    const float most = std::max(into.most[r], next.most[r]);
+    const vf keep = exp(set1(into.most[r] - most)), take = exp(set1(next.most[r] - most));
+    float* to = into.out + r * MAX_HEAD_DIM;
+    const float* from = next.out + r * MAX_HEAD_DIM;
+    for (int d = 0; d < head_dim; d += VW) store(to + d, fma(load(from + d), take, mul(load(to + d), keep)));
+    float* total = into.total + r * VW;
+    store(total, fma(load(next.total + r * VW), take, mul(load(total), keep)));
+    into.most[r] = most;
+  }
+}
+
+static int num_queries(const Attention& a, int sequence) { return a.query_starts[sequence + 1] - a.query_starts[sequence]; }
+// First position that query 0 of the step sees, and all later ones may see less of.
+static int first_seen(const Attention& a, int position) { return a.window ? std::max(0, position + 1 - a.window) : 0; }
+
+static void set_rows(const Attention& a, Task& t) {
+  const int group = a.heads / a.kv_heads, start = a.query_starts[t.sequence], queries = num_queries(a, t.sequence);
+  for (int r = 0; r < t.rows; ++r) {
+    const int query = (t.first + r) / group, head = t.kv_head * group + (t.first + r) % group;
+    const float* q = a.q + (start + query) * a.q_stride + (int64_t)head * a.head_dim;
+    for (int d = 0; d < a.head_dim; ++d) t.q[r * MAX_HEAD_DIM + d] = q[d] * a.scale;
+    t.position[r] = a.context_lens[t.sequence] - queries + query;
+  }
+  t.table = a.block_tables + t.sequence * a.table_stride;
+  t.begin = first_seen(a, t.position[0]) / TILE * TILE;
+  t.end = t.position[t.rows - 1] + 1;
+}
+
+static void write_rows(const Attention& a, const Task& t, const Sums& s) {
+  const int group = a.heads / a.kv_heads;
+  for (int r = 0; r < t.rows; ++r) {
+    const int64_t token = a.query_starts[t.sequence] + (t.first + r) / group;
+    const int64_t at = token * a.heads + t.kv_head * group + (t.first + r) % group;
+    const float total = sum(load(s.total + r * VW)), inverse = 1.0f / total;
+    for (int d = 0; d < a.head_dim; ++d) a.out[at * a.head_dim + d] = s.out[r * MAX_HEAD_DIM + d] * inverse;
     if (a.lse) a.lse[at] = s.most[r] + logf(total);
   }
 }
 
+// How one sequence is handed out: tasks are (tile of rows, key/value head); of a long one each split is a part.
+struct Share {
+  int first_part, first_task;
+  int tiles, splits;  // splits is 0 where a part is a whole task
+  int first_sums;     // of `splits` for each task
+};
+
+struct Buffers {  // of one thread
+  Task task;
+  Sums sums, split;
+};
+
+template <class KV>
+static void attend_part(const Attention& a, const Share& share, int sequence, int local, Buffers& buffers, Sums* splits,
+                        std::atomic<int>* pending) {
+  Task& t = buffers.task;
+  const int number = share.splits ? local / share.splits : local;
+  // One head after the other: the keys and values that neighbouring parts read are the same.
+  const Tiles tiles(num_queries(a, sequence) * (a.heads / a.kv_heads), ATTENTION_ROWS);
+  t.sequence = sequence;
+  t.kv_head = number / share.tiles;
+  t.first = tiles.begin(number % share.tiles);
+  t.rows = tiles.size(number % share.tiles);
+  set_rows(a, t);
+  Sums& sums = buffers.sums;
+  if (!share.splits) {
+    sums.clear(t.rows);
+    for (int split = t.begin / SPLIT; split * SPLIT < t.end; ++split) {
+      attend_split<KV>(a, t, split, buffers.split);
+      merge(sums, buffers.split, t.rows, a.head_dim);
+    }
+    return write_rows(a, t, sums);
+  }
+  Sums* own = splits + share.first_sums + (int64_t)number * share.splits;
+  attend_split<KV>(a, t, local % share.splits, own[local % share.splits]);
+  // Whoever finishes the last split of a task merges them all, in order.
+  if (pending[share.first_task + number].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  sums.clear(t.rows);
+  for (int split = 0; split < share.splits; ++split) merge(sums, own[split], t.rows, a.head_dim);
+  write_rows(a, t, sums);
+}
+
+// Whether every block that will be read is one of the cache, and the counts fit each other.
+static bool is_valid(const Attention& a, int sequences, int tokens) {
+  if (a.query_starts[0] != 0 || a.query_starts[sequences] != tokens) return false;
+  for (int i = 0; i < sequences; ++i) {
+    const int queries = num_queries(a, i), context = a.context_lens[i];
+    if (queries < 0 || context < queries || (context + a.block_size - 1) / a.block_size > a.table_length) return false;
+    const int32_t* table = a.block_tables + i * a.table_stride;
+    for (int at = first_seen(a, context - queries) / TILE * TILE / a.block_size; at * a.block_size < context; ++at)
+      if (table[at] < 0 || table[at] >= a.num_blocks) return false;
+  }
+  return true;
+}
+
 static void attention(Pool& pool, const Attention& a, int sequences) {
   const int group = a.heads / a.kv_heads;
-  const int per_task = std::max(1, ATTENTION_ROWS / group);
-  int* first_task = (int*)pool.shared(sizeof(int) * (sequences + 1));
-  first_task[0] = 0;
+  Share* shares = (Share*)pool.plan(sizeof(Share) * (sequences + 1));
+  int64_t work = 0;  // in positions that tasks see, about
+  auto seen = [&](int i) { return a.context_lens[i] - first_seen(a, a.context_lens[i] - num_queries(a, i)); };
   for (int i = 0; i < sequences; ++i) {
-    const int queries = a.query_starts[i + 1] - a.query_starts[i];
-    first_task[i + 1] = first_task[i] + (queries + per_task - 1) / per_task * a.kv_heads;
+    shares[i].tiles = Tiles(num_queries(a, i) * group, ATTENTION_ROWS).count;
+    work += (int64_t)shares[i].tiles * a.kv_heads * seen(i);
   }
-  pool.run(first_task[sequences], [&](int part, int) {
-    const int sequence = (int)(std::upper_bound(first_task, first_task + sequences + 1, part) - first_task) - 1;
-    const int local = part - first_task[sequence];
-    const int queries = a.query_starts[sequence + 1] - a.query_starts[sequence];
-    // One head after the other: the keys and values that neighbouring parts read are the same.
-    const int tiles = (queries + per_task - 1) / per_task, first = local % tiles * per_task;
-    static thread_local Rows rows;
-    attend(a, rows, sequence, local / tiles, first, std::min(per_task, queries - first));
+  int parts = 0, tasks = 0, sums = 0;
+  for (int i = 0; i <= sequences; ++i) {
+    Share& share = shares[i];
+    share.first_part = parts, share.first_task = tasks, share.first_sums = sums;
+    if (i == sequences) break;
+    // A task that is much of all the work would be waited for at the end.
+    const bool is_long = pool.size() > 1 && seen(i) > SPLIT && seen(i) > work / (4 * pool.size());
+    share.splits = is_long ? (a.context_lens[i] + SPLIT - 1) / SPLIT : 0;
+    parts += share.tiles * a.kv_heads * std::max(1, share.splits);
+    tasks += share.tiles * a.kv_heads;
+    sums += share.tiles * a.kv_heads * share.splits;
+  }
+  const size_t sums_bytes = sizeof(Sums) * sums;
+  Sums* splits = (Sums*)pool.shared(sums_bytes + sizeof(std::atomic<int>) * tasks);
+  auto* pending = (std::atomic<int>*)((char*)splits + sums_bytes);
+  for (int i = 0; i < sequences; ++i)
+    for (int task = shares[i].first_task; task < shares[i + 1].first_task; ++task)
+      new (pending + task) std::atomic<int>(shares[i].splits);
+  pool.run(parts, [&](int part, int thread) {
+    const Share* next = std::upper_bound(shares, shares + sequences + 1, part,
+                                         [](int value, const Share& share) { return value < share.first_part; });
+    const int sequence = (int)(next - shares) - 1, local = part - shares[sequence].first_part;
+    Buffers& buffers = *(Buffers*)pool.scratch(thread, sizeof(Buffers));
+    auto attend = a.kv_bfloat16 ? attend_part<uint16_t> : attend_part<float>;
+    attend(a, shares[sequence], sequence, local, buffers, splits, pending);
   });
 }
 

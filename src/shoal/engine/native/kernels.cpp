@@ -1,6 +1,8 @@
 // The C interface of the kernels: plain pointers, counts and strides in elements; called through ctypes.
 #include <sys/mman.h>
 
+#include <system_error>
+
 #include "attention.h"
 #include "linear.h"
 #include "linear_int8.h"
@@ -10,6 +12,7 @@ using namespace shoal;
 namespace {
 
 uint16_t to_bf16(float x) {  // round to nearest even
+  if (x != x) return 0x7fc0;  // NaN stays NaN: rounding could carry its bits over into an infinity
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -64,7 +67,6 @@ void convert(float from, uint16_t* to) { *to = to_bf16(from); }
 template <class KV>
 void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, int64_t stride, const int32_t* slots,
               int rows, int kv_heads, int head_dim, int block_size) {
-  const int64_t head_size = (int64_t)head_dim * block_size;
   const int step = rows_per_part(pool, rows);
   pool.run((rows + step - 1) / step, [&](int part, int) {
     const int end = std::min(rows, (part + 1) * step);
@@ -74,16 +76,98 @@ void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, 
       count = 1;
       while (row + count < end && offset + count < block_size && slots[row + count] == slots[row] + count) ++count;
       for (int h = 0; h < kv_heads; ++h) {
-        const int64_t base = (block * kv_heads + h) * head_size, from = row * stride + (int64_t)h * head_dim;
+        const int64_t head = block * kv_heads + h, from = row * stride + (int64_t)h * head_dim;
+        KV* key = keys + head * head_dim * block_size + offset;
+        KV* value = values + (head * block_size + offset) * padded(head_dim);
         for (int d = 0; d < head_dim; ++d)
-          for (int i = 0; i < count; ++i)
-            convert(k[from + i * stride + d], keys + base + (int64_t)d * block_size + offset + i);
+          for (int i = 0; i < count; ++i) convert(k[from + i * stride + d], key + (int64_t)d * block_size + i);
         for (int i = 0; i < count; ++i)
-          for (int d = 0; d < head_dim; ++d)
-            convert(v[from + i * stride + d], values + base + (offset + i) * head_dim + d);
+          for (int d = 0; d < head_dim; ++d) convert(v[from + i * stride + d], value + i * padded(head_dim) + d);
       }
     }
   });
+}
+
+// One row of a weight matrix to its column of a panel. `half` is 1 for the ups of a gated pair.
+void pack_feature(const Packed& w, const float* row, int feature, int half) {
+  const int width = w.gated ? NR / 2 : NR;
+  const int64_t panel = feature / width, column = feature % width + half * width;
+  if (w.precision == FLOAT32) {
+    float* to = (float*)w.weights + panel * w.k * NR + column;
+    for (int k = 0; k < w.k; ++k) to[(int64_t)k * NR] = row[k];
+  } else if (w.precision == BFLOAT16) {
+    uint16_t* to = (uint16_t*)w.weights + panel * w.k * NR + column;
+    for (int k = 0; k < w.k; ++k) to[(int64_t)k * NR] = to_bf16(row[k]);
+  } else {
+    float most = 0;
+    for (int k = 0; k < w.k; ++k) most = std::max(most, fabsf(row[k]));
+    const float inverse = inverse_step(most);
+    w.scales[panel * NR + column] = most / 127.0f;
+    uint8_t* to = (uint8_t*)w.weights + panel * w.k_padded * NR;
+    for (int k = 0; k < w.k_padded; ++k) {
+      const int q = k < w.k ? (int)nearbyintf(row[k] * inverse) : 0;
+      to[((int64_t)(k / 4) * NR + column) * 4 + k % 4] = (uint8_t)(q + 128);
+    }
+  }
+}
+
+void unpack_feature(const Packed& w, int64_t feature, float* to) {
+  const int64_t panel = feature / NR, column = feature % NR;
+  if (w.precision == FLOAT32) {
+    const float* from = (const float*)w.weights + panel * w.k * NR + column;
+    for (int k = 0; k < w.k; ++k) to[k] = from[(int64_t)k * NR];
+  } else if (w.precision == BFLOAT16) {
+    const uint16_t* from = (const uint16_t*)w.weights + panel * w.k * NR + column;
+    for (int k = 0; k < w.k; ++k) to[k] = from_bf16(from[(int64_t)k * NR]);
+  } else {
+    const uint8_t* from = (const uint8_t*)w.weights + panel * w.k_padded * NR;
+    const float scale = w.scales[panel * NR + column];
+    for (int k = 0; k < w.k; ++k) to[k] = (from[((int64_t)(k / 4) * NR + column) * 4 + k % 4] - 128) * scale;
+  }
+}
+
+// The lowest index of the largest element; the first NaN wins, so that it is noticed, as in torch.
+int64_t argmax_row(const float* p, int n) {
+  constexpr int UNROLL = 4;
+  vf peaks[UNROLL];
+  for (auto& peak : peaks) peak = set1(-__builtin_inff());
+  vf poison = zero();
+  int i = 0;
+  for (; i + UNROLL * VW <= n; i += UNROLL * VW)
+    for (int u = 0; u < UNROLL; ++u) {
+      const vf value = load(p + i + u * VW);
+      peaks[u] = max(peaks[u], value);
+      poison = fma(value, zero(), poison);  // NaN and infinities leave NaN here
+    }
+  float most = largest(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
+  bool odd = sum(poison) != 0.0f;
+  for (; i < n; ++i) {
+    most = std::max(most, p[i]);
+    odd |= !(p[i] - p[i] == 0.0f);
+  }
+  if (odd)
+    for (i = 0; i < n; ++i)
+      if (p[i] != p[i]) return i;
+  for (i = 0; i + 1 < n && p[i] != most;) ++i;
+  return i;
+}
+
+// What a call returns: 0, or why nothing was computed. Counts and shapes are the caller's to check; what only the data
+// can tell, an index that would read beyond a buffer, is checked here, where it costs next to nothing.
+enum Status { OK = 0, CLOSED = 1, OUT_OF_RANGE = 2 };
+
+template <class Body>
+int with(Pool* pool, const Body& body) {
+  if (!pool) return CLOSED;
+  const std::lock_guard<std::mutex> turn(pool->turn());
+  return body() ? OK : OUT_OF_RANGE;
+}
+
+template <class Int>
+bool in_range(const Int* values, int count, int64_t limit) {
+  for (int i = 0; i < count; ++i)
+    if (values[i] < 0 || values[i] >= limit) return false;
+  return true;
 }
 
 }  // namespace
@@ -91,7 +175,14 @@ void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, 
 #pragma GCC visibility push(default)
 extern "C" {
 
-Pool* shoal_pool_create(int threads) { return new Pool(threads); }
+// Null where the system refuses the threads.
+Pool* shoal_pool_create(int threads) {
+  try {
+    return new Pool(threads);
+  } catch (const std::system_error&) {
+    return nullptr;
+  }
+}
 void shoal_pool_destroy(Pool* pool) { delete pool; }
 
 // Memory for packed weights, in huge pages where the system has them: the matrices are read front to back every step.
@@ -103,6 +194,8 @@ void* shoal_allocate(int64_t bytes) {
 }
 void shoal_free(void* memory, int64_t bytes) { munmap(memory, bytes); }
 
+int shoal_size_of_packed() { return sizeof(Packed); }
+int shoal_size_of_attention() { return sizeof(Attention); }
 int shoal_panel_width() { return NR; }
 int shoal_group() { return GROUP; }
 int64_t shoal_weight_bytes(const Packed* w) {
@@ -111,131 +204,103 @@ int64_t shoal_weight_bytes(const Packed* w) {
 }
 
 // Pack features [first, first + count) of half `half` (0 but for the ups of a gated pair) from rows of floats.
-void shoal_pack(Pool* pool, Packed* w, const float* rows, int64_t stride, int first, int count, int half) {
-  const int width = w->gated ? NR / 2 : NR;
-  for_rows(*pool, count, [&](int i) {
-    const int feature = first + i, panel = feature / width, column = feature % width + half * width;
-    const float* row = rows + i * stride;
-    if (w->precision == FLOAT32) {
-      float* to = (float*)w->weights + (int64_t)panel * w->k * NR + column;
-      for (int k = 0; k < w->k; ++k) to[(int64_t)k * NR] = row[k];
-    } else if (w->precision == BFLOAT16) {
-      uint16_t* to = (uint16_t*)w->weights + (int64_t)panel * w->k * NR + column;
-      for (int k = 0; k < w->k; ++k) to[(int64_t)k * NR] = to_bf16(row[k]);
-    } else {
-      float most = 0;
-      for (int k = 0; k < w->k; ++k) most = std::max(most, fabsf(row[k]));
-      const float inverse = most > 0 ? 127.0f / most : 0.0f;
-      w->scales[(int64_t)panel * NR + column] = most / 127.0f;
-      uint8_t* to = (uint8_t*)w->weights + (int64_t)panel * w->k_padded * NR;
-      for (int k = 0; k < w->k_padded; ++k) {
-        const int q = k < w->k ? (int)nearbyintf(row[k] * inverse) : 0;
-        to[((int64_t)(k / 4) * NR + column) * 4 + k % 4] = (uint8_t)(q + 128);
+int shoal_pack(Pool* pool, Packed* w, const float* rows, int64_t stride, int first, int count, int half) {
+  return with(pool, [&] {
+    for_rows(*pool, count, [&](int i) { pack_feature(*w, rows + i * stride, first + i, half); });
+    return true;
+  });
+}
+
+int shoal_linear(Pool* pool, const Packed* w, const float* x, int64_t ldx, int rows, int activation, float* y,
+                 int64_t ldy) {
+  return with(pool, [&] {
+    if (rows == 0) return true;
+    if (w->precision == FLOAT32)
+      linear_float<float>(*pool, *w, x, ldx, rows, activation, y, ldy);
+    else if (w->precision == BFLOAT16)
+      linear_float<uint16_t>(*pool, *w, x, ldx, rows, activation, y, ldy);
+    else
+      linear_int8(*pool, *w, x, ldx, rows, activation, y, ldy);
+    return true;
+  });
+}
+
+// Rows of the packed matrix itself, as floats.
+int shoal_embedding(Pool* pool, const Packed* w, const int64_t* ids, int count, float* y, int64_t ldy) {
+  return with(pool, [&] {
+    if (!in_range(ids, count, w->n)) return false;
+    for_rows(*pool, count, [&](int i) { unpack_feature(*w, ids[i], y + i * ldy); });
+    return true;
+  });
+}
+
+int shoal_rms_norm(Pool* pool, const float* x, int64_t ldx, const float* weight, float eps, float* y, int rows, int n) {
+  return with(pool, [&] {
+    for_rows(*pool, rows, [&](int i) { norm_row(x + i * ldx, weight, eps, y + (int64_t)i * n, n); });
+    return true;
+  });
+}
+
+int shoal_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float eps, float* y, int rows,
+                       int n) {
+  return with(pool, [&] {
+    for_rows(*pool, rows, [&](int row) {
+      const float* from = x + (int64_t)row * n;
+      float* to = residual + (int64_t)row * n;
+      int i = 0;
+      for (; i + VW <= n; i += VW) store(to + i, add(load(to + i), load(from + i)));
+      for (; i < n; ++i) to[i] += from[i];
+      norm_row(to, weight, eps, y + (int64_t)row * n, n);
+    });
+    return true;
+  });
+}
+
+// cos_sin has `positions_known` rows.
+int shoal_rope(Pool* pool, float* qkv, int64_t stride, const int64_t* positions, const float* cos_sin,
+               int positions_known, int rows, int heads, int kv_heads, int head_dim, const float* q_norm,
+               const float* k_norm, float eps) {
+  return with(pool, [&] {
+    if (!in_range(positions, rows, positions_known)) return false;
+    for_rows(*pool, rows, [&](int row) {
+      const float* angles = cos_sin + positions[row] * head_dim;
+      for (int h = 0; h < heads + kv_heads; ++h) {
+        float* x = qkv + row * stride + (int64_t)h * head_dim;
+        const float* norm = h < heads ? q_norm : k_norm;
+        if (norm) norm_row(x, norm, eps, x, head_dim);
+        rotate_row(x, angles, head_dim);
       }
-    }
+    });
+    return true;
   });
 }
 
-void shoal_linear(Pool* pool, const Packed* w, const float* x, int64_t ldx, int rows, int activation, float* y,
-                  int64_t ldy) {
-  if (w->precision == FLOAT32)
-    linear_float<float>(*pool, *w, x, ldx, rows, activation, y, ldy);
-  else if (w->precision == BFLOAT16)
-    linear_float<uint16_t>(*pool, *w, x, ldx, rows, activation, y, ldy);
-  else
-    linear_int8(*pool, *w, x, ldx, rows, activation, y, ldy);
-}
-
-// Rows of the packed matrix itself, as floats. The caller has checked that ids are in range.
-void shoal_embedding(Pool* pool, const Packed* w, const int64_t* ids, int count, float* y, int64_t ldy) {
-  for_rows(*pool, count, [&](int i) {
-    const int64_t panel = ids[i] / NR, column = ids[i] % NR;
-    float* to = y + i * ldy;
-    if (w->precision == FLOAT32) {
-      const float* from = (const float*)w->weights + panel * w->k * NR + column;
-      for (int k = 0; k < w->k; ++k) to[k] = from[(int64_t)k * NR];
-    } else if (w->precision == BFLOAT16) {
-      const uint16_t* from = (const uint16_t*)w->weights + panel * w->k * NR + column;
-      for (int k = 0; k < w->k; ++k) to[k] = from_bf16(from[(int64_t)k * NR]);
-    } else {
-      const uint8_t* from = (const uint8_t*)w->weights + panel * w->k_padded * NR;
-      const float scale = w->scales[panel * NR + column];
-      for (int k = 0; k < w->k; ++k) to[k] = (from[((int64_t)(k / 4) * NR + column) * 4 + k % 4] - 128) * scale;
-    }
+int shoal_write_kv(Pool* pool, void* keys, void* values, const float* k, const float* v, int64_t stride,
+                   const int32_t* slots, int64_t num_slots, int rows, int kv_heads, int head_dim, int block_size,
+                   int bfloat16) {
+  return with(pool, [&] {
+    if (!in_range(slots, rows, num_slots)) return false;
+    if (bfloat16)
+      write_kv(*pool, (uint16_t*)keys, (uint16_t*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
+    else
+      write_kv(*pool, (float*)keys, (float*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
+    return true;
   });
 }
 
-void shoal_rms_norm(Pool* pool, const float* x, int64_t ldx, const float* weight, float eps, float* y, int rows, int n) {
-  for_rows(*pool, rows, [&](int i) { norm_row(x + i * ldx, weight, eps, y + (int64_t)i * n, n); });
-}
-
-void shoal_add_rms_norm(Pool* pool, const float* x, float* residual, const float* weight, float eps, float* y, int rows,
-                        int n) {
-  for_rows(*pool, rows, [&](int row) {
-    const float* from = x + (int64_t)row * n;
-    float* to = residual + (int64_t)row * n;
-    int i = 0;
-    for (; i + VW <= n; i += VW) store(to + i, add(load(to + i), load(from + i)));
-    for (; i < n; ++i) to[i] += from[i];
-    norm_row(to, weight, eps, y + (int64_t)row * n, n);
+int shoal_attention(Pool* pool, const Attention* a, int sequences, int tokens) {
+  return with(pool, [&] {
+    if (!is_valid(*a, sequences, tokens)) return false;
+    attention(*pool, *a, sequences);
+    return true;
   });
 }
 
-void shoal_rope(Pool* pool, float* qkv, int64_t stride, const int64_t* positions, const float* cos_sin, int rows,
-                int heads, int kv_heads, int head_dim, const float* q_norm, const float* k_norm, float eps) {
-  for_rows(*pool, rows, [&](int row) {
-    const float* angles = cos_sin + positions[row] * head_dim;
-    for (int h = 0; h < heads + kv_heads; ++h) {
-      float* x = qkv + row * stride + (int64_t)h * head_dim;
-      const float* norm = h < heads ? q_norm : k_norm;
-      if (norm) norm_row(x, norm, eps, x, head_dim);
-      rotate_row(x, angles, head_dim);
-    }
+int shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64_t* out) {
+  return with(pool, [&] {
+    pool->run(rows, [&](int row, int) { out[row] = argmax_row(x + row * ldx, n); });
+    return true;
   });
-}
-
-void shoal_write_kv(Pool* pool, void* keys, void* values, const float* k, const float* v, int64_t stride,
-                    const int32_t* slots, int rows, int kv_heads, int head_dim, int block_size, int bfloat16) {
-  if (bfloat16)
-    write_kv(*pool, (uint16_t*)keys, (uint16_t*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
-  else
-    write_kv(*pool, (float*)keys, (float*)values, k, v, stride, slots, rows, kv_heads, head_dim, block_size);
-}
-
-void shoal_attention(Pool* pool, const Attention* a, int sequences) { attention(*pool, *a, sequences); }
-
-// The lowest index of the largest element; NaN wins, so that it is noticed.
-void shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64_t* out) {
-  auto one = [&](int row) {
-    const float* p = x + row * ldx;
-    constexpr int UNROLL = 4;
-    vf peaks[UNROLL];
-    for (auto& peak : peaks) peak = set1(-__builtin_inff());
-    int i = 0;
-    vf poison = zero();
-    for (; i + UNROLL * VW <= n; i += UNROLL * VW)
-      for (int u = 0; u < UNROLL; ++u) {
-        const vf value = load(p + i + u * VW);
-        peaks[u] = max(peaks[u], value);
-        poison = fma(value, zero(), poison);  // NaN and infinities leave NaN here
-      }
-    float most = largest(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
-    bool odd = sum(poison) != 0.0f;
-    for (; i < n; ++i) {
-      most = std::max(most, p[i]);
-      odd |= !(p[i] - p[i] == 0.0f);
-    }
-    if (odd)
-      for (i = 0; i < n; ++i)
-        if (p[i] != p[i]) {
-          out[row] = i;
-          return;
-        }
-    for (i = 0; i + 1 < n && p[i] != most; ++i) {
-    }
-    out[row] = i;
-  };
-  pool->run(rows, [&](int row, int) { one(row); });
 }
 
 }  // extern "C"

@@ -115,14 +115,6 @@ static void write_panel(const Packed& w, int panel, int rows, const float* sums,
   }
 }
 
-// Rows cut into tiles of at most `most`, as equal as can be: a last tile of few rows would run at a fraction of the rate.
-struct Tiles {
-  int rows, count;
-  Tiles(int rows, int most) : rows(rows), count((rows + most - 1) / most) {}
-  int begin(int tile) const { return (int)((int64_t)rows * tile / count); }
-  int size(int tile) const { return begin(tile + 1) - begin(tile); }
-};
-
 template <class W>
 static void linear_part(const Packed& w, const float* x, int64_t ldx, int rows, int panel, int panels, int activation,
                         float* y, int64_t ldy, float* sums) {

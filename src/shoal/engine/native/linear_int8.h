@@ -46,6 +46,9 @@ static inline vi dot4(vi sums, vi weights, int32_t activations) {
 }
 #endif
 
+// 1 over the step of a symmetric scale. A peak so small that this overflows counts as zero.
+static inline float inverse_step(float most) { return most > 1e-36f ? 127.0f / most : 0.0f; }
+
 struct QuantisedRows {  // of x
   int8_t* bytes;        // (T, k_padded)
   float* scales;        // (T, groups)
@@ -67,7 +70,7 @@ static void quantise_row(const float* x, int k, int k_padded, int8_t* bytes, flo
     vf peak = zero();
     for (int i = 0; i < GROUP; i += VW) peak = max(peak, max(load(values + i), sub(zero(), load(values + i))));
     const float most = largest(peak);
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    const float inverse = inverse_step(most);
     int32_t total = 0;
     for (int i = 0; i < GROUP; i += VW) store(values + i, round(mul(load(values + i), set1(inverse))));
     for (int i = 0; i < GROUP; ++i) {

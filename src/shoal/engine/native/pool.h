@@ -5,60 +5,74 @@
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 namespace shoal {
 
+// Rows cut into tiles of at most `most`, as equal as can be: a last tile of few rows would run at a fraction of the rate.
+struct Tiles {
+  int rows, count;
+  Tiles(int rows, int most) : rows(rows), count((rows + most - 1) / most) {}
+  int begin(int tile) const { return (int)((int64_t)rows * tile / count); }
+  int size(int tile) const { return begin(tile + 1) - begin(tile); }
+};
+
 class Pool {
  public:
   explicit Pool(int threads) : scratch_(threads < 1 ? 1 : threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
   ~Pool() {
-    stopping_.store(true);
-    announce();
-    for (auto& worker : workers_) worker.join();
+    stop();
     for (auto& buffer : scratch_) std::free(buffer.data);
     std::free(shared_.data);
+    std::free(plan_.data);
   }
   Pool(const Pool&) = delete;
 
   int size() const { return (int)workers_.size() + 1; }
 
-  // Calls body(part, thread) for each part in [0, parts), fewer than 2^20, and returns when all are done.
+  // Held by whoever computes: a pool runs one operation at a time.
+  std::mutex& turn() { return turn_; }
+
+  // Calls body(part, thread) for each part in [0, parts) and returns when all are done.
   template <class Body>
   void run(int parts, const Body& body) {
-    if (parts <= 1 || workers_.empty()) {
-      for (int part = 0; part < parts; ++part) body(part, 0);
-      return;
-    }
-    body_ = [](const void* context, int part, int thread) { (*(const Body*)context)(part, thread); };
-    context_ = &body;
-    done_.store(0, std::memory_order_relaxed);
-    const uint64_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
-    ticket_.store(job << 40 | (uint64_t)parts << 20, std::memory_order_release);
-    announce();
-    take_parts(job & 0xffffff, 0);
-    while (done_.load(std::memory_order_acquire) != parts) _mm_pause();
+    if (parts <= MOST_PARTS) return hand_out(parts, body);
+    const Tiles runs(parts, 4096);
+    hand_out(runs.count, [&](int i, int thread) {
+      for (int part = runs.begin(i); part < runs.begin(i + 1); ++part) body(part, thread);
+    });
   }
 
   // Memory of one thread, of at least this size; contents are lost when it grows.
   float* scratch(int thread, size_t bytes) { return (float*)grown(scratch_[thread], bytes); }
   // Memory of the operation, shared by its threads. One buffer: an operation takes it once.
   void* shared(size_t bytes) { return grown(shared_, bytes); }
+  // Another one, for how the operation is handed out.
+  void* plan(size_t bytes) { return grown(plan_, bytes); }
 
  private:
   struct Buffer {
     void* data = nullptr;
     size_t size = 0;
   };
+  static constexpr int MOST_PARTS = 0xfffff;
   static constexpr int SPIN = 4000;  // pauses, about 100 us: longer than the Python between two operations of a step
 
   // A ticket is the job's number (24 bits), how many parts it has (20) and the next to be handed out (20): one word,
@@ -76,8 +90,36 @@ class Pool {
     return buffer.data;
   }
 
+  // `parts` is at most MOST_PARTS.
+  template <class Body>
+  void hand_out(int parts, const Body& body) {
+    if (parts <= 1 || workers_.empty()) {
+      for (int part = 0; part < parts; ++part) body(part, 0);
+      return;
+    }
+    body_ = [](const void* context, int part, int thread) { (*(const Body*)context)(part, thread); };
+    context_ = &body;
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    ticket_.store(job << 40 | (uint64_t)parts << 20, std::memory_order_release);
+    announce();
+    take_parts(job & 0xffffff, 0);
+    // The last parts may be with a thread that the system took off its core: after a while, let it have this one.
+    for (int i = 0; done_.load(std::memory_order_acquire) != parts; ++i)
+      if (i < SPIN)
+        _mm_pause();
+      else
+        sched_yield();
+  }
+
+  void stop() {
+    stopping_.store(true);
+    announce();
+    for (auto& worker : workers_) worker.join();
+  }
+
   void announce() {
-    signal_.fetch_add(1, std::memory_order_release);
+    signal_.fetch_add(1, std::memory_order_seq_cst);  // ordered before the look at sleepers_, as work() orders the two
     if (sleepers_.load(std::memory_order_seq_cst) > 0)
       syscall(SYS_futex, &signal_, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
   }
@@ -121,7 +163,8 @@ class Pool {
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> workers_;
   std::vector<Buffer> scratch_;
-  Buffer shared_;
+  Buffer shared_, plan_;
+  std::mutex turn_;
 };
 
 }  // namespace shoal
