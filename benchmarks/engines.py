@@ -1,4 +1,4 @@
-"""The engines that are compared, and one of them as a process: loaded once, stopped by signal while others are measured."""
+"""The engines that are compared, and one of them as a process: loaded once, stopped while others are measured."""
 
 from __future__ import annotations
 

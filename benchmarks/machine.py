@@ -77,8 +77,8 @@ def describe() -> dict[str, Any]:
 class ForeignLoad:
     """How many cores were busy, since this object was made, with what is not part of the benchmark.
 
-    A barrier of two threads on two cores waits whenever anything else runs, so a busy neighbour costs more than its share:
-    a run with a foreign load is not a result. Includes time that the hypervisor stole.
+    A barrier of two threads on two cores waits whenever anything else runs, so a busy neighbour costs more than its
+    share: a run with a foreign load is not a result. Includes time that the hypervisor stole.
     """
 
     def __init__(self, process_group: int | None = None) -> None:

@@ -42,8 +42,8 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 
 def workload_flops(workload: Workload, spec: ModelSpec) -> int:
-    """Operations that a workload needs: every token but the last drawn goes through the layers once, the head is applied
-    only where a token is drawn. Attention is counted over the positions that are really seen."""
+    """Operations that a workload needs: every token but the last drawn goes through the layers once, the head is
+    applied only where a token is drawn. Attention is counted over the positions that are really seen."""
     total = 0
     for item in workload.items:
         num_prompt, num_computed = len(item.prompt), len(item.prompt) + item.max_tokens - 1

@@ -1,4 +1,4 @@
-"""The same weights for every engine: the built-in Q4_1 GGUF, dequantised to float32, as safetensors and as Q8_0 GGUF."""
+"""The same weights for every engine: the built-in GGUF, dequantised to float32, as safetensors and as Q8_0 GGUF."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where the peers come from: a virtual environment or a build for each, made once and used again.
 
-A peer that is complete has a `complete.json` that says what it was made of; anything else is made anew. A peer that cannot
-be made is reported, and the benchmark goes on without it.
+A peer that is complete has a `complete.json` that says what it was made of; anything else is made anew. A peer that
+cannot be made is reported, and the benchmark goes on without it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ PIP_PEERS = {
     "transformers": ["transformers==5.23.0", "torch==2.13.0", "safetensors==0.8.0", "numpy==2.4.6", "psutil==7.2.2"],
 }
 REMOVED = {
-    # PyPI's builds of these are for CUDA and cannot be imported beside a CPU torch; transformers imports them if they are
-    # there. A text model needs none of them.
+    # The published builds of these are for CUDA and cannot be imported beside a CPU torch; transformers imports them
+    # if they are there. A text model needs none of them.
     "vllm": ["torchvision", "torchaudio", "torchcodec"],
 }
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-"""Its source archive holds llama.cpp whole. Its own Python server decodes one sequence at a time, so llama.cpp's server,
-which batches, is built from the same sources."""
+"""Its source archive holds llama.cpp whole. Its own Python server decodes one sequence at a time, so llama.cpp's
+server, which batches, is built from the same sources."""
 
 CMAKE_OPTIONS = [
     "-DCMAKE_BUILD_TYPE=Release",

@@ -3,8 +3,9 @@
     python benchmarks/peers.py                   five rounds; prints a Markdown report
     python benchmarks/peers.py --quick           one round
 
-A round measures the machine, then runs each workload on every engine in turn, so that a machine that drifts, drifts for
-all; the order of the engines turns around from round to round. Only one engine computes at a time: the others are stopped.
+A round measures the machine, then runs each workload on every engine in turn, so that a machine that drifts, drifts
+for all; the order of the engines turns around from round to round. Only one engine computes at a time: the others are
+stopped.
 """
 
 from __future__ import annotations
@@ -154,12 +155,11 @@ class Benchmark:
                 result.facts["needed_bytes"] = max(result.facts.get("needed_bytes", 0), needed)
             self._outputs[spec.name, workload.name] = raw["tokens"]
             disturbed = f", beside {foreign_load:.1f} cores of something else" if foreign_load > QUIET else ""
-            say(
-                f"round {number + 1} ({workload.name}) {spec.name}: {figures['output_rate']:.1f} output tok/s{disturbed}"
-            )
+            rate = f"{figures['output_rate']:.1f} output tok/s"
+            say(f"round {number + 1} ({workload.name}) {spec.name}: {rate}{disturbed}")
 
     def _least_disturbed(self, process: EngineProcess, workload: Workload) -> tuple[dict[str, Any], float]:
-        """Of up to `attempts` runs the first that ran alone, else the one with the least beside it; and how much that was.
+        """Of up to `attempts` runs the first that ran alone, else the least disturbed one; and the load beside it, cores.
 
         What is compared is the load of others, never the result, so no engine gets the better of several tries.
         """

@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py
 
-The text is the language reference in the standard library's `pydoc_data.topics`: topics in the order of their names, joined
-by blank lines. It differs a little between versions of Python, so the report gives version and SHA-256; the relative
+The text is the language reference in the standard library's `pydoc_data.topics`: topics in the order of their names,
+joined by blank lines. It differs a little between versions of Python, so the report gives version and SHA-256; the relative
 difference of two precisions on the same text is what counts. Windows of 1,024 tokens are scored independently,
 each from its second token on.
 
@@ -18,11 +18,10 @@ import math
 import platform
 from importlib import import_module
 from pathlib import Path
-from typing import cast
 
-import machine
 import torch
 
+import machine
 from shoal.checkpoint.builtin import pull
 from shoal.checkpoint.resolve import load_spec
 from shoal.checkpoint.tokenizer import load_tokenizer
@@ -123,7 +122,8 @@ def main() -> None:
         difference = math.expm1((sum(losses) - sum(baseline)) / len(losses))
         print(
             f"| {precision} | {decoder.num_weight_bytes / 1e6:.0f} | {math.exp(sum(losses) / len(losses)):.4f} "
-            f"| {difference:+.3%} | {max(differences, key=abs):+.3%} | {'yes' if abs(difference) <= LIMIT else '**no**'} |"
+            f"| {difference:+.3%} | {max(differences, key=abs):+.3%} "
+            f"| {'yes' if abs(difference) <= LIMIT else '**no**'} |"
         )
 
 

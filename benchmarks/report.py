@@ -72,7 +72,7 @@ def _machine(report: Report) -> str:
             f"- float32 GEMM {spread((r['gemm_gflops'] for r in rates), 0)} GFLOP/s, "
             f"memory read {spread((r['read_gbps'] for r in rates), 1)} GB/s, all cores, measured once a round",
             f"- {_foreign(report)}",
-            f"- {len(report.rates)} round{'s' if len(report.rates) != 1 else ''}; medians, with the range over rounds in brackets",
+            f"- rounds: {len(report.rates)}; medians, with the range over rounds in brackets",
         ]
     )
 
@@ -89,7 +89,8 @@ def _foreign(report: Report) -> str:
         return "nothing was run"
     worst, name, workload = max(loads)
     median = statistics.median(load for load, _, _ in loads)
-    return f"cores busy with other processes during a run: median {median:.2f}, most {worst:.2f} ({name}, workload {workload})"
+    most = f"{worst:.2f} ({name}, workload {workload})"
+    return f"cores busy with other processes during a run: median {median:.2f}, most {most}"
 
 
 _COLUMNS: list[tuple[str, Callable[[EngineResults], str]]] = [
@@ -184,7 +185,7 @@ def _machine_targets(report: Report) -> list[list[str]]:
 
 
 def _target_row(what: str, values: list[float], target: float, unit: str, *, most: bool = False) -> list[str]:
-    digits = 0 if unit == "%" else 2
+    digits = 1 if unit == "%" else 2
     if not values:
         return [what, f"{'≤' if most else '≥'} {target:g}{unit}", "not measured", "–"]
     median = statistics.median(values)

@@ -1,7 +1,7 @@
 """The four workloads: random token ids, fixed by seed, so that every engine computes exactly the same thing.
 
-Lengths and ids come from one generator, in this order: 64 prompt lengths in 32..512, 64 output lengths in 32..256, the ids
-of those 64 prompts, 128 ids for (a), 2,048 ids for (d). Bounds are inclusive.
+Lengths and ids come from one generator, in this order: 64 prompt lengths in 32..512, 64 output lengths in 32..256, the
+ids of those 64 prompts, 128 ids for (a), 2,048 ids for (d). Bounds are inclusive.
 """
 
 from __future__ import annotations

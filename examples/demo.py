@@ -1,82 +1,81 @@
-"""`make demo`: fetch a small model, serve it, stream one answer to the terminal, stop. Uses the standard library alone."""
+"""`make demo`: fetch the default model, serve it, stream one answer, stop, and say how to go on."""
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+
 MODEL = "smollm2-135m"
-QUESTION = "Why do fish swim in schools? Answer in three sentences."
-SHOAL = [sys.executable, "-m", "shoal"]
+QUESTION = "In one sentence: why does a shoal of fish turn as one?"
+SHOAL = str(Path(sys.executable).parent / "shoal")
 
 
-def main() -> int:
-    print(f"\n$ shoal pull {MODEL}", flush=True)
-    subprocess.run([*SHOAL, "pull", MODEL], check=True)
-    print(f"\n$ shoal serve {MODEL} --port 0", flush=True)
-    # Port 0 is any free one: the demo works beside whatever else runs here.
-    server = subprocess.Popen([*SHOAL, "serve", MODEL, "--port", "0"], stdout=subprocess.PIPE, text=True)
-    try:
-        address = wait_for_address(server)
-        if address is None:
-            return server.wait() or 1
-        stream_answer(address)
-    finally:
-        server.terminate()
-        server.wait()
-    how_to_go_on()
-    return 0
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
-def wait_for_address(server: subprocess.Popen[str]) -> str | None:
-    """host:port, once the server says that it listens; None if it ended instead."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        print(line, end="", flush=True)
-        if found := re.search(r"http://(\S+)/v1", line):
-            return found[1]
-    return None
+def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    while server.poll() is None:
+        try:
+            if httpx.get(f"{url}/ready", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise SystemExit("the server did not start; see above")
 
 
-def stream_answer(address: str) -> None:
-    """One chat completion, printed as it comes."""
-    request = {
+def stream_answer(url: str) -> None:
+    body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 120,
+        "max_tokens": 60,
         "temperature": 0,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    print(f"\n$ curl -N http://{address}/v1/chat/completions -d '{json.dumps(request)}'\n", flush=True)
-    connection = http.client.HTTPConnection(address, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(request), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise SystemExit(f"the server answered {response.status}: {response.read().decode()}")
-    for line in response:
-        if line.startswith(b"data: {"):
-            for choice in json.loads(line[6:])["choices"]:
-                print(choice["delta"].get("content", ""), end="", flush=True)
-    print("\n", flush=True)
-    connection.close()
+    began, first = time.monotonic(), 0.0
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+            for choice in chunk["choices"]:
+                text = choice["delta"].get("content") or ""
+                first = first or (time.monotonic() if text else 0.0)
+                print(text, end="", flush=True)
+    rate = (tokens - 1) / max(1e-9, time.monotonic() - first)
+    print(f"\n\n  {tokens} tokens, the first after {(first - began) * 1e3:.0f} ms, then {rate:.0f} a second\n")
 
 
-def how_to_go_on() -> None:
-    command = Path(sys.executable).parent / "shoal"
-    shown = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
-    print(f"""\
-The server is stopped. To go on:
-
-  {shown} chat {MODEL}            talk with it here
-  {shown} serve {MODEL}           an OpenAI-compatible API on http://127.0.0.1:8000/v1
-  {shown} serve {MODEL} --dtype int8      the same, faster
-  {shown} --help                         everything else; docs/ has a page on each command
-""")
+def main() -> None:
+    subprocess.run([SHOAL, "pull", MODEL], check=True, stdout=subprocess.DEVNULL)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    print(f"$ shoal serve {MODEL} --port {port}", flush=True)
+    with subprocess.Popen([SHOAL, "serve", MODEL, "--port", str(port)]) as server:
+        try:
+            wait_until_ready(url, server)
+            print(f"\n> {QUESTION}\n", flush=True)
+            stream_answer(url)
+        finally:
+            server.terminate()
+    venv = Path(sys.executable).parent
+    print("Go on with:\n")
+    print(f"  {venv}/shoal serve {MODEL}        # http://127.0.0.1:8000/v1 for any OpenAI client")
+    print(f"  {venv}/shoal chat {MODEL}         # talk to it here")
+    print(f"  {venv}/shoal --help")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -42,7 +42,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("MistralForCausalLM", {"sliding_window": 24}),
+    "llama_biased": ("LlamaForCausalLM", {"attention_bias": True}),
     "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2_windowed": (
+        "Qwen2ForCausalLM",
+        {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "gemma3_text": (
         "Gemma3ForCausalLM",

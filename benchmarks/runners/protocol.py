@@ -83,7 +83,7 @@ def die_with_parent() -> None:
 def serve(engine: Engine) -> None:
     """Answer commands until `quit` or the end of stdin."""
     die_with_parent()
-    # Libraries print to stdout as they please: it becomes stderr for them, and the answers get a descriptor of their own.
+    # Libraries print to stdout as they please: it becomes stderr for them; the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     commands: dict[str, Callable[[dict[str, Any]], Any]] = {

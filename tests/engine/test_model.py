@@ -11,6 +11,7 @@ import torch
 
 from shoal.checkpoint.errors import CheckpointError
 from shoal.core.model_config import spec_from_config
+from shoal.core.model_spec import UnsupportedModel
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.model import Decoder
 from shoal.engine.ops import TorchOps
@@ -100,36 +101,52 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> No
     assert "lm_head.weight is missing" in refused(tie_word_embeddings=False)
 
 
-def test_truncated_missing_and_pickled_weights_are_refused(tmp_path: Path) -> None:
-    path = make_checkpoint("llama", tmp_path)
-    file = path / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
-        open_weights(path)
-    file.rename(path / "model-00001-of-00002.safetensors")
-    (path / "model-00001-of-00002.safetensors").write_bytes(whole)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: this shard is missing"):
-        open_weights(path)
-    index["weight_map"]["b"] = "../elsewhere.safetensors"
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="outside"):
-        open_weights(path)
-    (path / "model.safetensors.index.json").unlink()
-    (path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="convert to safetensors"):
-        open_weights(path)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    """A bias that is left out computes another model without a word."""
+    path = make_checkpoint("qwen2", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(CheckpointError, match=r"no place for tensor model\.layers\.\d\.self_attn\.[qkv]_proj\.bias"):
+        load(path)
 
 
-def test_shards_read_as_one(tmp_path: Path) -> None:
-    import transformers
+def test_mixture_of_experts_is_refused_before_anything_is_read() -> None:
+    ops, attention = arithmetic("torch")
+    values = {"num_local_experts": 4, "num_experts_per_tok": 2, "architectures": ["MixtralForCausalLM"]}
+    spec = spec_from_config(
+        values
+        | dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 64)
+        | dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 2)
+    )
+    with pytest.raises(UnsupportedModel, match="mixtral"):
+        Decoder(spec, ops, attention, "float32", device=CPU)
 
-    path = make_checkpoint("qwen3", tmp_path / "one")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    one, many = open_weights(path), open_weights(tmp_path / "many")
-    assert sorted(one.names()) == sorted(many.names())
-    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.names())
+
+def test_progress_counts_every_parameter_and_loading_again_replaces(tmp_path: Path) -> None:
+    path = make_checkpoint("gemma3_text", tmp_path)
+    decoder = load(path)
+    size, layers = decoder.num_weight_bytes, len(decoder.layers)
+    seen: list[int] = []
+    source = open_weights(path)
+    decoder.load(source, seen.append)
+    assert seen == sorted(seen) and seen[-1] == decoder.spec.num_parameters()
+    assert (decoder.num_weight_bytes, len(decoder.layers)) == (size, layers)
+    assert size == 4 * decoder.spec.num_parameters()
+
+
+def test_multimodal_names_and_configuration_give_the_same_text_model(tmp_path: Path) -> None:
+    """Gemma 3 of 4B and more: the text model is a part of the file, its configuration a part of config.json."""
+    from safetensors.torch import load_file, save_file
+
+    path = make_checkpoint("gemma3_text", tmp_path)
+    prompt = list(range(5, 45))
+    expected = PagedRun(load(path), 1).extend({0: prompt})[0]
+    config = json.loads((path / "config.json").read_text())
+    tensors = load_file(path / "model.safetensors")
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config, "eos_token_id": 1}
+    (path / "config.json").write_text(json.dumps(outer))
+    for prefix in ("language_model.model.", "model.language_model."):
+        renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        vision = {"vision_tower.embeddings.position_ids": torch.arange(4)}
+        save_file(renamed | vision, path / "model.safetensors")
+        assert torch.equal(PagedRun(load(path), 1).extend({0: prompt})[0], expected)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.engine.attention.base import AttentionBackend, AttentionBatch
+from shoal.engine.attention.base import AttentionBatch
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.native import unavailable_reason, variants
@@ -77,10 +78,10 @@ class Sequences:
 
     def run(
         self,
-        backend: AttentionBackend,
+        backend: Any,
         steps: list[list[tuple[int, int, int]]],
         dtype: torch.dtype = torch.float32,
-        **options: float | None,
+        **options: Any,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Output and log-sum-exp of every token of each sequence, computed in these steps."""
         n, m, d = self.heads, self.kv_heads, self.head_dim
@@ -91,7 +92,7 @@ class Sequences:
             batch = self.batch(parts)
             fused = torch.cat([self.qkv[i][first:end] for i, first, end in parts]).view(-1, n + 2 * m, d)
             backend.write(cache, 1, fused[:, n : n + m], fused[:, n + m :], batch)
-            y, scores = backend.forward(cache, 1, fused[:, :n], batch, scale=d**-0.5, need_lse=True, **options)  # type: ignore[arg-type]
+            y, scores = backend.forward(cache, 1, fused[:, :n], batch, scale=d**-0.5, need_lse=True, **options)
             assert scores is not None
             starts = batch.query_starts_S1.tolist()
             for k, (i, first, end) in enumerate(parts):
@@ -133,7 +134,7 @@ def test_any_number_of_heads_may_share(attention: NativeAttention, heads: int, k
 @pytest.mark.parametrize(
     "options", [{"window": 1}, {"window": 20}, {"window": 300}, {"soft_cap": 2.0}, {"window": 70, "soft_cap": 30.0}]
 )
-def test_window_and_soft_cap(attention: NativeAttention, options: dict[str, float]) -> None:
+def test_window_and_soft_cap(attention: NativeAttention, options: dict[str, Any]) -> None:
     """Windows shorter and longer than a tile and than a split."""
     sequences = Sequences([400, 30, 600])
     found = sequences.run(attention, sequences.whole(), **options)
@@ -176,7 +177,7 @@ def decoded(count: int) -> list[list[tuple[int, int, int]]]:
     [(torch.float32, {}), (torch.float32, {"window": 100, "soft_cap": 20.0}), (torch.bfloat16, {"window": 300})],
 )
 def test_batch_chunks_and_threads_do_not_change_a_bit(
-    attention: NativeAttention, dtype: torch.dtype, options: dict[str, float]
+    attention: NativeAttention, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     sequences = Sequences(LENS, heads=9, kv_heads=3)
     together = sequences.run(attention, sequences.whole(), dtype, **options)
@@ -209,8 +210,6 @@ def test_lse_merges_two_parts_of_a_context(attention: NativeAttention) -> None:
     sequences = Sequences([128], heads=2, kv_heads=2)
     out, lse = (each[0] for each in sequences.run(attention, sequences.whole()))
     late_out, late_lse = (each[0] for each in sequences.run(attention, sequences.whole(), window=64))
-    early = Sequences([128], heads=2, kv_heads=2)
-    early.qkv = [sequences.qkv[0].clone()]
     d, n = 64, 2
     q, k, v = (part.view(128, n, d) for part in sequences.qkv[0].split(n * d, dim=1))
     scores = torch.einsum("nd,lnd->nl", q[127], k[:64]) * d**-0.5

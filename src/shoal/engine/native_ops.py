@@ -208,8 +208,8 @@ class NativeOps:
         expected = (num_heads + 2 * num_kv_heads) * head_dim
         if features != expected or head_dim % 2 or angles != head_dim:
             raise ValueError(
-                f"{num_heads} + 2 x {num_kv_heads} heads of {head_dim}, which must be even, are {expected} features and "
-                f"{head_dim} cosines and sines; got {features} and {angles}"
+                f"{num_heads} + 2 x {num_kv_heads} heads of {head_dim}, an even size, are {expected} features "
+                f"and {head_dim} cosines and sines; got {features} and {angles}"
             )
         if positions_T.dtype != torch.int64 or positions_T.shape != (rows,) or not positions_T.is_contiguous():
             raise ValueError(f"positions must be {rows} int64, got {tuple(positions_T.shape)} of {positions_T.dtype}")

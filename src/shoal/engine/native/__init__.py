@@ -126,8 +126,8 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": cty
 def load_library(variant: str) -> ctypes.CDLL:
     """The kernels built for one instruction set. Raises OSError if the file is not there."""
     library = ctypes.CDLL(str(library_path(variant)))
-    for name, (result, *arguments) in _SIGNATURES.items():
+    for name, codes in _SIGNATURES.items():
         function = getattr(library, name)
-        function.restype = _TYPES[result]
-        function.argtypes = [_TYPES[code] for code in arguments]
+        function.restype = _TYPES[codes[0]]
+        function.argtypes = [_TYPES[code] for code in codes[1:]]
     return library
