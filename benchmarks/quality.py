@@ -3,8 +3,8 @@
     python benchmarks/quality.py
 
 The text is the language reference in the standard library's `pydoc_data.topics`: topics in the order of their names,
-joined by blank lines. It differs a little between versions of Python, so the report gives version and SHA-256; the relative
-difference of two precisions on the same text is what counts. Windows of 1,024 tokens are scored independently,
+joined by blank lines. It differs a little between versions of Python, so the report gives version and SHA-256; the
+relative difference of two precisions on the same text is what counts. Windows of 1,024 tokens are scored independently,
 each from its second token on.
 
 Shapes: T tokens of a window, H hidden, V vocabulary.
@@ -18,6 +18,7 @@ import math
 import platform
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -50,12 +51,12 @@ def make_decoder(model: Path, precision: WeightPrecision, max_len: int, arithmet
     """On the CPU, with the kernels that `shoal serve` uses there, or with torch."""
     spec, cpu = load_spec(model), torch.device("cpu")
     ops: Ops
-    attention: AttentionBackend
+    # A backend takes only the caches that it made itself, which a protocol cannot say: the casts.
     if arithmetic == "native":
         native = NativeOps(threads=machine.num_cores())
-        ops, attention = native, NativeAttention(native)
+        ops, attention = native, cast("AttentionBackend", NativeAttention(native))
     else:
-        ops, attention = TorchOps(cpu), PortableAttention()
+        ops, attention = TorchOps(cpu), cast("AttentionBackend", PortableAttention())
     decoder = Decoder(spec, ops, attention, precision, device=cpu, max_len=max_len)
     source = open_weights(model)
     try:

@@ -2,8 +2,8 @@
 
     python benchmarks/scheduler.py
 
-No model: the result of each step is made up, its making is not timed. A step of 64 sequences of the built-in model takes
-about 100 ms on two cores, so this is what the Python around it costs.
+No model: the result of each step is made up, its making is not timed. A step of 64 sequences of the built-in model
+takes about 100 ms on two cores, so this is what the Python around it costs.
 """
 
 from __future__ import annotations
