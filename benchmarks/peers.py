@@ -159,7 +159,7 @@ class Benchmark:
             say(f"round {number + 1} ({workload.name}) {spec.name}: {rate}{disturbed}")
 
     def _least_disturbed(self, process: EngineProcess, workload: Workload) -> tuple[dict[str, Any], float]:
-        """Of up to `attempts` runs the first that ran alone, else the least disturbed one; and the load beside it, cores.
+        """Of up to `attempts` runs the first that ran alone, else the least disturbed; and the cores busy beside it.
 
         What is compared is the load of others, never the result, so no engine gets the better of several tries.
         """

@@ -57,7 +57,8 @@ def make_decoder(model: Path, precision: WeightPrecision, max_len: int, arithmet
         ops, attention = native, cast("AttentionBackend", NativeAttention(native))
     else:
         ops, attention = TorchOps(cpu), cast("AttentionBackend", PortableAttention())
-    decoder = Decoder(spec, ops, attention, precision, device=cpu, max_len=max_len)
+    kv_dtype = torch.float32 if precision == "float32" else torch.bfloat16  # what the engine chooses by default
+    decoder = Decoder(spec, ops, attention, precision, device=cpu, kv_dtype=kv_dtype, max_len=max_len)
     source = open_weights(model)
     try:
         decoder.load(source)

@@ -135,7 +135,6 @@ def test_deepseek_scale_counts_both_parts_of_a_head_and_the_extended_context() -
         ({"rope_scaling": "twice"}, "wrong kind"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention"] * 3}, "3 layer types .* 4 layers"),

@@ -110,6 +110,18 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path: Path) -> 
         load(path)
 
 
+def test_quantised_checkpoints_are_refused_as_such(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_checkpoint("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj."
+    del tensors[name + "weight"]
+    save_file(tensors | {name + "qweight": torch.zeros(8, 64, dtype=torch.int32)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight is missing: .* quantised"):
+        load(path)
+
+
 def test_mixture_of_experts_is_refused_before_anything_is_read() -> None:
     ops, attention = arithmetic("torch")
     values = {"num_local_experts": 4, "num_experts_per_tok": 2, "architectures": ["MixtralForCausalLM"]}

@@ -49,7 +49,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 multimodal files list only what departs from these."""
 
 _MUST_BE_OFF = (
-    "quantization_config",
     "mlp_bias",
     "final_logit_softcapping",
     "attn_logit_softcapping",
@@ -72,7 +71,7 @@ def spec_from_config(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}")
     if "text_config" in config:
         # Special tokens and tying are sometimes said beside the text part instead of in it.
-        outer = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config")
+        outer = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
         config = {key: config[key] for key in outer if config.get(key) is not None} | config["text_config"]
     config = DEFAULTS.get(family, {}) | config
     for key in _MUST_BE_OFF:
@@ -261,6 +260,8 @@ def _moe(family: str, c: dict[str, Any]) -> MoESpec | None:
             expert_intermediate_size=c["intermediate_size"],
         )
     if family == "qwen3_moe":
+        if c.get("decoder_sparse_step", 1) != 1:
+            raise UnsupportedModel(f"decoder_sparse_step {c['decoder_sparse_step']} is not supported, only 1")
         return MoESpec(
             num_experts=c["num_experts"],
             num_experts_per_token=c["num_experts_per_tok"],

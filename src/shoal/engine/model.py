@@ -249,12 +249,20 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+_QUANTISED = (".qweight", ".weight_packed")
+"""What GPTQ, AWQ and compressed-tensors files have in the place of `.weight`."""
+
+
 def _check_shapes(source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> None:
     present = dict.fromkeys(source.names())
     missing = [name for name in shapes if name not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(source.path, f"tensor {missing[0]} is missing{more}")
+        quantised = any(name.endswith(_QUANTISED) for name in present)
+        hint = (
+            ": the file holds quantised weights, which are not read; take the original checkpoint" if quantised else ""
+        )
+        raise CheckpointError(source.path, f"tensor {missing[0]} is missing{more}{hint}")
     for name in present:
         # Leaving out a bias or a norm computes another model. Old files hold rotary frequencies, which are derived.
         if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
