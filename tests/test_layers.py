@@ -28,8 +28,21 @@ RINGS: dict[str, tuple[str, ...]] = {
 }
 CORE_MAY_IMPORT = frozenset(sys.stdlib_module_names) | {"msgspec", "shoal"}
 CORE_MAY_NOT_IMPORT = frozenset(
-    "asyncio socket socketserver select selectors ssl time datetime random secrets uuid os io pathlib subprocess "
-    "threading multiprocessing concurrent queue signal tempfile shutil glob logging sys ctypes pickle".split()
+    [
+        "asyncio",
+        "concurrent",
+        "ctypes",
+        "datetime",
+        "glob",
+        "io",
+        "logging",
+        "multiprocessing",
+        "os",
+        "pathlib",
+        "pickle",
+    ]
+    + ["queue", "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "socketserver", "ssl"]
+    + ["subprocess", "sys", "tempfile", "threading", "time", "uuid"]
 )
 CORE_MAY_NOT_CALL = frozenset({"id", "open", "input", "print", "hash"})
 FORBIDDEN_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
@@ -69,7 +82,7 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-# --- the rules: each gives (line, what is wrong) ------------------------------------------------------------------------
+# --- the rules: each gives (line, what is wrong) ----------------------------------------------------------------------
 
 
 def ring_offences(tree: ast.AST, ring: str) -> Iterator[tuple[int, str]]:
@@ -113,12 +126,20 @@ def set_iterations(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def _names_of_sets(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.AnnAssign):
-        if ast.unparse(node.annotation).startswith(("set[", "frozenset[")) or (node.value and _is_set(node.value)):
+        if _is_set_type(node.annotation) or (node.value and _is_set(node.value)):
             yield dotted(node.target)
     elif isinstance(node, ast.Assign) and _is_set(node.value):
         yield from (dotted(target) for target in node.targets)
-    elif isinstance(node, ast.arg) and node.annotation and ast.unparse(node.annotation).startswith(("set[", "frozenset[")):
+    elif (
+        isinstance(node, ast.arg)
+        and node.annotation
+        and ast.unparse(node.annotation).startswith(("set[", "frozenset["))
+    ):
         yield node.arg
+
+
+def _is_set_type(annotation: ast.expr) -> bool:
+    return ast.unparse(annotation).startswith(("set[", "frozenset["))
 
 
 def _is_set(node: ast.expr) -> bool:
@@ -235,6 +256,8 @@ def test_dependencies_are_those_that_are_imported() -> None:
     module_of = {"pyzmq": "zmq", "pyyaml": "yaml"}
     available = {module_of.get(name, name) for name in declared}
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in MODULES]
-    used = {name.split(".")[0] for tree in trees for _, name in imports(tree)} - set(sys.stdlib_module_names) - {"shoal"}
+    used = (
+        {name.split(".")[0] for tree in trees for _, name in imports(tree)} - set(sys.stdlib_module_names) - {"shoal"}
+    )
     assert used <= available
     assert available - used <= {"httptools"}, "only uvicorn's HTTP parser is needed without an import"

@@ -20,7 +20,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("llama", tmp_path_factory.mktemp("cli") / "tiny", max_position_embeddings=32768)
 
 
-def run_shoal(arguments: Sequence[object], *, stdin: str = "", seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    """The exit status and what was written. `seconds` only bounds a hang."""
+def run_shoal(
+    arguments: Sequence[object], *, stdin: str = "", seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """The exit status and what was written. The timeout only bounds a hang."""
     command = [*SHOAL, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=seconds, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)

@@ -55,7 +55,7 @@ def test_no_arguments_show_the_commands(capsys: pytest.CaptureFixture[str]) -> N
         (["prove"], "No such command"),
         (["serve"], "Missing argument"),
         (["serve", "m", "--prot", "1"], "No such option: --prot"),
-        (["serve", "m", "--port", "70000"], "70000 is not in the range"),
+        (["serve", "m", "--port", "70000"], "65535"),
         (["serve", "m", "--port", "many"], "--port"),
         (["serve", "m", "--dtype", "fp8"], "'fp8' is not one of 'float32', 'bfloat16', 'int8'"),
         (["serve", "m", "--kv-cache-memory", "2G"], "'2G' is not a size: write 2GiB"),

@@ -152,6 +152,23 @@ def test_every_key_that_has_no_default_is_asked_for_by_name() -> None:
             spec_from_config({k: v for k, v in LLAMA.items() if k != key})
 
 
+@pytest.mark.parametrize("junk", [None, True, -1, 0, 10**400, 1.5, float("nan"), "x", [], [None], {}, {"type": []}])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_no_value_of_any_key_ends_in_a_traceback(name: str, junk: Any) -> None:
+    more = ["head_dim", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "layer_types", "hidden_act"]
+    more += ["architectures", "text_config", "eos_token_id", "bos_token_id", "rms_norm_eps", "query_pre_attn_scalar"]
+    more += ["tie_word_embeddings", "use_sliding_window", "max_window_layers", "kv_lora_rank", "model_type"]
+    moe = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "kv_lora_rank"), 4)
+    latent = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 4)
+    for key in [*LLAMA, *more]:
+        config = LLAMA | {"architectures": [name]} | moe | latent | {"use_sliding_window": True, "sliding_window": 8}
+        try:
+            spec = spec_from_config(config | {key: junk})
+        except UnsupportedModel:
+            continue
+        assert spec.num_parameters() > 0
+
+
 def gguf(arch: str, **values: Any) -> dict[str, Any]:
     keys = {
         "attention.head_count": 4,

@@ -175,6 +175,7 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(server: RunningServer) -
 def test_official_client_streams_a_chat(server: RunningServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
     options = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "hello"}],
@@ -210,6 +211,17 @@ def test_official_client_understands_errors(server: RunningServer) -> None:
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hello"}])
     assert error.value.code == "model_not_found" and error.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_every_answer_has_a_request_id_that_keeps_the_clients_own(server: RunningServer) -> None:
+    seen = set()
+    for path in ("/health", "/v1/models", "/nowhere", "/v1/completions"):
+        answer = server.client.get(path, headers={"x-request-id": "mine"})
+        assert answer.headers["x-request-id"].startswith("mine-")
+        seen.add(answer.headers["x-request-id"])
+    assert len(seen) == 4
 
 
 def samples(server: RunningServer) -> dict[str, float]:

@@ -68,6 +68,8 @@ def test_bodies_that_are_no_requests(server: RunningServer, raw: bytes, words: s
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "a"}] * 5000}, "messages"),
         ({"stop_token_ids": [99999]}, "stop_token_ids"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -17,8 +18,9 @@ from shoal.core.config import EngineConfig
 from shoal.core.replay import decode_all, replay
 from shoal.core.types import Output, Request, Sampling, StepPlan, StepResult, WorkerFailure
 from shoal.engine import executor as executors
+from shoal.engine.worker import Progress, WorkerInfo
 from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
-from shoal.serve.engine_process import EngineLoop
+from shoal.serve.engine_process import EngineLoop, WorkerLost
 from shoal.serve.messages import Add, Started, Step, Stop, encode, from_engine
 from tests.serve.running import alive, running, state_of, wait_until
 
@@ -151,6 +153,7 @@ class FailingOnce(executors.InProcExecutor):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
+        self.config = config
         self.made.append(self)
         self._steps = 0
 
@@ -203,3 +206,29 @@ def test_a_failed_step_ends_what_ran_and_what_waits_goes_on(
     assert started and len(FailingOnce.made) == 2
     assert finals["runs"].finish == "error" and finals["runs"].error == "the device fell off"
     assert finals["waits"].finish == "length" and tokens["waits"] == expected
+    first, second = FailingOnce.made
+    assert first.config.kv_cache_bytes is None and second.config.kv_cache_bytes, "sized as the scheduler knows it"
+
+
+def test_a_worker_that_cannot_be_replaced_ends_the_engine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller cache than the scheduler reckons with would be written beyond its end."""
+
+    class Smaller(FailingOnce):
+        def start(self, progress: Progress | None = None) -> WorkerInfo:
+            info = super().start(progress)
+            return info if self is self.made[0] else msgspec.structs.replace(info, num_blocks=info.num_blocks - 1)
+
+    monkeypatch.setattr(FailingOnce, "made", [], raising=False)
+    monkeypatch.setattr(executors, "InProcExecutor", Smaller)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as front, context.socket(zmq.PAIR) as back:
+        front.bind("inproc://engine")
+        back.connect("inproc://engine")
+        loop = EngineLoop(config_of(checkpoint), back, None)
+        front.send(encode(Add(request("runs"))))
+        with pytest.raises(WorkerLost, match="KV blocks"):
+            loop.run()
+        ends = []
+        while front.poll(0):
+            message = from_engine.decode(front.recv())
+            ends += [o.finish for o in message.outputs if o.finish] if isinstance(message, Step) else []
+        assert ends == ["error"], "the client was told before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, streaming:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(server.url + "/v1/completions", json=LONG, timeout=0.5)
     steps = server.metric("shoal:engine_steps_total")
+    server.wait_for_metric('shoal:request_success_total{finished_reason="abort"}', 1 if streaming else 2)
     server.wait_for_metric("shoal:num_requests_running", 0)
     server.wait_for_metric("shoal:kv_cache_usage_perc", 0)
     # It would have run for 4,000 steps: it stopped soon after.
@@ -115,6 +117,17 @@ def test_a_drain_ends_at_its_limit(checkpoint: Path) -> None:
         assert time.monotonic() - began < 20
         assert not alive(server.engine_pid)
         stream.close()
+
+
+def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
+    with running(checkpoint, drain_seconds=600, engine={"check": False}) as server:
+        stream = Stream(server, n=8)
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(0.5)  # control: it drains
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 0
+        assert b"engine_lost" in stream.rest() and not alive(server.engine_pid)
 
 
 def test_a_lost_engine_ends_the_server_with_an_error(checkpoint: Path) -> None:

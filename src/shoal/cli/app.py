@@ -30,6 +30,7 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": "max_batch_tokens",
     "block_size": "block_size",
     "kv_cache_memory": "kv_cache_bytes",
+    "kv_cache_dtype": "kv_dtype",
     "prefix_caching": "prefix_caching",
     "depth": "depth",
 }
@@ -83,6 +84,10 @@ BlockSize = Annotated[
 KVCacheMemory = Annotated[
     int | None,
     typer.Option(parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE),
+]
+KVCacheDtype = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option(help="auto is float32 with float32 weights, else bfloat16. [default: auto]", rich_help_panel=_ENGINE),
 ]
 PrefixCaching = Annotated[
     bool | None,
@@ -162,6 +167,7 @@ def serve(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory: KVCacheMemory = None,
+    kv_cache_dtype: KVCacheDtype = None,
     prefix_caching: PrefixCaching = None,
     depth: Depth = None,
 ) -> int:
@@ -203,6 +209,7 @@ def generate(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     block_size: BlockSize = None,
     kv_cache_memory: KVCacheMemory = None,
+    kv_cache_dtype: KVCacheDtype = None,
     prefix_caching: PrefixCaching = None,
 ) -> int:
     """Answer a file of requests.

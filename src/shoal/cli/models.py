@@ -69,9 +69,8 @@ def fit(spec: ModelSpec, model: str, dtype: WeightPrecision, max_len: int, avail
 
     config = EngineConfig(model=model, dtype=dtype, max_len=max_len)
     on_cpu = device == "cpu"
-    # As the worker chooses it: a CPU computes in float32 whatever the weights are stored in.
-    kv_element_bytes = 4 if on_cpu or dtype == "float32" else 2
-    per_token, weights = spec.kv_bytes_per_token(kv_element_bytes), spec.weight_bytes(dtype)
+    # As the worker chooses it where it is not told: the KV cache is as precise as the weights, but not below bfloat16.
+    per_token, weights = spec.kv_bytes_per_token(4 if dtype == "float32" else 2), spec.weight_bytes(dtype)
     try:
         blocks = plan_blocks(
             config,

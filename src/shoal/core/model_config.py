@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from math import log
+from math import inf, log
 from typing import Any, Literal
 
 import msgspec
@@ -60,29 +60,39 @@ _MUST_BE_OFF = (
 
 def spec_from_config(config: dict[str, Any]) -> ModelSpec:
     """ModelSpec of a Hugging Face `config.json`. Raises UnsupportedModel: an architecture, or a key and its value."""
-    names = config.get("architectures") or []
-    family = next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
-    if family is None and not names and config.get("model_type") in ARCHITECTURES.values():
-        family = config["model_type"]
-    if family is None:
-        found = ", ".join(map(str, names)) or config.get("model_type") or "none named"
-        near = get_close_matches(str(found), ARCHITECTURES, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}")
-    if "text_config" in config:
-        # Special tokens and tying are sometimes said beside the text part instead of in it.
-        outer = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
-        config = {key: config[key] for key in outer if config.get(key) is not None} | config["text_config"]
-    config = DEFAULTS.get(family, {}) | config
-    for key in _MUST_BE_OFF:
-        if config.get(key):
-            raise UnsupportedModel(f"config.json sets {key} to {config[key]!r}, which shoal does not support")
+    family = _family(config)
     try:
+        if "text_config" in config:
+            # Special tokens and tying are sometimes said beside the text part instead of in it.
+            outer = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
+            config = {key: config[key] for key in outer if config.get(key) is not None} | config["text_config"]
+        config = DEFAULTS.get(family, {}) | config
+        for key in _MUST_BE_OFF:
+            if config.get(key):
+                raise UnsupportedModel(f"config.json sets {key} to {config[key]!r}, which shoal does not support")
         return _checked(_from_hf(family, config), "config.json")
     except KeyError as missing:
         raise UnsupportedModel(f"config.json lacks {missing.args[0]!r}, which {family} needs") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+    except UnsupportedModel:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UnsupportedModel(f"config.json holds a value of the wrong kind: {error}") from None
+
+
+def _family(config: dict[str, Any]) -> str:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UnsupportedModel(f"config.json: architectures must be a list of names, not {names!r}")
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    model_type = config.get("model_type")
+    if not names and isinstance(model_type, str) and model_type in ARCHITECTURES.values():
+        return model_type
+    found = ", ".join(names) or str(model_type or "none named")
+    near = get_close_matches(found, ARCHITECTURES, n=1)
+    hint = f" (nearest: {near[0]})" if near else ""
+    raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}")
 
 
 _SIZES = (
@@ -113,7 +123,7 @@ def _checked(spec: ModelSpec, file: str) -> ModelSpec:
         reason = f"head size {spec.head_dim} is odd: rotary embedding needs pairs"
     elif spec.windowed_layers and len(spec.windowed_layers) != spec.num_layers:
         reason = f"{len(spec.windowed_layers)} layer types are given for {spec.num_layers} layers"
-    elif spec.norm_eps < 0 or spec.rope.theta <= 1 or spec.rope.factor <= 0:
+    elif not (0 <= spec.norm_eps < 1 and 1 < spec.rope.theta < inf and 0 < spec.rope.factor < inf):
         reason = (
             f"norm epsilon {spec.norm_eps}, rope theta {spec.rope.theta} or factor {spec.rope.factor} is out of range"
         )
@@ -312,7 +322,9 @@ def spec_from_gguf(metadata: dict[str, Any]) -> ModelSpec:
         return _checked(_from_gguf(arch, metadata), "the GGUF metadata")
     except KeyError as missing:
         raise UnsupportedModel(f"the GGUF metadata lacks {missing.args[0]!r}") from None
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+    except UnsupportedModel:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UnsupportedModel(f"the GGUF metadata holds a value of the wrong kind: {error}") from None
 
 

@@ -37,6 +37,10 @@ from shoal.serve.messages import (
 )
 
 
+class WorkerLost(Exception):
+    """The worker failed and cannot be replaced: the engine ends. The message is for the user."""
+
+
 class EngineLoop:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], recording: BinaryIO | None) -> None:
         from shoal.engine.executor import InProcExecutor  # brings torch
@@ -46,6 +50,9 @@ class EngineLoop:
         self._make_executor = InProcExecutor
         self._executor = InProcExecutor(config)
         info = self._executor.start(self._report_start)
+        # A worker that is made anew must be as large as the scheduler thinks, however much memory is free by then.
+        self._config = msgspec.structs.replace(config, kv_cache_bytes=info.kv_bytes, max_len=info.max_len)
+        self._num_blocks = info.num_blocks
         scheduler = SchedulerConfig(
             num_blocks=info.num_blocks,
             max_len=info.max_len,
@@ -142,7 +149,12 @@ class EngineLoop:
         self._send_step()
         self._executor.stop()
         self._executor = self._make_executor(self._config)
-        self._executor.start()
+        try:
+            num_blocks = self._executor.start().num_blocks
+        except Exception as error:
+            raise WorkerLost(f"no new worker could be started: {_plain(error)}") from error
+        if num_blocks < self._num_blocks:
+            raise WorkerLost(f"the new worker has {num_blocks} KV blocks, the scheduler {self._num_blocks}")
 
     def _send_step(self) -> None:
         self._send(Step(self._outputs, self._rejected, self._core.load(), self._progress_at))
@@ -174,8 +186,11 @@ def _first_line() -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    config = msgspec.json.decode(_first_line(), type=EngineConfig)
+    line = _first_line()
     bind_to_parent()
+    if not line:
+        return 1  # the parent died before it could say what to run
+    config = msgspec.json.decode(line, type=EngineConfig)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.set_hwm(0)  # the front reads all the time; a limit would only turn its pause into a deadlock
@@ -188,7 +203,11 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             socket.send(encode(StartFailed(_plain(error))))
             return 1
-        loop.run()
+        try:
+            loop.run()
+        except WorkerLost as error:
+            print(f"shoal engine: {error}", file=sys.stderr, flush=True)
+            return 1
         return 0
     finally:
         if recording is not None:

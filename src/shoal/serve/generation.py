@@ -85,6 +85,10 @@ class Generator:
         """Token ids of a conversation. Raises ApiError."""
         if not messages:
             raise invalid("messages is empty", "messages")
+        if len(messages) > self.limits.messages:
+            raise invalid(
+                f"messages has {len(messages)} entries; at most {self.limits.messages} are allowed", "messages"
+            )
         plain = [_plain_message(message, number) for number, message in enumerate(messages)]
         reserved = {"messages", "tools", "add_generation_prompt"} & set(variables or {})
         if reserved:

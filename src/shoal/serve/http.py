@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
 from shoal.serve.engine_client import EngineClient
@@ -56,6 +56,7 @@ class Server:
         get, post = ["GET"], ["POST"]
         self._routes = [
             Route("/v1/models", self._guarded(self.models), methods=get),
+            Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
             Route("/v1/chat/completions", self._guarded(self.chat), methods=post),
             Route("/v1/completions", self._guarded(self.completions), methods=post),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
@@ -75,12 +76,21 @@ class Server:
         """Who may ask at all is decided here, before routing: no path can be spelled so that it is missed."""
 
         async def admit(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http":
-                error = self._refusal(scope)
-                if error is not None:
-                    await _error_response(error)(scope, receive, send)
-                    return
-            await app(scope, receive, send)
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            request_id = _request_id(scope["headers"])
+            scope["state"] = {"arrived": time.monotonic(), "request_id": request_id}
+
+            async def send_with_id(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                await send(message)
+
+            error = self._refusal(scope)
+            if error is not None:
+                self.metrics.rejected(error.status)
+            await (app if error is None else _error_response(error))(scope, receive, send_with_id)
 
         return admit
 
@@ -144,48 +154,44 @@ class Server:
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
-        arrived = time.monotonic()
         body = decode(await self._body(request), ChatRequest, self.limits)
         self._check_model(body.model)
         if isinstance(body.tool_choice, dict) or body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice must be 'none' or 'auto': a call cannot be forced", "tool_choice")
         tools = None if body.tool_choice == "none" else body.tools
         prompt = self.generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
-        return await self._answer(request, arrived, body, [prompt], ChatFormat)
+        return await self._answer(request, body, [prompt], ChatFormat)
 
     async def completions(self, request: Request) -> Response | EventStream:
-        arrived = time.monotonic()
         body = decode(await self._body(request), CompletionRequest, self.limits)
         self._check_model(body.model)
         if body.suffix:
             raise invalid("suffix is not supported", "suffix")
         if body.echo and body.logprobs is not None:
             raise invalid("echo together with logprobs is not supported", "echo")
-        return await self._answer(request, arrived, body, self.generator.prompts(body), CompletionFormat)
+        return await self._answer(request, body, self.generator.prompts(body), CompletionFormat)
 
     async def _answer(
         self,
         request: Request,
-        arrived: float,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         make_format: Any,
     ) -> Response | EventStream:
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
-        request_id = _request_id(request)
+        request_id: str = request.state.request_id
         jobs = [await self.generator.job(body, p, f"{request_id}-{i}") for i, p in enumerate(prompts)]
         form = make_format(body, self.generator.tokenizer, self.model, request_id, prompts)
         usage = Usage(sum(map(len, prompts)))
-        pieces = self._pieces(jobs, usage, arrived)
-        headers = {"x-request-id": request_id}
+        pieces = self._pieces(jobs, usage, request.state.arrived)
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
             events = _events(form, pieces, usage, sum(job.request.n for job in jobs), wants_usage)
             # The first event is awaited here: what the engine refuses is an error status, not a broken stream.
             async with _cancelled_by_disconnect(request):
                 first = await anext(events)
-            return EventStream(first, events, headers)
+            return EventStream(first, events)
         collected: dict[int, list[Piece]] = {}
         async with _cancelled_by_disconnect(request), contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
             async for index, piece in source:
@@ -193,7 +199,7 @@ class Server:
                 if piece.finish == "error":
                     raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
         choices = [joined(collected[index]) for index in sorted(collected)]
-        return _json(form.whole(choices, usage), headers=headers)
+        return _json(form.whole(choices, usage))
 
     async def _pieces(self, jobs: list[Job], usage: Usage, arrived: float) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all jobs by choice number, interleaved as they come. `arrived`: monotonic second of the request."""
@@ -207,6 +213,9 @@ class Server:
                         timers[number].observe(piece)
                         queue.put_nowait((number * job.request.n + piece.index, piece))
                 queue.put_nowait(None)
+            except asyncio.CancelledError:
+                timers[number].abandon()
+                raise
             except Exception as error:
                 queue.put_nowait(error)
 
@@ -230,14 +239,20 @@ class Server:
     # --- everything else --------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
-        entry = {
+        return _json({"object": "list", "data": [self._model_entry()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return _json(self._model_entry())
+
+    def _model_entry(self) -> dict[str, Any]:
+        return {
             "id": self.model,
             "object": "model",
             "created": self._started,
             "owned_by": "shoal",
             "max_model_len": self.generator.max_len,
         }
-        return _json({"object": "list", "data": [entry]})
 
     async def tokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), TokenizeRequest, self.limits)
@@ -247,7 +262,8 @@ class Server:
         if body.messages is not None:
             ids = self.generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt)
         else:
-            ids = self.generator.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+            # Of any length, for counting is what this is for: on a thread, or every stream would wait for it.
+            ids = await asyncio.to_thread(self.generator.tokenizer.encode, body.prompt or "", body.add_special_tokens)
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": self.generator.max_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [self.generator.tokenizer.token_text(i) for i in ids]
@@ -291,14 +307,12 @@ class Server:
 class EventStream:
     """Server-sent events. The client's leaving cancels the generation at once, not at the next event."""
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
         self._first = first
         self._rest = rest
-        self._headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **headers}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-        pump = asyncio.create_task(self._pump(send, headers))
+        pump = asyncio.create_task(self._pump(send))
         watch = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait([pump, watch], return_when=asyncio.FIRST_COMPLETED)
@@ -308,7 +322,8 @@ class EventStream:
             await asyncio.gather(pump, watch, return_exceptions=True)
             await self._rest.aclose()  # type: ignore[attr-defined]
 
-    async def _pump(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _pump(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for event in self._rest:
@@ -374,8 +389,8 @@ async def _cancelled_by_disconnect(request: Request) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    given = next((value for key, value in headers if key == b"x-request-id"), b"").decode("latin-1")
     # The client's own id is kept for its logs but made unique: two requests may carry the same.
     clean = "".join(c for c in given[:64] if c.isascii() and (c.isalnum() or c in "-_."))
     unique = uuid4().hex

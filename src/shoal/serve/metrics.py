@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from shoal.core import metrics as defined
 from shoal.core.metrics import Metric
+from shoal.core.types import FinishReason
 from shoal.serve.engine_client import EngineClient
 from shoal.serve.generation import Piece
 
@@ -24,6 +26,8 @@ class ServerMetrics:
         self._prompt_length = self._histogram(defined.PROMPT_LENGTH)
         self._output_length = self._histogram(defined.OUTPUT_LENGTH)
         self._requests = self._counter(defined.REQUESTS)
+        for reason in get_args(FinishReason):
+            self._requests.labels(reason)  # a series that begins at 0 has a rate from its first event on
         self._rejected = self._counter(defined.REJECTED)
 
     def _histogram(self, metric: Metric) -> Histogram:
@@ -52,6 +56,7 @@ class RequestTimer:
         self._arrived = arrived
         self._first: list[tuple[float, int] | None] = [None] * num_sequences
         self._num_tokens = [0] * num_sequences
+        self._num_unfinished = num_sequences
 
     def observe(self, piece: Piece) -> None:
         now, i, m = time.monotonic(), piece.index, self._metrics
@@ -61,12 +66,18 @@ class RequestTimer:
             m._ttft.observe(now - self._arrived)
         if piece.finish is None:
             return
+        self._num_unfinished -= 1
         m._requests.labels(piece.finish).inc()
         m._e2e.observe(now - self._arrived)
         m._output_length.observe(self._num_tokens[i])
         first = self._first[i]
         if first is not None and self._num_tokens[i] > first[1]:
             m._itl.observe((now - first[0]) / (self._num_tokens[i] - first[1]))
+
+    def abandon(self) -> None:
+        """The client left: nobody waits for the pieces that end the other sequences."""
+        self._metrics._requests.labels("abort").inc(self._num_unfinished)
+        self._num_unfinished = 0
 
 
 class _EngineCollector:

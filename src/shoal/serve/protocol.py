@@ -24,6 +24,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     body_bytes: int = 8 << 20
     json_depth: int = 32
     n: int = 8
+    messages: int = 4096
     prompts: int = 64
     """Prompts in one completion request."""
     stops: int = 16
@@ -211,14 +212,19 @@ def stop_strings(body: SamplingFields, limits: Limits) -> list[str]:
     return stops
 
 
+_MOST_DIGITS = 20
+"""Of a token id spelled out."""
+
+
 def logit_bias(body: SamplingFields, vocab_size: int, limits: Limits) -> dict[int, float]:
     biases = body.logit_bias or {}
     if len(biases) > limits.logit_biases:
         raise invalid(f"logit_bias has {len(biases)} entries; at most {limits.logit_biases} are allowed", "logit_bias")
     result = {}
     for key, value in biases.items():
-        if not key.isascii() or not key.isdigit() or int(key) >= vocab_size:
-            raise invalid(f"logit_bias: {key!r} is not a token id in [0, {vocab_size})", "logit_bias")
+        # The length first: Python refuses to convert thousands of digits with an error of its own.
+        if len(key) > _MOST_DIGITS or not key.isascii() or not key.isdigit() or int(key) >= vocab_size:
+            raise invalid(f"logit_bias: {key[:_MOST_DIGITS]!r} is not a token id in [0, {vocab_size})", "logit_bias")
         result[int(key)] = value
     return result
 

@@ -74,10 +74,10 @@ async def serve(
     recording: str | None = None,
 ) -> int:
     """Until a signal ends it. Returns the exit status: 0, or 1 if the engine was lost."""
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()  # the first signal, and one more while requests go on
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     opening = contextlib.AsyncExitStack()
     async with opening:
         session = open_generator(
@@ -91,7 +91,7 @@ async def serve(
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         stopping.cancel()
-        return await _listen_until_stopped(config, files, listener, stop, starting.result(), on_ready)
+        return await _listen_until_stopped(config, files, listener, stop, hurry, starting.result(), on_ready)
 
 
 async def _listen_until_stopped(
@@ -99,6 +99,7 @@ async def _listen_until_stopped(
     files: ModelFiles,
     listener: socket.socket,
     stop: asyncio.Event,
+    hurry: asyncio.Event,
     generator: Generator,
     on_ready: Callable[[str, EngineClient], None] | None,
 ) -> int:
@@ -133,8 +134,14 @@ async def _listen_until_stopped(
         await asyncio.sleep(0.05)
     server.draining = True
     front.should_exit = True  # closes the listener, then waits for what runs, at most drain_seconds
+    lost = engine.lost
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait([listening, hurrying], return_when=asyncio.FIRST_COMPLETED)
+    hurrying.cancel()
+    if not listening.done():
+        await engine.stop()  # ends every stream with an error, and with them the connections
     await listening
-    return 0 if engine.lost is None else 1
+    return 0 if lost is None else 1
 
 
 class _Front(uvicorn.Server):

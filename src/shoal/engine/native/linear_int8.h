@@ -11,7 +11,7 @@
 
 namespace shoal {
 
-constexpr int GROUP = 64;
+constexpr int GROUP = 32;
 #if defined(__AVX512F__)
 constexpr int INT8_ROWS = 6;  // 6 x 2 integer and 6 x 2 float accumulators
 using vi = __m512i;

@@ -1,0 +1,161 @@
+"""README and docs against the code: commands parse, examples decode, links lead somewhere, tables name what exists.
+
+Fences marked `bash` hold commands that a reader may copy, those marked `python` programs, `yaml` settings, `json`
+lines of requests. A fence without a mark is a transcript and is not checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import typer
+
+from shoal.cli.app import ENGINE_FLAGS, app
+from shoal.cli.batch import ChatLine, CompletionLine
+from shoal.config import load_config
+from shoal.core.config import EngineConfig
+from shoal.serve.http import Server
+from shoal.serve.protocol import ChatRequest, CompletionRequest, Limits, TokenizeRequest, decode
+from shoal.serve.server import ServeConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted((ROOT / "benchmarks").glob("*.md"))
+BODIES = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+}
+
+
+def fences(language: str) -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for text in re.findall(
+            rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
+            yield page, text
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command, pipes taken apart."""
+    found = []
+    for page, text in fences("bash"):
+        pending = ""
+        for line in text.splitlines():
+            if line.endswith("\\"):
+                pending += line[:-1]
+                continue
+            pending += line + "\n"
+            try:
+                words = shlex.split(pending, comments=True)
+            except ValueError:  # a quote is still open: the command has further lines
+                continue
+            pending = ""
+            while words:
+                end = words.index("|") if "|" in words else len(words)
+                found.append((page.name, words[:end]))
+                words = words[end + 1 :]
+        assert not pending, f"{page.name}: {pending} does not end"
+    return found
+
+
+COMMANDS = commands()
+
+
+def of_program(name: str) -> list[Any]:
+    return [pytest.param(words, id=f"{page}: {' '.join(words)[:60]}") for page, words in COMMANDS if words[0] == name]
+
+
+def test_the_fences_were_read() -> None:
+    """The checks below are of something."""
+    programs = [words[0] for _, words in COMMANDS]
+    assert programs.count("shoal") >= 10
+    assert programs.count("curl") >= 4
+    assert set(programs) <= {"shoal", "curl", "echo", "make", "python", "pip", "cd", "git"}
+
+
+@pytest.mark.parametrize("words", of_program("shoal"))
+def test_shoal_commands_parse(words: list[str]) -> None:
+    group: Any = typer.main.get_command(app)
+    command = group.commands[words[1]]
+    context = command.make_context(words[1], words[2:])  # raises where the line makes no sense
+    assert context.params
+
+
+def test_a_wrong_command_would_not_parse() -> None:
+    with pytest.raises(typer.BadParameter.__mro__[1], match="No such option"):  # type: ignore[arg-type]
+        test_shoal_commands_parse(["shoal", "serve", "m", "--max-length", "3"])
+
+
+@pytest.mark.parametrize("words", of_program("curl"))
+def test_curl_commands_reach_a_route_with_a_body_it_takes(words: list[str]) -> None:
+    (url,) = [word for word in words if word.startswith("http")]
+    path = re.sub(r"^http://[^/]+", "", url)
+    routes = re.findall(r'Route\("([^"]+)"', Path(Server.__init__.__code__.co_filename).read_text(encoding="utf-8"))
+    assert path in routes
+    if "-d" in words:
+        decode(words[words.index("-d") + 1].encode(), BODIES[path], Limits())
+
+
+@pytest.mark.parametrize("words", of_program("make"))
+def test_make_targets_exist(words: list[str]) -> None:
+    assert words[1] in make_targets()
+
+
+def make_targets() -> list[str]:
+    return re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_make_targets(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target in re.findall(r"(?:^    |`)make ([a-z]+)", text, re.MULTILINE):
+        assert target in make_targets()
+    for command in re.findall(r"`shoal ([a-z]+)", text):
+        assert command in [info.callback.__name__ for info in app.registered_commands if info.callback], command
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=page.name) for page, text in fences("python")])
+def test_python_examples_are_programs(text: str) -> None:
+    tree = ast.parse(text)
+    assert any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree.body), "it runs as it stands"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("chat.completions.create"):
+            arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+            decode(msgspec.json.encode(arguments), ChatRequest, Limits())
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=page.name) for page, text in fences("yaml")])
+def test_settings_load(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert load_config(ServeConfig, file, {"engine.model": "m"})
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=page.name) for page, text in fences("json")])
+def test_request_lines_decode(text: str) -> None:
+    for line in text.splitlines():
+        decode(line.encode(), ChatLine if '"messages"' in line else CompletionLine, Limits())
+
+
+def test_the_table_of_settings_has_every_engine_flag() -> None:
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--([a-z-]+)` \| `engine\.(\w+)` \|", page, re.MULTILINE)
+    flags = {flag.removeprefix("no-").replace("-", "_"): key for flag, key in rows}
+    assert flags == {flag: key for flag, key in ENGINE_FLAGS.items() if flag != "model"}
+    assert set(flags.values()) <= set(EngineConfig.__struct_fields__)
+
+
+def test_the_index_has_every_decision() -> None:
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert listed == sorted(path.name for path in folder.glob("[0-9]*.md"))
