@@ -94,6 +94,20 @@ class ForeignLoad:
         return _busy_seconds() - sum(os.times()[:4]) - _group_seconds(self._group)
 
 
+def wait_until_quiet(most_cores: float, patience: float, interval: float = 2.0) -> bool:
+    """Sleep until others kept no more than `most_cores` busy over one `interval`. False if they never did.
+
+    Gives up after `patience` seconds; 0 does not look at all.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        foreign = ForeignLoad()
+        time.sleep(interval)
+        if foreign.cores() <= most_cores:
+            return True
+    return False
+
+
 def _busy_seconds() -> float:
     """CPU seconds of all cores since boot, idle and waiting for disks left out."""
     user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])

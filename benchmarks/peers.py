@@ -130,6 +130,7 @@ class Benchmark:
     def _measure_machine(self, number: int) -> None:
         command = [sys.executable, str(Path(machine.__file__))]
         for _ in range(self._arguments.attempts):
+            machine.wait_until_quiet(QUIET, self._arguments.patience)
             foreign = machine.ForeignLoad()
             measured = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
             if foreign.cores() <= QUIET:
@@ -165,6 +166,7 @@ class Benchmark:
         """
         best: tuple[dict[str, Any], float] | None = None
         for _ in range(self._arguments.attempts):
+            machine.wait_until_quiet(QUIET, self._arguments.patience)
             raw = process.call("run", items=workload.as_message())
             if best is None or process.foreign_load < best[1]:
                 best = raw, process.foreign_load
@@ -243,6 +245,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--attempts", type=int, default=3, help="runs at most, where other processes were busy beside one; default 3"
     )
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds to wait at most, before a run, until others are quiet"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare tokens with transformers'")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
@@ -271,7 +276,12 @@ def main() -> None:
     benchmark = Benchmark(arguments, paths)
     with ExitStack() as stack:
         stack.callback(benchmark.close)
-        benchmark.run(benchmark.build_peers())
+        try:
+            benchmark.run(benchmark.build_peers())
+        except KeyboardInterrupt:
+            if not benchmark.rates:
+                sys.exit("interrupted before anything was measured")
+            say("interrupted: the report holds what was measured before")
         report = benchmark.report(shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]))
     text = render(report)
     print(text)

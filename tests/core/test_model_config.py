@@ -125,7 +125,7 @@ def test_deepseek_scale_counts_both_parts_of_a_head_and_the_extended_context() -
         ({"architectures": []}, "none named"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"hidden_size": "wide"}, "wrong kind"),
-        ({"num_hidden_layers": [3]}, "wrong kind"),
+        ({"num_hidden_layers": [3]}, "number of layers"),
         ({"num_attention_heads": 0}, "wrong kind"),
         ({"vocab_size": -5}, "not positive"),
         ({"num_key_value_heads": 3}, "evenly"),

@@ -95,6 +95,7 @@ def _family(config: dict[str, Any]) -> str:
     raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(ARCHITECTURES)}")
 
 
+_MAX_LAYERS = 4096
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -132,10 +133,18 @@ def _checked(spec: ModelSpec, file: str) -> ModelSpec:
     return spec
 
 
+def _num_layers(value: Any) -> int:
+    """Checked before anything is listed for each layer."""
+    if type(value) is not int or not 0 < value <= _MAX_LAYERS:
+        raise UnsupportedModel(f"the number of layers must be an integer from 1 to {_MAX_LAYERS}, not {value!r:.40}")
+    return value
+
+
 def _from_hf(family: str, c: dict[str, Any]) -> ModelSpec:
     gemma = family == "gemma3_text"
     heads = c["num_attention_heads"]
-    window, windowed = _windows(family, c)
+    num_layers = _num_layers(c["num_hidden_layers"])
+    window, windowed = _windows(family, c, num_layers)
     rope, rope_local = _rope(family, c)
     mla = _mla(family, c)
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
@@ -151,7 +160,7 @@ def _from_hf(family: str, c: dict[str, Any]) -> ModelSpec:
     eos = c.get("eos_token_id")
     return ModelSpec(
         family=family,
-        num_layers=c["num_hidden_layers"],
+        num_layers=num_layers,
         hidden_size=c["hidden_size"],
         intermediate_size=c["intermediate_size"],
         num_heads=heads,
@@ -189,7 +198,7 @@ def _activation(c: dict[str, Any]) -> Literal["silu", "gelu_tanh"]:
     raise UnsupportedModel(f"activation {name!r} is not supported; supported: silu, gelu_pytorch_tanh")
 
 
-def _windows(family: str, c: dict[str, Any]) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(family: str, c: dict[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers have it: () is all of them."""
     window = c.get("sliding_window")
     qwen = family.startswith("qwen")
@@ -204,9 +213,9 @@ def _windows(family: str, c: dict[str, Any]) -> tuple[int | None, tuple[bool, ..
         return window, tuple(kind == "sliding_attention" for kind in kinds)
     if family == "gemma3_text":
         pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
-        return window, tuple((layer + 1) % pattern != 0 for layer in range(c["num_hidden_layers"]))
+        return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
     if "max_window_layers" in c:
-        return window, tuple(layer >= c["max_window_layers"] for layer in range(c["num_hidden_layers"]))
+        return window, tuple(layer >= c["max_window_layers"] for layer in range(num_layers))
     return window, ()
 
 
@@ -332,7 +341,7 @@ def _from_gguf(arch: str, m: dict[str, Any]) -> ModelSpec:
     gemma = arch == "gemma3"
     heads, hidden = m[f"{arch}.attention.head_count"], m[f"{arch}.embedding_length"]
     head_dim = m.get(f"{arch}.attention.key_length", hidden // heads)
-    layers, max_len = m[f"{arch}.block_count"], m[f"{arch}.context_length"]
+    layers, max_len = _num_layers(m[f"{arch}.block_count"]), m[f"{arch}.context_length"]
     scaling = m.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in ("none", "linear", "yarn"):
         raise UnsupportedModel(f"rope scaling {scaling!r} is not supported in GGUF; supported: linear, yarn")

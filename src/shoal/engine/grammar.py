@@ -315,7 +315,7 @@ def compile_grammar(kind: GrammarKind, source: str, compiler: xgrammar.GrammarCo
         # Serialising takes several times this much memory again, so the size is checked before.
         if compiled.memory_size_bytes > MAX_COMPILED_BYTES:
             raise GrammarError("it is too large once compiled; simplify it")
-        text = compiled.serialize_json()
+        text: str = compiled.serialize_json()
     except (RuntimeError, MemoryError) as error:
         raise GrammarError(plain_message(error)) from error
     if len(text) > MAX_COMPILED_BYTES:
