@@ -104,11 +104,6 @@ def test_curl_commands_reach_a_route_with_a_body_it_takes(words: list[str]) -> N
         decode(words[words.index("-d") + 1].encode(), BODIES[path], Limits())
 
 
-@pytest.mark.parametrize("words", of_program("make"))
-def test_make_targets_exist(words: list[str]) -> None:
-    assert words[1] in make_targets()
-
-
 def make_targets() -> list[str]:
     return re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
