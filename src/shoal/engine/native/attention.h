@@ -20,9 +20,9 @@ constexpr int TILE = 64;
 constexpr int SPLIT = 256;  // a multiple of TILE; some 10 us of memory traffic, so that one long sequence feeds all threads
 constexpr int TILE_VECTORS = TILE / VW;
 #if defined(__AVX512F__)
-constexpr int ATTENTION_ROWS = 12;
+constexpr int ATTENTION_ROWS = 12, FEW_ROWS = 6;
 #else
-constexpr int ATTENTION_ROWS = 6;
+constexpr int ATTENTION_ROWS = 6, FEW_ROWS = 2;
 #endif
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int PAD = 16;  // values are stored in rows of D rounded up to this: whole vectors; what the padding holds is never used
@@ -48,10 +48,13 @@ struct Attention {
 static inline int padded(int head_dim) { return (head_dim + PAD - 1) / PAD * PAD; }
 static inline vf load_kv(const float* p) { return load(p); }
 static inline vf load_kv(const uint16_t* p) { return load_bf16(p); }
+// Into the second-level cache, for later: blocks lie anywhere, so no hardware prefetcher knows the next one.
+static inline void fetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
-// scores[r][t] = q[r] . keys[t], d in order, for `count` vectors of tokens.
+// scores[r][t] = q[r] . keys[t], d in order, for NT vectors of tokens; as many of the next tile are fetched meanwhile.
 template <int ROWS, int NT, class KV>
-static void score(const float* q, const KV* const* key_vectors, int block_size, int head_dim, float* scores) {
+static void score(const float* q, const KV* const* key_vectors, const KV* const* next, int block_size, int head_dim,
+                  float* scores) {
   vf c[ROWS][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
@@ -60,7 +63,10 @@ static void score(const float* q, const KV* const* key_vectors, int block_size, 
   for (int d = 0; d < head_dim; ++d) {
     vf k[NT];
 #pragma GCC unroll 16
-    for (int t = 0; t < NT; ++t) k[t] = load_kv(key_vectors[t] + (int64_t)d * block_size);
+    for (int t = 0; t < NT; ++t) {
+      k[t] = load_kv(key_vectors[t] + (int64_t)d * block_size);
+      fetch(next[t] + (int64_t)d * block_size);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const vf a = set1(q[r * MAX_HEAD_DIM + d]);
@@ -75,25 +81,30 @@ static void score(const float* q, const KV* const* key_vectors, int block_size, 
 }
 
 template <int NT, int ROWS, class KV>
-static void score_rows(int rows, const float* q, const KV* const* keys, int block_size, int head_dim, float* scores) {
+static void score_rows(int rows, const float* q, const KV* const* keys, const KV* const* next, int block_size,
+                       int head_dim, float* scores) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return score<ROWS, NT>(q, keys, block_size, head_dim, scores);
-    return score_rows<NT, ROWS - 1>(rows, q, keys, block_size, head_dim, scores);
+    if (rows == ROWS) return score<ROWS, NT>(q, keys, next, block_size, head_dim, scores);
+    return score_rows<NT, ROWS - 1>(rows, q, keys, next, block_size, head_dim, scores);
   }
 }
 
-// out[r][0 .. ND vectors) += sum_t weights[r][t] * values[t], t in order.
+// out[r][0 .. ND vectors) = out * factors[r] + sum_t weights[r][t] * values[t], t in order.
 template <int ROWS, int ND, class KV>
-static void weigh(const float* weights, const KV* const* value_rows, int tokens, int offset, float* out) {
+static void weigh(const float* weights, const float* factors, const KV* const* value_rows, const KV* const* next,
+                  int tokens, int offset, float* out) {
   vf c[ROWS][ND];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-    for (int d = 0; d < ND; ++d) c[r][d] = load(out + r * MAX_HEAD_DIM + offset + d * VW);
+    for (int d = 0; d < ND; ++d) c[r][d] = mul(set1(factors[r]), load(out + r * MAX_HEAD_DIM + offset + d * VW));
   for (int t = 0; t < tokens; ++t) {
     vf v[ND];
 #pragma GCC unroll 16
-    for (int d = 0; d < ND; ++d) v[d] = load_kv(value_rows[t] + offset + d * VW);
+    for (int d = 0; d < ND; ++d) {
+      v[d] = load_kv(value_rows[t] + offset + d * VW);
+      fetch(next[t] + offset + d * VW);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
       const vf a = set1(weights[r * TILE + t]);
@@ -108,10 +119,11 @@ static void weigh(const float* weights, const KV* const* value_rows, int tokens,
 }
 
 template <int ND, int ROWS, class KV>
-static void weigh_rows(int rows, const float* weights, const KV* const* values, int tokens, int offset, float* out) {
+static void weigh_rows(int rows, const float* weights, const float* factors, const KV* const* values,
+                       const KV* const* next, int tokens, int offset, float* out) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return weigh<ROWS, ND>(weights, values, tokens, offset, out);
-    return weigh_rows<ND, ROWS - 1>(rows, weights, values, tokens, offset, out);
+    if (rows == ROWS) return weigh<ROWS, ND>(weights, factors, values, next, tokens, offset, out);
+    return weigh_rows<ND, ROWS - 1>(rows, weights, factors, values, next, tokens, offset, out);
   }
 }
 
@@ -119,13 +131,13 @@ static void weigh_rows(int rows, const float* weights, const KV* const* values, 
 struct Sums {
   alignas(64) float out[ATTENTION_ROWS * MAX_HEAD_DIM];
   alignas(64) float total[ATTENTION_ROWS * VW];  // lane by lane; summed across at the end
-  float most[ATTENTION_ROWS];
+  alignas(64) float most[VW];  // a row a lane
 
-  void clear(int rows) {
+  void clear(int rows, int head_dim) {
+    store(most, set1(-__builtin_inff()));
     for (int r = 0; r < rows; ++r) {
-      most[r] = -__builtin_inff();
       store(total + r * VW, zero());
-      std::memset(out + r * MAX_HEAD_DIM, 0, sizeof(float) * MAX_HEAD_DIM);
+      for (int d = 0; d < head_dim; d += VW) store(out + r * MAX_HEAD_DIM + d, zero());
     }
   }
 };
@@ -138,104 +150,101 @@ struct Task {
   int position[ATTENTION_ROWS];
   alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];  // times scale
   alignas(64) float scores[ATTENTION_ROWS * TILE];
+  alignas(64) float factors[VW];  // a row a lane: what rescales the sums so far to the tile's maximum
 };
+static_assert(ATTENTION_ROWS <= VW, "a row a lane");
 
-// Softmax weights of one row over a tile; rescales what the row has so far.
-static void soften(const Attention& a, Task& t, Sums& s, int r, int tile_start) {
-  float* scores = t.scores + r * TILE;
-  const int high = t.position[r] + 1 - tile_start;
-  const int low = a.window ? t.position[r] + 1 - a.window - tile_start : 0;
-  vf x[TILE_VECTORS];
-  vf peak = set1(-__builtin_inff());
-  for (int v = 0; v < TILE_VECTORS; ++v) {
-    x[v] = load(scores + v * VW);
-    if (a.soft_cap > 0) x[v] = mul(tanh(mul(x[v], set1(1.0f / a.soft_cap))), set1(a.soft_cap));
-    if (low > v * VW || high < (v + 1) * VW) x[v] = keep_range(x[v], low - v * VW, high - v * VW);
-    peak = max(peak, x[v]);
+// Softmax weights of a tile, and the factors that rescale what the rows have so far. Step by step for all rows, so that
+// no row waits for another's maximum.
+static void soften(const Attention& a, Task& t, Sums& s, int tile_start) {
+  alignas(64) float peaks[VW], shifts[VW];
+  store(peaks, set1(-__builtin_inff()));
+  for (int r = 0; r < t.rows; ++r) {
+    float* scores = t.scores + r * TILE;
+    const int high = t.position[r] + 1 - tile_start;
+    const int low = a.window ? t.position[r] + 1 - a.window - tile_start : 0;
+    vf peak = set1(-__builtin_inff());
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      vf x = load(scores + v * VW);
+      if (a.soft_cap > 0) x = mul(tanh(mul(x, set1(1.0f / a.soft_cap))), set1(a.soft_cap));
+      if (low > v * VW || high < (v + 1) * VW) x = keep_range(x, low - v * VW, high - v * VW);
+      if (a.soft_cap > 0 || low > v * VW || high < (v + 1) * VW) store(scores + v * VW, x);
+      peak = max(peak, x);
+    }
+    peaks[r] = largest(peak);
   }
-  const float most = std::max(s.most[r], largest(peak));
-  if (most == -__builtin_inff()) {  // nothing seen yet, nothing here
-    for (int v = 0; v < TILE_VECTORS; ++v) store(scores + v * VW, zero());
-    return;
-  }
-  vf total = load(s.total + r * VW);
-  if (most != s.most[r]) {
-    const vf factor = exp(set1(s.most[r] - most));
-    total = mul(total, factor);
-    float* out = s.out + r * MAX_HEAD_DIM;
-    for (int d = 0; d < a.head_dim; d += VW) store(out + d, mul(load(out + d), factor));
-    s.most[r] = most;
-  }
-  for (int v = 0; v < TILE_VECTORS; ++v) {
-    const vf weight = exp(sub(x[v], set1(most)));
-    store(scores + v * VW, weight);
-    total = add(total, weight);
-  }
-  store(s.total + r * VW, total);
-}
-
-// Asks for the KV of a tile while the one before it is computed: blocks lie anywhere, so no hardware prefetcher will.
-static void prefetch_tile(const Attention& a, const Task& t, int tile_start, int bytes) {
-  const int64_t key_bytes = (int64_t)a.head_dim * a.block_size * bytes;
-  const int64_t value_bytes = (int64_t)padded(a.head_dim) * a.block_size * bytes;
-  for (int at = tile_start; at < std::min(t.end, tile_start + TILE); at += a.block_size) {
-    const int64_t head = (int64_t)t.table[at / a.block_size] * a.kv_heads + t.kv_head;
-    const char *keys = (const char*)a.keys + head * key_bytes, *values = (const char*)a.values + head * value_bytes;
-    for (int64_t line = 0; line < key_bytes; line += 64) _mm_prefetch(keys + line, _MM_HINT_T1);
-    for (int64_t line = 0; line < value_bytes; line += 64) _mm_prefetch(values + line, _MM_HINT_T1);
+  const vf before = load(s.most), most = max(before, load(peaks));
+  const vf shift = zero_if_minus_infinity(most);  // a row that has seen nothing: its weights are exp(-inf - 0)
+  store(s.most, most);
+  store(shifts, shift);
+  store(t.factors, exp(sub(before, shift)));
+  for (int r = 0; r < t.rows; ++r) {
+    float* scores = t.scores + r * TILE;
+    vf total = mul(load(s.total + r * VW), set1(t.factors[r]));
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const vf weight = exp(sub(load(scores + v * VW), set1(shifts[r])));
+      store(scores + v * VW, weight);
+      total = add(total, weight);
+    }
+    store(s.total + r * VW, total);
   }
 }
 
+// Where the vectors of keys and the rows of values of one tile lie.
 template <class KV>
-static void attend_tile(const Attention& a, Task& t, Sums& s, int tile_start) {
-  const int tokens = std::min(TILE, t.end - tile_start), vectors = (tokens + VW - 1) / VW, rows = t.rows;
-  const int d_padded = padded(a.head_dim);
+struct TileAddresses {
+  int tokens, vectors;
   const KV* keys[TILE_VECTORS];
   const KV* values[TILE];
-  const int32_t* block = t.table + tile_start / a.block_size;  // blocks and tiles are cut at multiples of VW
-  int v = 0, i = 0;
-  for (int offset = tile_start % a.block_size; v < vectors; offset = 0, ++block) {
-    const int64_t head = (int64_t)*block * a.kv_heads + t.kv_head;
-    const KV* head_keys = (const KV*)a.keys + head * a.head_dim * a.block_size;
-    const KV* head_values = (const KV*)a.values + head * a.block_size * d_padded;
-    for (int at = offset; at < a.block_size && v < vectors; at += VW) keys[v++] = head_keys + at;
-    for (int at = offset; at < a.block_size && i < tokens; ++at) values[i++] = head_values + (int64_t)at * d_padded;
-  }
-  constexpr int HALF = ATTENTION_ROWS / 2;  // times 4 vectors fill the registers
-  for (int r = 0; r < rows; r += HALF) {
-    const int count = std::min(HALF, rows - r);
-    const float* q = t.q + r * MAX_HEAD_DIM;
-    float* scores = t.scores + r * TILE;
-    v = 0;
-    if constexpr (VW == 16)
-      for (; v + 4 <= vectors; v += 4) score_rows<4, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
-    for (; v + 2 <= vectors; v += 2) score_rows<2, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
-    for (; v < vectors; ++v) score_rows<1, HALF>(count, q, keys + v, a.block_size, a.head_dim, scores + v * VW);
-  }
-  for (int r = 0; r < rows; ++r) soften(a, t, s, r, tile_start);
 
-  for (int r = 0; r < rows; r += HALF) {
-    const int count = std::min(HALF, rows - r);
-    const float* weights = t.scores + r * TILE;
-    float* out = s.out + r * MAX_HEAD_DIM;
-    int d = 0;
-    if constexpr (VW == 16)
-      for (; d + 4 * VW <= d_padded; d += 4 * VW) weigh_rows<4, HALF>(count, weights, values, tokens, d, out);
-    for (; d + 2 * VW <= d_padded; d += 2 * VW) weigh_rows<2, HALF>(count, weights, values, tokens, d, out);
-    for (; d < d_padded; d += VW) weigh_rows<1, HALF>(count, weights, values, tokens, d, out);
+  void find(const Attention& a, const Task& t, int tile_start) {
+    tokens = std::min(TILE, t.end - tile_start), vectors = (tokens + VW - 1) / VW;
+    const int d_padded = padded(a.head_dim);
+    const int32_t* block = t.table + tile_start / a.block_size;  // blocks and tiles are cut at multiples of VW
+    int v = 0, i = 0;
+    for (int offset = tile_start % a.block_size; v < vectors; offset = 0, ++block) {
+      const int64_t head = (int64_t)*block * a.kv_heads + t.kv_head;
+      const KV* head_keys = (const KV*)a.keys + head * a.head_dim * a.block_size;
+      const KV* head_values = (const KV*)a.values + head * a.block_size * d_padded;
+      for (int at = offset; at < a.block_size && v < vectors; at += VW) keys[v++] = head_keys + at;
+      for (int at = offset; at < a.block_size && i < tokens; ++at) values[i++] = head_values + (int64_t)at * d_padded;
+    }
+    // What is beyond the end is never read, but may be fetched.
+    for (; v < TILE_VECTORS; ++v) keys[v] = keys[0];
+    for (; i < TILE; ++i) values[i] = values[0];
   }
+};
+
+// Rows times vectors fill the registers: all rows a pair of vectors at a time, or the few rows of a decode four.
+template <class KV, int ROWS, int WIDTH>
+static void attend_rows(const Attention& a, Task& t, Sums& s, const TileAddresses<KV>& tile,
+                        const TileAddresses<KV>& next, int tile_start) {
+  int v = 0, d = 0;
+  for (; v + WIDTH <= tile.vectors; v += WIDTH)
+    score_rows<WIDTH, ROWS>(t.rows, t.q, tile.keys + v, next.keys + v, a.block_size, a.head_dim, t.scores + v * VW);
+  for (; v < tile.vectors; ++v)
+    score_rows<1, ROWS>(t.rows, t.q, tile.keys + v, next.keys + v, a.block_size, a.head_dim, t.scores + v * VW);
+  soften(a, t, s, tile_start);
+  const int d_padded = padded(a.head_dim);
+  for (; d + WIDTH * VW <= d_padded; d += WIDTH * VW)
+    weigh_rows<WIDTH, ROWS>(t.rows, t.scores, t.factors, tile.values, next.values, tile.tokens, d, s.out);
+  for (; d < d_padded; d += VW) weigh_rows<1, ROWS>(t.rows, t.scores, t.factors, tile.values, next.values, tile.tokens, d, s.out);
 }
 
 // One split of a task, from nothing.
 template <class KV>
 static void attend_split(const Attention& a, Task& t, int split, Sums& s) {
-  s.clear(t.rows);
+  s.clear(t.rows, a.head_dim);
   const int end = std::min(t.end, (split + 1) * SPLIT);
-  const int begin = std::max(t.begin, split * SPLIT);
-  prefetch_tile(a, t, begin, sizeof(KV));
-  for (int tile = begin; tile < end; tile += TILE) {
-    prefetch_tile(a, t, tile + TILE, sizeof(KV));
-    attend_tile<KV>(a, t, s, tile);
+  TileAddresses<KV> tiles[2];
+  int at = std::max(t.begin, split * SPLIT);
+  tiles[0].find(a, t, at);
+  for (int i = 0; at < end; at += TILE, i ^= 1) {
+    tiles[i ^ 1].find(a, t, at + TILE < t.end ? at + TILE : at);
+    if (t.rows <= FEW_ROWS)
+      attend_rows<KV, FEW_ROWS, 4>(a, t, s, tiles[i], tiles[i ^ 1], at);
+    else
+      attend_rows<KV, ATTENTION_ROWS, 2>(a, t, s, tiles[i], tiles[i ^ 1], at);
   }
 }
 
@@ -307,7 +316,7 @@ static void attend_part(const Attention& a, const Share& share, int sequence, in
   set_rows(a, t);
   Sums& sums = buffers.sums;
   if (!share.splits) {
-    sums.clear(t.rows);
+    sums.clear(t.rows, a.head_dim);
     for (int split = t.begin / SPLIT; split * SPLIT < t.end; ++split) {
       attend_split<KV>(a, t, split, buffers.split);
       merge(sums, buffers.split, t.rows, a.head_dim);
@@ -318,7 +327,7 @@ static void attend_part(const Attention& a, const Share& share, int sequence, in
   attend_split<KV>(a, t, local % share.splits, own[local % share.splits]);
   // Whoever finishes the last split of a task merges them all, in order.
   if (pending[share.first_task + number].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  sums.clear(t.rows);
+  sums.clear(t.rows, a.head_dim);
   for (int split = 0; split < share.splits; ++split) merge(sums, own[split], t.rows, a.head_dim);
   write_rows(a, t, sums);
 }

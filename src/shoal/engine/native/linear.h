@@ -115,7 +115,7 @@ static void multiply_few(int rows, const float* x, int64_t ldx, const W* w, int6
 
 template <class W, int ROWS = MAX_ROWS>
 static void multiply_tile(int rows, const float* packed, const W* w, int k, float* sums, bool first, const char* ahead, int64_t step) {
-  if constexpr (ROWS > MAX_ROWS / 2) {  // more than one tile, as equal as can be
+  if constexpr (ROWS >= MAX_ROWS / 2) {  // of two or more tiles as equal as can be, none is smaller
     if (rows == ROWS) return multiply<W, ROWS, 1, 1>(PackedRows<ROWS>{packed}, w, 0, k, sums, 0, first, ahead, step);
     return multiply_tile<W, ROWS - 1>(rows, packed, w, k, sums, first, ahead, step);
   }

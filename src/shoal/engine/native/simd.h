@@ -31,6 +31,9 @@ static inline vf power_of_two(vf n) {  // 2^n for integral n in float range
 static inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+static inline vf zero_if_minus_infinity(vf v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_OQ), v);
+}
 // Lanes [low, high) of v, others -infinity.
 static inline vf keep_range(vf v, int low, int high) {
   const uint32_t below_high = high >= 16 ? 0xffffu : (high <= 0 ? 0u : (1u << high) - 1);
@@ -57,6 +60,9 @@ static inline vf power_of_two(vf n) {
 }
 static inline vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline vf zero_if_minus_infinity(vf v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(v, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_OQ));
 }
 static inline vf keep_range(vf v, int low, int high) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
