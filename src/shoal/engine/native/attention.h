@@ -249,16 +249,19 @@ static void attend_split(const Attention& a, Task& t, int split, Sums& s) {
 }
 
 static void merge(Sums& into, const Sums& next, int rows, int head_dim) {
+  alignas(64) float keeps[VW], takes[VW];
+  const vf before = load(into.most), other = load(next.most), most = max(before, other);
+  const vf shift = zero_if_minus_infinity(most);
+  store(keeps, exp(sub(before, shift)));
+  store(takes, exp(sub(other, shift)));
+  store(into.most, most);
   for (int r = 0; r < rows; ++r) {
-    if (next.most[r] == -__builtin_inff()) continue;
-    const float most = std::max(into.most[r], next.most[r]);
-    const vf keep = exp(set1(into.most[r] - most)), take = exp(set1(next.most[r] - most));
+    const vf keep = set1(keeps[r]), take = set1(takes[r]);
     float* to = into.out + r * MAX_HEAD_DIM;
     const float* from = next.out + r * MAX_HEAD_DIM;
     for (int d = 0; d < head_dim; d += VW) store(to + d, fma(load(from + d), take, mul(load(to + d), keep)));
     float* total = into.total + r * VW;
     store(total, fma(load(next.total + r * VW), take, mul(load(total), keep)));
-    into.most[r] = most;
   }
 }
 

@@ -25,9 +25,6 @@ static inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 static inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vf power_of_two(vf n) {  // 2^n for integral n in float range
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
 static inline vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
@@ -55,9 +52,6 @@ static inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
 static inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vf power_of_two(vf n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
 static inline vf load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
@@ -91,11 +85,12 @@ static inline float largest(vf v) {
 #endif
 }
 
-// exp by 2^n * polynomial (the coefficients are Cephes' expf, relative error about 1e-7). exp(-inf) is 0.
+// exp by 2^n * polynomial (the coefficients are Cephes' expf, relative error about 1e-7). exp(-inf) is 0. Adding `magic`
+// leaves the rounded quotient in the low bits, from where a shift takes it into the exponent.
 static inline vf exp(vf x) {
-  const vf lowest = set1(-87.33654f);
+  const vf lowest = set1(-87.33654f), magic = set1(12582912.0f);  // 1.5 * 2^23
   const vf clamped = max(min(x, set1(88.0f)), lowest);
-  const vf n = round(mul(clamped, set1(1.44269504088896341f)));
+  const vf shifted = fma(clamped, set1(1.44269504088896341f), magic), n = sub(shifted, magic);
   vf r = fma(n, set1(-0.693359375f), clamped);
   r = fma(n, set1(2.12194440e-4f), r);
   vf p = set1(1.9875691500e-4f);
@@ -104,10 +99,15 @@ static inline vf exp(vf x) {
   p = fma(p, r, set1(4.1665795894e-2f));
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
-  const vf y = mul(add(fma(mul(r, r), p, r), set1(1.0f)), power_of_two(n));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
 #if defined(__AVX512F__)
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ), y);
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  const __mmask16 seen = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(p), exponent));
 #else
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  const vf y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
   return _mm256_and_ps(y, _mm256_cmp_ps(x, lowest, _CMP_GE_OQ));
 #endif
 }
