@@ -20,9 +20,9 @@ RINGS: dict[str, tuple[str, ...]] = {
     "core": (),
     "checkpoint": ("core",),
     "engine": ("core", "checkpoint"),
-    "serve": ("core", "checkpoint", "engine.executor", "engine.grammar", "__version__"),
+    "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
     "config": (),
-    "cli": ("core", "checkpoint", "engine.memory", "serve", "config", "__version__"),
+    "cli": ("core", "checkpoint", "engine.memory", "engine.launch", "serve", "config", "__version__"),
     "__main__": ("cli",),
     "__init__": (),
 }

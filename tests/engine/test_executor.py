@@ -8,7 +8,7 @@ import torch
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.types import Request, Sampling, StepPlan, StepResult, WorkerFailure
-from shoal.engine.executor import InProcExecutor
+from shoal.engine.in_process import InProcExecutor
 from tests.checkpoints import make_checkpoint
 
 
@@ -37,7 +37,7 @@ class SlowWorker:
 @pytest.fixture
 def slow(monkeypatch):
     worker = SlowWorker()
-    monkeypatch.setattr("shoal.engine.executor.Worker", lambda config: worker)
+    monkeypatch.setattr("shoal.engine.in_process.Worker", lambda config: worker)
     return worker
 
 

@@ -19,6 +19,7 @@ app = typer.Typer(
 
 _ENGINE = "Engine"
 _SERVER = "Server"
+_PARALLEL = "Parallelism"
 
 ENGINE_FLAGS = {
     "model": "model",
@@ -33,6 +34,15 @@ ENGINE_FLAGS = {
     "kv_cache_dtype": "kv_dtype",
     "prefix_caching": "prefix_caching",
     "depth": "depth",
+    "tensor_parallel_size": "layout.tp",
+    "pipeline_parallel_size": "layout.pp",
+    "expert_parallel": "layout.ep",
+    "context_parallel_size": "layout.cp",
+    "data_parallel_size": "layout.dp",
+    "launcher": "launch.launcher",
+    "launch_host": "launch.host",
+    "launch_port": "launch.port",
+    "secret_file": "launch.secret_file",
 }
 """The field's names, which users know from other engines, and EngineConfig's."""
 SERVER_FLAGS = ("served_model_name", "host", "port", "api_key", "allow_remote", "drain_seconds", "stall_seconds")
@@ -97,6 +107,36 @@ PrefixCaching = Annotated[
 ]
 Depth = Annotated[
     int | None, typer.Option(min=1, help="Steps planned ahead of results. [default: 1]", rich_help_panel=_ENGINE)
+]
+TensorParallelSize = Annotated[
+    int | None, typer.Option(min=1, help="Ranks that split every layer. [default: 1]", rich_help_panel=_PARALLEL)
+]
+PipelineParallelSize = Annotated[
+    int | None, typer.Option(min=1, help="Stages that split the layers. [default: 1]", rich_help_panel=_PARALLEL)
+]
+ExpertParallel = Annotated[
+    int | None, typer.Option(min=1, help="Ranks that split the experts. [default: 1]", rich_help_panel=_PARALLEL)
+]
+ContextParallelSize = Annotated[
+    int | None, typer.Option(min=1, help="Ranks that split every KV cache. [default: 1]", rich_help_panel=_PARALLEL)
+]
+DataParallelSize = Annotated[
+    int | None, typer.Option(min=1, help="Engines beside each other. [default: 1]", rich_help_panel=_PARALLEL)
+]
+LauncherName = Annotated[
+    Literal["local", "env"] | None,
+    typer.Option(
+        "--launcher", help="Who starts the ranks: local, or env for torchrun and Slurm.", rich_help_panel=_PARALLEL
+    ),
+]
+LaunchHost = Annotated[
+    str | None, typer.Option(help="Address that ranks talk over. [default: 127.0.0.1]", rich_help_panel=_PARALLEL)
+]
+LaunchPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Of the ranks' driver.", rich_help_panel=_PARALLEL)
+]
+SecretFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="What every rank must know to join.", rich_help_panel=_PARALLEL)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -170,6 +210,15 @@ def serve(
     kv_cache_dtype: KVCacheDtype = None,
     prefix_caching: PrefixCaching = None,
     depth: Depth = None,
+    tensor_parallel_size: TensorParallelSize = None,
+    pipeline_parallel_size: PipelineParallelSize = None,
+    expert_parallel: ExpertParallel = None,
+    context_parallel_size: ContextParallelSize = None,
+    data_parallel_size: DataParallelSize = None,
+    launcher: LauncherName = None,
+    launch_host: LaunchHost = None,
+    launch_port: LaunchPort = None,
+    secret_file: SecretFile = None,
 ) -> int:
     """Serve a model over an OpenAI-compatible API.
 
@@ -179,6 +228,7 @@ def serve(
     - `shoal serve ./Llama-3.2-1B-Instruct --dtype int8 --port 9000`
     - `shoal serve model.gguf --max-model-len 4096 --kv-cache-memory 2GiB`
     - `shoal serve smollm2-135m --config serve.yaml`
+    - `shoal serve smollm2-135m --tensor-parallel-size 2`
     """
     from shoal.cli.serving import run_server
 

@@ -13,7 +13,8 @@ from rich.markup import escape
 
 from shoal.cli.terminal import StartBar, error_console, format_bytes, resolve_with_progress
 from shoal.config import load_config
-from shoal.serve.engine_client import EngineClient
+from shoal.core.config import EngineConfig
+from shoal.serve.engine_group import Engine
 from shoal.serve.server import ServeConfig, listen, serve
 
 
@@ -23,12 +24,14 @@ def run_server(model: str, file: Path | None, flags: Mapping[str, Any], recordin
     config = load_config(ServeConfig, file, flags)
     if recording is not None:
         recording.open("wb").close()  # a path that cannot be written is the user's to know before the model loads
+    if is_agent(config.engine):
+        return run_agent(config.engine)
     listener = listen(config)
     files = resolve_with_progress(model, errors)
     name = config.served_model_name or files.name
     with StartBar(name, errors) as bar:
 
-        def ready(url: str, engine: EngineClient) -> None:
+        def ready(url: str, engine: Engine) -> None:
             bar.close()
             _announce(console, name, url, engine)
 
@@ -47,7 +50,24 @@ def run_server(model: str, file: Path | None, flags: Mapping[str, Any], recordin
     return status
 
 
-def _announce(console: Console, name: str, url: str, engine: EngineClient) -> None:
+def is_agent(engine: EngineConfig) -> bool:
+    """Whether this command was started as a rank other than the first: it serves an engine elsewhere, not clients."""
+    if engine.launch.launcher != "env" or engine.layout.ranks == 1:
+        return False
+    from shoal.engine.launch.environment import read_environment
+
+    return read_environment().rank != 0
+
+
+def run_agent(engine: EngineConfig) -> int:
+    """Keep this rank's process running until the engine is stopped; returns the exit status."""
+    from shoal.engine.launch import shared_secret
+    from shoal.engine.launch.environment import Agent
+
+    return Agent(engine.launch, shared_secret(engine.launch)).run()
+
+
+def _announce(console: Console, name: str, url: str, engine: Engine) -> None:
     info = engine.info
     console.print(f"[bold green]{escape(name)}[/] is served at [bold]{url}/v1[/]", soft_wrap=True)
     console.print(

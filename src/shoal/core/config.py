@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from shoal.core.layout import Layout
+
 WeightPrecision = Literal["float32", "bfloat16", "int8"]
 
 
@@ -23,11 +25,36 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Token budget of one step."""
     depth: int = 1
     """Plans that may be outstanding: 1 is synchronous, 2 overlaps scheduling with compute."""
+    stages: int = 1
+    """Of a pipeline. With more than one, a step's tokens reach the first stage only once the step is committed, so the
+    plans in flight are of different sequences: each takes its share of those that decode."""
     prefix_caching: bool = True
     max_waiting: int = 4096
     """Waiting sequences after which requests are rejected."""
     priority_aging: float = 10.0
     """A waiting request gains one priority level every so many seconds, so that none starves."""
+
+
+class LaunchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the ranks of an engine of more than one come to be, and how long they are waited for (seconds)."""
+
+    launcher: Literal["local", "env"] = "local"
+    """local starts them on this machine; env takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun, srun and
+    LeaderWorkerSet set them: rank 0 drives, the others join it."""
+    host: str = "127.0.0.1"
+    """Address of the interface that ranks and driver talk over."""
+    port: int = 0
+    """Of the driver; 0 is any free one."""
+    secret_file: str | None = None
+    """What every rank must know to join. Needed with env; the local launcher draws one."""
+    join_seconds: float = 60.0
+    """Until every rank has joined."""
+    silence_seconds: float = 2.0
+    """A rank that has not been heard of for so long is taken for dead. Ranks say four times in it that they live."""
+    collective_seconds: float = 10.0
+    """A rank that waits so long for another in a collective gives up."""
+    comm: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
+    """auto: nccl on GPUs, shared memory among CPU ranks of one host, else gloo."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +79,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     threads: int | None = None
     """CPU threads that compute; None is one for each core this process may use."""
+    layout: Layout = Layout()
+    """Ranks along each parallel axis."""
+    launch: LaunchConfig = LaunchConfig()
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
     check: bool = False

@@ -18,6 +18,7 @@ from heapq import heappop, heappush
 from shoal.core.config import SchedulerConfig
 from shoal.core.scheduler import Scheduler, Sequence
 from shoal.core.types import (
+    Drawn,
     EngineLoad,
     FinishReason,
     Output,
@@ -57,6 +58,8 @@ class EngineCore:
         self._outputs: list[Output] = []
         self._num_arrivals = 0
         self._next_plan_id = 0
+        self._drawn: list[Drawn] = []
+        """For the next plan."""
         self._steps = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -131,7 +134,8 @@ class EngineCore:
             return None
         for assignment in batch.assigned:
             self._cached_tokens += len(assignment.block_ids) * self.config.block_size
-        plan = StepPlan(self._next_plan_id, self.scheduler.take_released_slots(), batch.assigned, batch.rows)
+        drawn, self._drawn = self._drawn, []
+        plan = StepPlan(self._next_plan_id, self.scheduler.take_released_slots(), batch.assigned, batch.rows, drawn)
         self._next_plan_id += 1
         self._in_flight.append(InFlight(plan.plan_id, batch.rows, batch.sequences))
         return plan
@@ -165,6 +169,13 @@ class EngineCore:
                 outputs.append(self._take_token(sequence, sampled[row.slot]))
         return outputs
 
+    def fail(self, message: str, now: float) -> list[Output]:
+        """As a commit of a `WorkerFailure`, for workers that were lost while no plan was in flight: the KV is gone.
+
+        `now` is unused by the core but is recorded with the call.
+        """
+        return self._fail_all(message)
+
     def take_outputs(self) -> list[Output]:
         """Final outputs of sequences that ended outside of a commit, since the last call."""
         outputs, self._outputs = self._outputs, []
@@ -181,6 +192,8 @@ class EngineCore:
         if len(sequence.tokens) >= sequence.token_limit:
             return self._finish(sequence, "length", [item.token_id], logprobs)
         self.scheduler.register_full_blocks(sequence)
+        if self.config.stages > 1 and sequence.slot is not None:
+            self._drawn.append(Drawn(sequence.slot, len(sequence.tokens) - 1, item.token_id))
         return Output(request.id, sequence.index, [item.token_id], logprobs, num_cached=sequence.num_cached or 0)
 
     def _finish(
@@ -222,6 +235,7 @@ class EngineCore:
 
     def _fail_all(self, message: str) -> list[Output]:
         self._in_flight.clear()
+        self._drawn.clear()
         self._failures += 1
         return [self._finish(sequence, "error", error=message) for sequence in self.scheduler.reset()]
 
@@ -269,7 +283,8 @@ class EngineCore:
 
 def _validate(config: SchedulerConfig) -> None:
     """Raise ValueError for a configuration that could not serve any request."""
-    for name in ("num_blocks", "max_len", "vocab_size", "block_size", "max_sequences", "depth", "max_waiting"):
+    positive = ("num_blocks", "max_len", "vocab_size", "block_size", "max_sequences", "depth", "stages", "max_waiting")
+    for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.max_batch_tokens < config.max_sequences:

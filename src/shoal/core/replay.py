@@ -42,7 +42,12 @@ class CommitRecord(msgspec.Struct, frozen=True, tag="commit"):
     now: float
 
 
-Record = ConfigRecord | AddRecord | AbortRecord | PlanRecord | CommitRecord
+class FailRecord(msgspec.Struct, frozen=True, tag="fail"):
+    message: str
+    now: float
+
+
+Record = ConfigRecord | FailRecord | AddRecord | AbortRecord | PlanRecord | CommitRecord
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
@@ -84,6 +89,10 @@ class RecordingCore:
         self._write(encode(CommitRecord(plan_id, result, now)))
         return self.core.commit(plan_id, result, now)
 
+    def fail(self, message: str, now: float) -> list[Output]:
+        self._write(encode(FailRecord(message, now)))
+        return self.core.fail(message, now)
+
     def take_outputs(self) -> list[Output]:
         return self.core.take_outputs()
 
@@ -124,6 +133,8 @@ def replay(records: Iterable[Record], *, check: bool = True) -> int:
             core.abort(record.request_id, record.now, record.index)
         elif isinstance(record, CommitRecord):
             core.commit(record.plan_id, record.result, record.now)
+        elif isinstance(record, FailRecord):
+            core.fail(record.message, record.now)
         else:
             plan = core.plan(record.now)
             if plan != record.plan:

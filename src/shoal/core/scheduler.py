@@ -143,17 +143,22 @@ class Scheduler:
         self._batch_number += 1
         # Decodes first: a long prompt must not hold up the sequences that already stream, and they cost one token each.
         prefills: list[Sequence] = []
+        most_decodes = -(-len(self.running) // self.config.stages)
         for sequence in list(self.running):
             missing = sequence.num_missing
             if missing > 1:
                 prefills.append(sequence)
-            elif missing == 1 and sequence.slot is not None:
+            elif missing == 1 and sequence.slot is not None and self._may_decode(sequence, batch, most_decodes):
                 self._plan_row(batch, sequence, 1)
         for sequence in prefills:
             if sequence.slot is not None:
                 self._plan_row(batch, sequence, sequence.num_missing)
         self._admit(batch)
         return batch
+
+    def _may_decode(self, sequence: Sequence, batch: Batch, most: int) -> bool:
+        """In a pipeline its token must be known to the first stage, and the batches in flight share the sequences."""
+        return self.config.stages == 1 or (sequence.num_awaited == 0 and len(batch.rows) < most)
 
     def register_full_blocks(self, sequence: Sequence) -> None:
         """Put every block that is planned in full and whose tokens are known into the prefix cache."""

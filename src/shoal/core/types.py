@@ -111,16 +111,26 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """Blocks to append to the slot's block table before the step."""
 
 
+class Drawn(msgspec.Struct, frozen=True, array_like=True):
+    """A token that the last stage of a pipeline drew, for the stages that have not seen it."""
+
+    slot: int
+    position: int
+    token_id: int
+
+
 class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass over a mixed batch, as diffs to the state of the worker's slots.
 
-    The worker applies `released`, then `assigned`, then the rows in order.
+    The worker applies `drawn`, `released`, then `assigned`, then the rows in order.
     """
 
     plan_id: int
     released: list[int]
     assigned: list[SlotAssignment]
     rows: list[Row]
+    drawn: list[Drawn] = []
+    """Of results committed since the last plan; empty unless the engine is a pipeline."""
 
     @property
     def num_tokens(self) -> int:

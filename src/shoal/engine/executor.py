@@ -2,6 +2,7 @@
 
 The driver of the engine (a process, a benchmark, a test) keeps up to `depth` plans submitted:
 
+    executor = open_executor(config)
     info = executor.start(progress)
     executor.submit(plan)                    returns at once
     result = executor.poll(timeout)          StepResult, WorkerFailure, or None if there is none yet
@@ -13,14 +14,40 @@ every later one. The driver then stops this executor and starts another.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from shoal.core.config import EngineConfig
+from shoal.core.model_spec import ModelSpec
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
-from shoal.engine.worker import Progress, Worker, WorkerInfo
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of it, 0 to 1."""
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the workers came up with: the scheduler's limits, and figures for people. Bytes are of all ranks."""
+
+    spec: ModelSpec
+    num_blocks: int
+    max_len: int
+    """Longest sequence in tokens: what was asked for, or what the model and the KV cache allow."""
+    weight_bytes: int
+    """As stored in memory, packed."""
+    kv_bytes: int
+    rank_kv_bytes: int
+    """Of the rank that keeps the most: `kv_cache_bytes` of an engine that is to be just as large."""
+    device: str
+    ops: str
+    attention: str
+    dtype: str
+    """Of the stored weights."""
+    load_seconds: float
+    """Reading and packing the weights."""
+    start_seconds: float
+    """All of `start`, warm-up included."""
 
 
 class Executor(Protocol):
@@ -36,59 +63,19 @@ class Executor(Protocol):
         `timeout` None waits as long as it takes.
         """
 
+    def failure(self) -> str | None:
+        """Why no step can be run any more; None while all is well. For a driver with nothing queued, now and then."""
+
     def stop(self) -> None:
         """Free everything. May be called at any time, and more than once."""
 
 
-class InProcExecutor:
-    """One worker in this process.
+def open_executor(config: EngineConfig) -> Executor:
+    """The one for this layout. Raises LayoutError for what cannot work."""
+    if config.layout.ranks == 1:
+        from shoal.engine.in_process import InProcExecutor  # brings torch
 
-    With a depth of 1 nothing can overlap, so `poll` runs the step on the caller's thread: handing it to another costs
-    tens of microseconds each way. With more a thread runs the steps while the driver commits and plans; torch and the
-    native kernels give up the interpreter lock while they compute.
-    """
+        return InProcExecutor(config)
+    from shoal.engine.parallel_executor import ParallelExecutor
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._worker = Worker(config)
-        self._threaded = config.depth > 1
-        self._plans: deque[StepPlan] = deque()
-        """Submitted and without a result, oldest first. Only the driver's thread touches it."""
-        self._inbox: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | WorkerFailure] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def start(self, progress: Progress | None = None) -> WorkerInfo:
-        info = self._worker.start(progress)
-        if self._threaded:
-            self._thread = threading.Thread(target=self._run_steps, name="shoal-worker", daemon=True)
-            self._thread.start()
-        return info
-
-    def submit(self, plan: StepPlan) -> None:
-        self._plans.append(plan)
-        if self._threaded:
-            self._inbox.put(plan)
-
-    def poll(self, timeout: float | None = None) -> StepResult | WorkerFailure | None:
-        if not self._plans:
-            return None
-        if not self._threaded:
-            return self._worker.step(self._plans.popleft())
-        try:
-            result = self._results.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        self._plans.popleft()
-        return result
-
-    def stop(self) -> None:
-        if self._thread is not None:
-            self._inbox.put(None)
-            self._thread.join()
-            self._thread = None
-        self._plans.clear()
-        self._worker.close()
-
-    def _run_steps(self) -> None:
-        while (plan := self._inbox.get()) is not None:
-            self._results.put(self._worker.step(plan))
+    return ParallelExecutor(config)

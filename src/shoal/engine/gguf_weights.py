@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.checkpoint.errors import CheckpointError
 from shoal.checkpoint.gguf_file import GGUFFile, TensorEntry
+from shoal.core.sharding import Span
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -100,26 +102,44 @@ class GGUFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][0].shape
 
-    def tensor(self, name: str) -> Tensor:
-        """A new float32 tensor, in the row order of Hugging Face checkpoints."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """A new float32 tensor, in the row order of Hugging Face checkpoints. Only the part asked for is dequantised.
 
+        Rows of a permuted tensor (llama's queries and keys) are cut between heads.
+        """
         entry, heads = self._entries[name]
         raw = np.frombuffer(self._file.data, np.uint8, _num_bytes(entry), entry.offset)
-        kind = GGMLQuantizationType(entry.kind)
-        if kind == GGMLQuantizationType.F32:
-            values: Any = raw.view(np.float32).reshape(entry.shape).copy()
-        elif kind == GGMLQuantizationType.F16:
-            values = raw.view(np.float16).reshape(entry.shape).astype(np.float32)
-        else:
-            rows = raw.reshape(*entry.shape[:-1], -1)
-            values = dequantize(rows, kind).reshape(entry.shape)
-        tensor = torch.from_numpy(values)
+        per_block, block_bytes = _block(entry)
+        blocks = raw.reshape(*entry.shape[:-1], entry.shape[-1] // per_block, block_bytes)
+        if rows is not None:
+            blocks = blocks[rows.start : rows.stop]
+            heads = heads * len(rows) // entry.shape[0]
+        first = 0
+        if columns is not None:
+            # Whole blocks that cover the columns; what sticks out is cut off below.
+            first = columns.start // per_block * per_block
+            blocks = blocks[..., columns.start // per_block : -(-columns.stop // per_block), :]
+        tensor = torch.from_numpy(_dequantised(blocks, entry))
+        if columns is not None:
+            tensor = tensor[:, columns.start - first : columns.stop - first].contiguous()
         return _unpermute(tensor, heads) if heads else tensor
 
     def close(self) -> None:
         self._file.close()
+
+
+def _dequantised(blocks: NDArray[np.uint8], entry: TensorEntry) -> NDArray[np.float32]:
+    """New float32 array of blocks (..., number, bytes of one); the last dimension counts elements."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(entry.kind)
+    flat = np.ascontiguousarray(blocks).reshape(*blocks.shape[:-2], -1)
+    if kind == GGMLQuantizationType.F32:
+        return flat.view(np.float32).copy()
+    if kind == GGMLQuantizationType.F16:
+        return flat.view(np.float16).astype(np.float32)
+    return cast("NDArray[np.float32]", dequantize(flat, kind))
 
 
 def _unpermute(rows: Tensor, num_heads: int) -> Tensor:

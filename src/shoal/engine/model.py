@@ -1,4 +1,8 @@
-"""One decoder for the whole Llama-like family, by flags of ModelSpec.
+"""One decoder for the whole Llama-like family, by flags of ModelSpec; or the part of it that one rank holds.
+
+Of a part the shapes are the same words for fewer: N and M are the rank's heads, I its MLP features. Ranks of one stage
+hold parts of the same layers and add up what each computed, once behind attention and once behind the MLP; stages hand
+on the residual stream.
 
 Shapes: T tokens of the batch, S rows that need logits, H hidden, A fused query/key/value features, N query heads,
 M key/value heads, D head size, V vocabulary, I MLP features.
@@ -14,7 +18,9 @@ from torch import Tensor
 from shoal.checkpoint.errors import CheckpointError
 from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec, UnsupportedModel
+from shoal.core.sharding import ALIGNMENT, Shard, Span, split_evenly, whole
 from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
+from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.ops import Ops, PackedLinear
 from shoal.engine.rope import cos_sin_table
 from shoal.engine.weights import WeightSource
@@ -64,10 +70,14 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
         max_len: int | None = None,
+        shard: Shard | None = None,
+        tensor: Comm | None = None,
+        stages: Comm | None = None,
     ) -> None:
         """`dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
 
-        `max_len` bounds the positions that rotary tables are made for.
+        `max_len` bounds the positions that rotary tables are made for. `shard` is what this rank holds, None
+        everything; `tensor` joins the ranks that hold parts of the same layers, `stages` those of a pipeline.
         """
         if spec.moe is not None or spec.mla is not None:
             raise UnsupportedModel(f"{spec.family}: mixture-of-experts and latent attention cannot be run yet")
@@ -81,7 +91,9 @@ class Decoder:
         self.max_len = min(max_len or spec.max_len, spec.max_len)
         self.layers: list[Layer] = []
         self.num_weight_bytes = 0
-        self._qkv_split = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim)
+        self.shard = shard or whole(spec)
+        self.tensor = tensor or NullComm()
+        self.stages = stages or NullComm()
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -100,28 +112,37 @@ class Decoder:
         tables: dict[int | None, Tensor] = {None: cos_sin_table(spec.rope, spec.head_dim, self.max_len).to(self.device)}
         if spec.rope_local is not None:
             tables[spec.window] = cos_sin_table(spec.rope_local, spec.head_dim, self.max_len).to(self.device)
-        self.embedding = reader.linear(["model.embed_tokens.weight"])
-        self.head = self.embedding if spec.tied_embeddings else reader.linear(["lm_head.weight"])
-        for number in range(spec.num_layers):
+        shard = self.shard
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if shard.is_first or (shard.is_last and spec.tied_embeddings):
+            self.embedding = reader.linear([(embedding, shard.vocab)])
+        if shard.is_last:
+            self.head = self.embedding if spec.tied_embeddings else reader.linear([(head, shard.vocab)])
+            self.final_norm_H = reader.norm("model.norm.weight")
+        for number in range(shard.layers.start, shard.layers.stop):
             layer = self._load_layer(reader, f"model.layers.{number}.")
             layer.window = spec.window if spec.is_windowed(number) else None
             layer.cos_sin_PD = tables.get(layer.window, tables[None])
             self.layers.append(layer)
-        self.final_norm_H = reader.norm("model.norm.weight")
 
     def _load_layer(self, reader: _Reader, prefix: str) -> Layer:
         spec, layer = self.spec, Layer()
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        projections = [f"{attention}{name}_proj." for name in "qkv"]
+        d, shard = spec.head_dim, self.shard
+        query, kv = shard.heads.query.times(d), shard.heads.kv.times(d)
+        projections = [(f"{attention}{name}_proj.", rows) for name, rows in (("q", query), ("k", kv), ("v", kv))]
         layer.qkv = reader.linear(
-            [name + "weight" for name in projections],
-            [name + "bias" for name in projections] if spec.qkv_bias else [],
+            [(name + "weight", rows) for name, rows in projections],
+            [(name + "bias", rows) for name, rows in projections] if spec.qkv_bias else [],
         )
+        has_bias = spec.output_bias and shard.adds_bias
         layer.output = reader.linear(
-            [attention + "o_proj.weight"], [attention + "o_proj.bias"] if spec.output_bias else []
+            [(attention + "o_proj.weight", None)],
+            [(attention + "o_proj.bias", None)] if has_bias else [],
+            columns=query,
         )
-        layer.gate_up = reader.gated(mlp + "gate_proj.weight", mlp + "up_proj.weight")
-        layer.down = reader.linear([mlp + "down_proj.weight"])
+        layer.gate_up = reader.gated(mlp + "gate_proj.weight", mlp + "up_proj.weight", shard.mlp)
+        layer.down = reader.linear([(mlp + "down_proj.weight", None)], columns=shard.mlp)
         layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
         after_attention = reader.norm(prefix + "post_attention_layernorm.weight")
         if spec.sandwich_norms:
@@ -139,39 +160,67 @@ class Decoder:
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         spec = self.spec
         return self.attention.allocate(
-            spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self.kv_dtype, self.device
+            len(self.layers),
+            num_blocks,
+            block_size,
+            len(self.shard.heads.kv),
+            spec.head_dim,
+            self.kv_dtype,
+            self.device,
         )
+
+    def kv_bytes_per_token(self) -> int:
+        """What this rank keeps of a token, in all its layers."""
+        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim
+        return len(self.shard.layers) * elements * self.kv_dtype.itemsize
 
     # --- compute ----------------------------------------------------------------------------------------------------
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
-        """Hidden states after the last norm, (T, H). Ids and positions are int64 on the model's device."""
-        spec, ops = self.spec, self.ops
+    def forward(self, ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor | None:
+        """Hidden states after the last norm, (T, H); None where a later stage has them.
+
+        Ids and positions are int64 on the model's device.
+        """
+        spec, ops, layers = self.spec, self.ops, self.layers
         eps = spec.norm_eps
-        residual_TH = ops.embedding(ids_T, self.embedding)
-        if spec.embedding_scale != 1.0:
-            residual_TH *= spec.embedding_scale
-        if not self.layers:
-            return ops.rms_norm(residual_TH, self.final_norm_H, eps)
-        x_TH = ops.rms_norm(residual_TH, self.layers[0].input_norm_H, eps)
-        for number, layer in enumerate(self.layers):
+        residual_TH = self._embed(ids_T) if self.shard.is_first else self._from_stage_before(len(ids_T))
+        x_TH = ops.rms_norm(residual_TH, layers[0].input_norm_H, eps)
+        for number, layer in enumerate(layers):
             x_TH = self._attend(layer, number, x_TH, positions_T, batch, cache)
             if layer.post_attention_norm_H is not None:
                 x_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, eps)
             x_TH = ops.add_rms_norm_(x_TH, residual_TH, layer.mlp_norm_H, eps)
             x_TH = ops.linear(ops.gated(x_TH, layer.gate_up, spec.activation), layer.down)
+            x_TH = self.tensor.all_reduce_(x_TH)
             if layer.post_mlp_norm_H is not None:
                 x_TH = ops.rms_norm(x_TH, layer.post_mlp_norm_H, eps)
-            is_last = number + 1 == len(self.layers)
-            next_norm_H = self.final_norm_H if is_last else self.layers[number + 1].input_norm_H
-            x_TH = ops.add_rms_norm_(x_TH, residual_TH, next_norm_H, eps)
-        return x_TH
+            if number + 1 < len(layers):
+                x_TH = ops.add_rms_norm_(x_TH, residual_TH, layers[number + 1].input_norm_H, eps)
+        if self.shard.is_last:
+            return ops.add_rms_norm_(x_TH, residual_TH, self.final_norm_H, eps)
+        self.stages.send(residual_TH.add_(x_TH), self.stages.rank + 1)
+        return None
+
+    def _embed(self, ids_T: Tensor) -> Tensor:
+        vocab = self.shard.vocab
+        if len(vocab) == self.spec.vocab_size:
+            x_TH = self.ops.embedding(ids_T, self.embedding)
+        else:
+            rows_T = ids_T - vocab.start
+            foreign_T = (rows_T < 0) | (rows_T >= len(vocab))
+            x_TH = self.ops.embedding(rows_T.masked_fill(foreign_T, 0), self.embedding)
+            x_TH = self.tensor.all_reduce_(x_TH.masked_fill_(foreign_T[:, None], 0.0))
+        return x_TH if self.spec.embedding_scale == 1.0 else x_TH.mul_(self.spec.embedding_scale)
+
+    def _from_stage_before(self, num_tokens: int) -> Tensor:
+        residual_TH = torch.empty((num_tokens, self.spec.hidden_size), dtype=self.dtype, device=self.device)
+        return self.stages.receive_(residual_TH, self.stages.rank - 1)
 
     def _attend(
         self, layer: Layer, number: int, x_TH: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
-        spec = self.spec
-        n, m, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        spec, heads = self.spec, self.shard.heads
+        n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_TA = self.ops.linear(x_TH, layer.qkv)
         self.ops.rope_(qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
         heads_TAD = qkv_TA.view(-1, n + 2 * m, d)
@@ -179,11 +228,24 @@ class Decoder:
         out_TND, _ = self.attention.forward(
             cache, number, heads_TAD[:, :n], batch, scale=spec.scale, window=layer.window
         )
-        return self.ops.linear(out_TND.view(-1, n * d), layer.output)
+        return self.tensor.all_reduce_(self.ops.linear(out_TND.view(-1, n * d), layer.output))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
-        """(S, V) in float32."""
-        return self.ops.linear(hidden_SH, self.head).float()
+        """(S, V) in float32, on every rank of the last stage."""
+        logits_SV = self.ops.linear(hidden_SH, self.head).float()
+        if self.tensor.size == 1:
+            return logits_SV
+        # Ranks may have a row of the vocabulary more or less than others; those that pad are cut off at the end.
+        spans = split_evenly(self.spec.vocab_size, self.tensor.size, ALIGNMENT)
+        widest = max(len(span) for span in spans)
+        if logits_SV.shape[1] < widest:
+            logits_SV = torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1]))
+        parts_RSV = self.tensor.all_gather(logits_SV)
+        return torch.cat([part_SV[:, : len(span)] for part_SV, span in zip(parts_RSV, spans, strict=True)], dim=1)
+
+
+NamedRows = tuple[str, Span | None]
+"""A tensor of the checkpoint, and which of its rows; None is all."""
 
 
 class _Reader:
@@ -195,8 +257,13 @@ class _Reader:
         self.progress = progress
         self.num_read = 0
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self.source.tensor(name)
+    def _read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        shape = self.source.shape(name)
+        if rows is not None and len(rows) == shape[0]:
+            rows = None  # all of it can be mapped instead of copied
+        if columns is not None and len(columns) == shape[1]:
+            columns = None
+        tensor = self.source.tensor(name, rows, columns)
         self.num_read += tensor.numel()
         if self.progress is not None:
             self.progress(self.num_read)
@@ -206,15 +273,19 @@ class _Reader:
         self.decoder.num_weight_bytes += packed.nbytes
         return packed
 
-    def linear(self, weights: list[str], biases: list[str] | None = None) -> PackedLinear:
-        """Several projections of the same input become one."""
-        parts = [self._read(name) for name in weights]
+    def linear(
+        self, weights: list[NamedRows], biases: list[NamedRows] | None = None, columns: Span | None = None
+    ) -> PackedLinear:
+        """Several projections of the same input, or of the same columns of it, become one."""
+        parts = [self._read(name, rows, columns) for name, rows in weights]
         weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
-        bias_N = torch.cat([self._read(name).float() for name in biases]) if biases else None
+        bias_N = torch.cat([self._read(name, rows).float() for name, rows in biases]) if biases else None
         return self._keep(self.decoder.ops.pack(weight_NK, bias_N, self.decoder.precision))
 
-    def gated(self, gate: str, up: str) -> PackedLinear:
-        return self._keep(self.decoder.ops.pack_gated(self._read(gate), self._read(up), self.decoder.precision))
+    def gated(self, gate: str, up: str, rows: Span) -> PackedLinear:
+        return self._keep(
+            self.decoder.ops.pack_gated(self._read(gate, rows), self._read(up, rows), self.decoder.precision)
+        )
 
     def norm(self, name: str) -> Tensor:
         weight = self._read(name).to(self.decoder.device, torch.float32, copy=True)

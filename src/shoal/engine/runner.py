@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.core.types import Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch, KVCache
+from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import Ops
 from shoal.engine.sampler import Sampler
@@ -28,8 +29,11 @@ IntArray = NDArray[np.int64]
 class Model(Protocol):
     """What the runner needs of a `shoal.engine.model.Decoder`."""
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor:
-        """Hidden states (T, H) behind the last norm. Writes the step's keys and values into `cache`."""
+    def forward(self, ids_T: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache) -> Tensor | None:
+        """Hidden states (T, H) behind the last norm, None where a later stage has them.
+
+        Writes the step's keys and values into `cache`.
+        """
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """float32 (S, V)."""
@@ -47,12 +51,17 @@ class Runner:
         device: torch.device,
         ops: Ops,
         grammars: GrammarFactory,
+        peers: Comm | None = None,
+        draws: bool = True,
     ) -> None:
+        """`peers` are the ranks with parts of the same layers: the first of them `draws`, and tells the others."""
         self._model = model
         self._cache = cache
         self._device = device
         self._grammars = grammars
         self._block_size = cache.block_size
+        self._peers = peers or NullComm()
+        self._draws = draws
         self._sampler = Sampler(num_slots, vocab_size, ops)
         # Zeroed memory costs nothing until it is written: a slot takes up what its longest sequence did. The token
         # drawn behind the last position has a place too.
@@ -64,6 +73,8 @@ class Runner:
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run one step. Raises whatever the model raises; then the state of the slots is void."""
+        for drawn in plan.drawn:
+            self._tokens[drawn.slot, drawn.position] = drawn.token_id
         for slot in plan.released:
             self._release(slot)
         for assignment in plan.assigned:
@@ -85,6 +96,8 @@ class Runner:
         self._release(slot)
         self._tokens[slot, : len(tokens)] = tokens
         self._append_blocks(slot, assignment.block_ids)
+        if not self._draws:
+            return
         grammar = assignment.sampling.grammar
         try:
             self._sampler.assign(
@@ -121,11 +134,14 @@ class Runner:
 
         hidden_TH = self._model.forward(ids_T, positions_T, batch, self._cache)
         draws: list[Sampled] = []
-        if samples_S.any():
+        if hidden_TH is not None and samples_S.any():
             if len(hidden_TH) != np.count_nonzero(samples_S):
                 last_S = np.cumsum(lengths_S)[samples_S] - 1
                 hidden_TH = hidden_TH[self._to_device(last_S)]
-            draws = self._sample(self._model.logits(hidden_TH), slots_S[samples_S], ends_S[samples_S])
+            logits_SV = self._model.logits(hidden_TH)
+            if self._draws:
+                draws = self._sample(logits_SV, slots_S[samples_S], ends_S[samples_S])
+            self._share_tokens(slots_S[samples_S], ends_S[samples_S])
         if not self._broken:
             return StepResult(plan.plan_id, draws)
         failed = [SequenceFailure(row.slot, self._broken[row.slot]) for row in rows if row.slot in self._broken]
@@ -166,6 +182,12 @@ class Runner:
         self._tokens[slots_S, positions_S] = draws.tokens
         drawn = zip(slots, draws.tokens, draws.logprobs, strict=True)
         return [Sampled(slot, token, logprobs) for slot, token, logprobs in drawn]
+
+    def _share_tokens(self, slots_S: IntArray, positions_S: IntArray) -> None:
+        """What the first of the peers drew, to the others: the next step may already be on its way to all of them."""
+        if self._peers.size > 1:
+            tokens_S = torch.from_numpy(self._tokens[slots_S, positions_S])
+            self._tokens[slots_S, positions_S] = self._peers.broadcast_(tokens_S, 0).numpy()
 
     def _to_device(self, array: NDArray[np.int32] | IntArray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -6,12 +6,13 @@ Everything that can be wrong with the files is found when they are opened, befor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 from torch import Tensor
 
 from shoal.checkpoint.errors import CheckpointError
+from shoal.core.sharding import Span
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _TEXT_PREFIXES = {
@@ -30,8 +31,11 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises CheckpointError if the tensor's element type cannot be read, so that this is known beforehand."""
 
-    def tensor(self, name: str) -> Tensor:
-        """A float tensor in whatever precision it is stored; the caller may keep it only for a moment (memory map)."""
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """A float tensor in whatever precision it is stored; the caller may keep it only for a moment (memory map).
+
+        Of a part only that part is read: `rows` of the first dimension, `columns` of the second.
+        """
 
     def close(self) -> None: ...
 
@@ -66,10 +70,13 @@ class SafetensorsWeights:
             )
         return tuple(header.get_shape())
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         shard, key = self._place[name]
-        tensor: Tensor = self._files[shard].get_tensor(key)
-        return tensor
+        if rows is None and columns is None:
+            return cast("Tensor", self._files[shard].get_tensor(key))
+        part = self._files[shard].get_slice(key)
+        at_rows = slice(None) if rows is None else rows.slice
+        return cast("Tensor", part[at_rows] if columns is None else part[at_rows, columns.slice])
 
     def close(self) -> None:
         self._files.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,11 +17,15 @@ import torch
 
 from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
+from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
+from shoal.core.sharding import Shard, shard_of
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.attention.base import AttentionBackend
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.comm.base import Comm
+from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.memory import available_memory, plan_blocks
@@ -35,99 +39,130 @@ from shoal.engine.weights import open_weights
 if TYPE_CHECKING:
     import xgrammar
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it, 0 to 1."""
-
 _WARM_UP_TOKENS = 32
 
 
-class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker came up with: the scheduler's limits, and figures for people."""
+class Seat(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is among the ranks of its engine."""
 
-    spec: ModelSpec
+    rank: int = 0
+    local_rank: int = 0
+    """Among the ranks on this host: which of its devices is this one's."""
+    ranks_on_host: int = 1
+    """They share its memory and its cores."""
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """What one rank could run with, before all agree."""
+
     num_blocks: int
     max_len: int
-    """Longest sequence in tokens: what was asked for, or what the model and the KV cache allow."""
-    weight_bytes: int
-    """As stored in memory, packed."""
-    kv_bytes: int
-    device: str
-    ops: str
-    attention: str
-    dtype: str
-    """Of the stored weights."""
-    load_seconds: float
-    """Reading and packing the weights."""
-    start_seconds: float
-    """All of `start`, warm-up included."""
 
 
 class Worker:
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, seat: Seat | None = None, comms: Mapping[Axis, Comm] | None = None
+    ) -> None:
+        """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out."""
         self._config = config
+        self._seat = seat or Seat()
+        self._comms = comms or {}
+        self._decoder: Decoder | None = None
+        self._path: Path | None = None
         self._runner: Runner | None = None
         self._ops: Ops | None = None
         self._failure: str | None = None
+        self._began = time.monotonic()
+        self._load_seconds = 0.0
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
         """Load and warm up. Raises what the checkpoint reader raises, OutOfMemory, or ValueError for the config."""
-        began = time.monotonic()
-        config = self._config
+        loaded = self.load(progress)
+        return self.allocate(loaded, progress)
+
+    def load(self, progress: Progress | None = None) -> Loaded:
+        """Read this rank's part of the weights; then see how much KV there is room for."""
+        self._began = time.monotonic()
+        config, seat = self._config, self._seat
         report = progress or (lambda what, fraction: None)
         report("reading the checkpoint", 0.0)
-        files = resolve(config.model, download=False)
-        spec = load_spec(files.path)
+        self._path = resolve(config.model, download=False).path
+        spec = load_spec(self._path)
         max_len = config.max_len or spec.max_len
         if max_len > spec.max_len:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
-        device = _device(config.device)
+        require_possible(config.layout, spec)
+        shard = shard_of(spec, config.layout, seat.rank)
+        device = _device(config.device, seat.local_rank)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
             kv_dtype = torch.float32 if config.kv_dtype == "float32" else torch.bfloat16
-        ops, attention = _arithmetic(config, spec, device, activations)
+        threads = max(1, _num_cores() // seat.ranks_on_host) if config.threads is None else config.threads
+        ops, attention = _arithmetic(config, spec, shard, device, activations, threads)
         self._ops = ops
-        decoder = Decoder(
-            spec, ops, attention, config.dtype, device=device, dtype=activations, kv_dtype=kv_dtype, max_len=max_len
+        self._decoder = decoder = Decoder(
+            spec,
+            ops,
+            attention,
+            config.dtype,
+            device=device,
+            dtype=activations,
+            kv_dtype=kv_dtype,
+            max_len=max_len,
+            shard=shard,
+            tensor=self._comms.get("tensor"),
+            stages=self._comms.get("pipeline"),
         )
         load_began = time.monotonic()
-        _load(decoder, files.path, report)
-        load_seconds = time.monotonic() - load_began
-
+        _load(decoder, self._path, report)
+        self._load_seconds = time.monotonic() - load_began
+        on_cpu = device.type == "cpu"
         num_blocks = plan_blocks(
             config,
-            block_bytes=spec.kv_bytes_per_token(kv_dtype.itemsize) * config.block_size,
+            block_bytes=decoder.kv_bytes_per_token() * config.block_size,
             max_len=max_len,
-            available=available_memory(device),
-            on_cpu=device.type == "cpu",
+            available=available_memory(device) // (seat.ranks_on_host if on_cpu else 1),
+            on_cpu=on_cpu,
         )
-        max_len = min(max_len, num_blocks * config.block_size)
-        cache = decoder.new_cache(num_blocks, config.block_size)
+        return Loaded(num_blocks, min(max_len, num_blocks * config.block_size))
+
+    def allocate(self, agreed: Loaded, progress: Progress | None = None) -> WorkerInfo:
+        """Make the KV cache that all ranks agreed on, and warm up, all ranks together."""
+        decoder, path, config = self._decoder, self._path, self._config
+        if decoder is None or path is None:
+            raise RuntimeError("allocate comes after load")
+        cache = decoder.new_cache(agreed.num_blocks, config.block_size)
         self._runner = Runner(
             decoder,
             cache,
             num_slots=config.max_sequences,
-            max_len=max_len,
-            vocab_size=spec.vocab_size,
-            device=device,
-            ops=ops,
-            grammars=GrammarFactory(lambda: _tokenizer_info(files.path, spec)),
+            max_len=agreed.max_len,
+            vocab_size=decoder.spec.vocab_size,
+            device=decoder.device,
+            ops=decoder.ops,
+            grammars=GrammarFactory(lambda: _tokenizer_info(path, decoder.spec)),
+            peers=decoder.tensor,
+            draws=self.draws,
         )
-        report("warming up", 0.0)
-        self._warm_up(min(_WARM_UP_TOKENS, max_len - 1))
-        report("ready", 1.0)
+        if progress is not None:
+            progress("warming up", 0.0)
+        self._warm_up(min(_WARM_UP_TOKENS, agreed.max_len - 1))
+        if progress is not None:
+            progress("ready", 1.0)
         return WorkerInfo(
-            spec=spec,
-            num_blocks=num_blocks,
-            max_len=max_len,
+            spec=decoder.spec,
+            num_blocks=agreed.num_blocks,
+            max_len=agreed.max_len,
             weight_bytes=decoder.num_weight_bytes,
             kv_bytes=cache.nbytes,
-            device=str(device),
-            ops=ops.name,
-            attention=attention.name,
+            rank_kv_bytes=cache.nbytes,
+            device=str(decoder.device),
+            ops=decoder.ops.name,
+            attention=decoder.attention.name,
             dtype=config.dtype,
-            load_seconds=load_seconds,
-            start_seconds=time.monotonic() - began,
+            load_seconds=self._load_seconds,
+            start_seconds=time.monotonic() - self._began,
         )
 
     def step(self, plan: StepPlan) -> StepResult | WorkerFailure:
@@ -143,9 +178,15 @@ class Worker:
             self._failure = f"{type(error).__name__}: {error}"
             return WorkerFailure(plan.plan_id, self._failure)
 
+    @property
+    def draws(self) -> bool:
+        """Whether this rank's results are the engine's: it draws the tokens."""
+        decoder = self._decoder
+        return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == 0
+
     def close(self) -> None:
         """Free model, cache and threads. May be called more than once."""
-        self._runner = None
+        self._runner = self._decoder = None
         ops, self._ops = self._ops, None
         if ops is not None:
             ops.close()
@@ -166,26 +207,28 @@ class Worker:
         self._runner.step(StepPlan(0, [0], [], []))
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, local_rank: int) -> torch.device:
+    """Of several ranks on a host each has a device of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        device = torch.device("cuda", (device.index or 0) + local_rank)
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def _arithmetic(
-    config: EngineConfig, spec: ModelSpec, device: torch.device, activations: torch.dtype
+    config: EngineConfig, spec: ModelSpec, shard: Shard, device: torch.device, activations: torch.dtype, threads: int
 ) -> tuple[Ops, AttentionBackend]:
     """Native kernels with the attention that goes with them where they can run this model, else torch."""
-    threads = _num_cores() if config.threads is None else config.threads
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    reason = _native_unavailable(spec, device, config.block_size)
+    reason = _native_unavailable(spec, shard, device, config.block_size)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
     # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
@@ -198,12 +241,12 @@ def _arithmetic(
     return cast("Ops", ops), cast("AttentionBackend", NativeAttention(ops))
 
 
-def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:
+def _native_unavailable(spec: ModelSpec, shard: Shard, device: torch.device, block_size: int) -> str | None:
     """Why the native kernels cannot run this model here; None if they can."""
     if device.type != "cpu":
         return f"they are for CPUs, and the device is {device}"
     return unavailable_reason() or NativeAttention.unsupported_reason(
-        spec.num_heads, spec.num_kv_heads, spec.head_dim, block_size
+        len(shard.heads.query), len(shard.heads.kv), spec.head_dim, block_size
     )
 
 

@@ -7,14 +7,10 @@ whatever it is doing, so that nothing outlives a front that was killed.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 import sys
-import threading
 import time
 from collections import deque
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import msgspec
 import zmq
@@ -23,6 +19,8 @@ from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.replay import RecordingCore
 from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
+from shoal.engine import executor
+from shoal.engine.child import bind_to_parent, first_line, plain
 from shoal.serve.messages import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -43,15 +41,12 @@ class WorkerLost(Exception):
 
 class EngineLoop:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], recording: BinaryIO | None) -> None:
-        from shoal.engine.executor import InProcExecutor  # brings torch
-
         self._config = config
         self._socket = socket
-        self._make_executor = InProcExecutor
-        self._executor = InProcExecutor(config)
+        self._executor = executor.open_executor(config)
         info = self._executor.start(self._report_start)
         # A worker that is made anew must be as large as the scheduler thinks, however much memory is free by then.
-        self._config = msgspec.structs.replace(config, kv_cache_bytes=info.kv_bytes, max_len=info.max_len)
+        self._config = msgspec.structs.replace(config, kv_cache_bytes=info.rank_kv_bytes, max_len=info.max_len)
         self._num_blocks = info.num_blocks
         scheduler = SchedulerConfig(
             num_blocks=info.num_blocks,
@@ -60,7 +55,8 @@ class EngineLoop:
             block_size=config.block_size,
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
-            depth=config.depth,
+            depth=max(config.depth, config.layout.pp),  # every stage has a batch of its own
+            stages=config.layout.pp,
             prefix_caching=config.prefix_caching,
         )
         self._core: EngineCore | RecordingCore = (
@@ -108,6 +104,9 @@ class EngineLoop:
         idle = not self._core.has_work()
         if idle:
             self._progress_at = time.monotonic()
+            if (failure := self._executor.failure()) is not None:
+                self._outputs += self._core.fail(failure, time.monotonic())
+                self._rebuild(failure)
         wait_ms = int(HEARTBEAT_SECONDS * 1000) if idle else 0
         while self._socket.poll(wait_ms):
             wait_ms = 0
@@ -137,22 +136,22 @@ class EngineLoop:
         plan = self._plans.popleft()
         self._outputs += self._core.commit(plan.plan_id, result, time.monotonic())
         if isinstance(result, WorkerFailure):
-            self._rebuild(result)
+            self._rebuild(result.message)
         self._progress_at = time.monotonic()
         if self._config.check:
             self._core.check()
 
-    def _rebuild(self, failure: WorkerFailure) -> None:
-        """What ran has ended with an error; what waits goes on with a new worker."""
-        print(f"shoal engine: step failed ({failure.message}); starting a new worker", file=sys.stderr, flush=True)
+    def _rebuild(self, failure: str) -> None:
+        """What ran has ended with an error; what waits goes on with new workers."""
+        print(f"shoal engine: {failure}; starting new workers", file=sys.stderr, flush=True)
         self._plans.clear()
         self._send_step()
         self._executor.stop()
-        self._executor = self._make_executor(self._config)
+        self._executor = executor.open_executor(self._config)
         try:
             num_blocks = self._executor.start().num_blocks
         except Exception as error:
-            raise WorkerLost(f"no new worker could be started: {_plain(error)}") from error
+            raise WorkerLost(f"no new worker could be started: {plain(error)}") from error
         if num_blocks < self._num_blocks:
             raise WorkerLost(f"the new worker has {num_blocks} KV blocks, the scheduler {self._num_blocks}")
 
@@ -161,32 +160,8 @@ class EngineLoop:
         self._outputs, self._rejected = [], []
 
 
-def bind_to_parent() -> None:
-    """Exit when standard input ends or, on Linux, the moment the parent dies. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    threading.Thread(target=_exit_at_end_of_input, name="parent-watch", daemon=True).start()
-
-
-def _exit_at_end_of_input() -> NoReturn:
-    # The descriptor, not sys.stdin: its buffer's lock would be held at interpreter exit.
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
-def _first_line() -> bytes:
-    line = bytearray()
-    while (byte := os.read(0, 1)) not in (b"", b"\n"):
-        line += byte
-    return bytes(line)
-
-
 def main(arguments: list[str]) -> int:
-    line = _first_line()
+    line = first_line()
     bind_to_parent()
     if not line:
         return 1  # the parent died before it could say what to run
@@ -201,7 +176,7 @@ def main(arguments: list[str]) -> int:
         try:
             loop = EngineLoop(config, socket, recording)
         except Exception as error:
-            socket.send(encode(StartFailed(_plain(error))))
+            socket.send(encode(StartFailed(plain(error))))
             return 1
         try:
             loop.run()
@@ -214,13 +189,6 @@ def main(arguments: list[str]) -> int:
             recording.close()
         socket.close()
         context.term()
-
-
-def _plain(error: Exception) -> str:
-    """Errors that are made for users say what is wrong themselves; of others the type belongs to the message."""
-    module = type(error).__module__
-    expected = module.startswith("shoal.") or isinstance(error, ValueError | OSError)
-    return str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from shoal.checkpoint.text_stream import TextStream
 from shoal.checkpoint.tokenizer import Tokenizer
 from shoal.core.types import FinishReason, Grammar, Request, Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
-from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
+from shoal.serve.engine_client import EngineLost, RequestRejected
+from shoal.serve.engine_group import Engine
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.protocol import (
     ChatRequest,
@@ -62,7 +63,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Generator:
-    def __init__(self, engine: EngineClient, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.limits = limits

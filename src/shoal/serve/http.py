@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
-from shoal.serve.engine_client import EngineClient
+from shoal.serve.engine_group import Engine
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.generation import Generator, Job, Piece
 from shoal.serve.messages import HEARTBEAT_SECONDS
@@ -36,7 +36,7 @@ class Server:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Engine,
         generator: Generator,
         *,
         model: str,

@@ -12,14 +12,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from shoal.core import metrics as defined
 from shoal.core.metrics import Metric
 from shoal.core.types import FinishReason
-from shoal.serve.engine_client import EngineClient
+from shoal.serve.engine_group import Engine
 from shoal.serve.generation import Piece
 
 
 class ServerMetrics:
     """One registry a server; nothing global."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         self._ttft, self._itl, self._e2e = (self._histogram(m) for m in (defined.TTFT, defined.ITL, defined.E2E))
@@ -81,7 +81,7 @@ class RequestTimer:
 
 
 class _EngineCollector:
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterator[GaugeMetricFamily]:

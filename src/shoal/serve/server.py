@@ -14,7 +14,7 @@ import uvicorn
 
 from shoal.checkpoint.resolve import ModelFiles
 from shoal.core.config import EngineConfig
-from shoal.serve.engine_client import EngineClient
+from shoal.serve.engine_group import Engine
 from shoal.serve.generation import Generator
 from shoal.serve.http import Server
 from shoal.serve.http_connection import LimitedConnection
@@ -70,7 +70,7 @@ async def serve(
     listener: socket.socket,
     *,
     on_progress: Callable[[str, float], None] | None = None,
-    on_ready: Callable[[str, EngineClient], None] | None = None,
+    on_ready: Callable[[str, Engine], None] | None = None,
     recording: str | None = None,
 ) -> int:
     """Until a signal ends it. Returns the exit status: 0, or 1 if the engine was lost."""
@@ -101,7 +101,7 @@ async def _listen_until_stopped(
     stop: asyncio.Event,
     hurry: asyncio.Event,
     generator: Generator,
-    on_ready: Callable[[str, EngineClient], None] | None,
+    on_ready: Callable[[str, Engine], None] | None,
 ) -> int:
     engine = generator.engine
     server = Server(

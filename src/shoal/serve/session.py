@@ -11,7 +11,8 @@ import msgspec
 from shoal.checkpoint.resolve import ModelFiles
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
-from shoal.serve.engine_client import EngineClient, Progress
+from shoal.serve.engine_client import Progress
+from shoal.serve.engine_group import start_engine
 from shoal.serve.generation import Generator
 from shoal.serve.protocol import Limits
 
@@ -32,7 +33,7 @@ async def open_generator(
     loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, files.path))
     engine = None
     try:
-        engine = await EngineClient.start(config, on_progress, recording=recording)
+        engine = await start_engine(config, on_progress, recording=recording)
         generator = Generator(engine, await loading, str(files.path), limits or Limits())
         try:
             yield generator

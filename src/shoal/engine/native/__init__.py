@@ -99,7 +99,7 @@ class AttentionCall(ctypes.Structure):
     ]
 
 
-_SIGNATURES = {  # p pointer, i int, l int64, f float; result first, - for none
+_SIGNATURES = {  # p pointer, s string, i int, l int64, f float, d double; result first, - for none
     "shoal_pool_create": "pi",
     "shoal_pool_destroy": "-p",
     "shoal_allocate": "pl",
@@ -118,8 +118,27 @@ _SIGNATURES = {  # p pointer, i int, l int64, f float; result first, - for none
     "shoal_write_kv": "ippppplpliiiii",
     "shoal_attention": "ippii",
     "shoal_argmax": "ipplii" + "p",
+    "shoal_comm_create": "isll",
+    "shoal_comm_attach": "psiid",
+    "shoal_comm_close": "-p",
+    "shoal_comm_abort": "-p",
+    "shoal_comm_all_reduce": "ippli",
+    "shoal_comm_all_gather": "ipplp",
+    "shoal_comm_reduce_scatter": "ipplip",
+    "shoal_comm_broadcast": "ippli",
+    "shoal_comm_exchange": "ipplipli",
+    "shoal_comm_send": "ippli",
+    "shoal_comm_receive": "ippli",
 }
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "-": None}
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "s": ctypes.c_char_p,
+    "i": ctypes.c_int,
+    "l": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+    "-": None,
+}
 
 
 @cache

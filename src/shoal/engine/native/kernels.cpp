@@ -4,25 +4,13 @@
 #include <system_error>
 
 #include "attention.h"
+#include "comm.h"
 #include "linear.h"
 #include "linear_int8.h"
 
 using namespace shoal;
 
 namespace {
-
-uint16_t to_bf16(float x) {  // round to nearest even
-  if (x != x) return 0x7fc0;  // NaN stays NaN: rounding could carry its bits over into an infinity
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-float from_bf16(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 int rows_per_part(Pool& pool, int rows) { return std::max(4, (rows + pool.size() * 4 - 1) / (pool.size() * 4)); }
 
@@ -301,6 +289,38 @@ int shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64
     pool->run(rows, [&](int row, int) { out[row] = argmax_row(x + row * ldx, n); });
     return true;
   });
+}
+
+// --- ranks of one host: see comm.h ---
+
+int shoal_comm_create(const char* path, int64_t size, int64_t half_bytes) { return comm_create(path, size, half_bytes); }
+// Null where the file is not that of a group of this size.
+SharedComm* shoal_comm_attach(const char* path, int rank, int size, double timeout) {
+  return SharedComm::attach(path, rank, size, timeout);
+}
+void shoal_comm_close(SharedComm* comm) { delete comm; }
+void shoal_comm_abort(SharedComm* comm) { comm->abort(); }
+int shoal_comm_all_reduce(SharedComm* comm, void* x, int64_t count, int dtype) {
+  return comm->all_reduce((char*)x, count, dtype);
+}
+int shoal_comm_all_gather(SharedComm* comm, const void* x, int64_t bytes, void* out) {
+  return comm->all_gather((const char*)x, bytes, (char*)out);
+}
+int shoal_comm_reduce_scatter(SharedComm* comm, const void* x, int64_t count, int dtype, void* out) {
+  return comm->reduce_scatter((const char*)x, count, dtype, (char*)out);
+}
+int shoal_comm_broadcast(SharedComm* comm, void* x, int64_t bytes, int source) {
+  return comm->broadcast((char*)x, bytes, source);
+}
+int shoal_comm_exchange(SharedComm* comm, const void* x, int64_t send_bytes, int to, void* y, int64_t receive_bytes,
+                        int from) {
+  return comm->exchange((const char*)x, send_bytes, to, (char*)y, receive_bytes, from);
+}
+int shoal_comm_send(SharedComm* comm, const void* x, int64_t bytes, int to) {
+  return comm->send((const char*)x, bytes, to);
+}
+int shoal_comm_receive(SharedComm* comm, void* x, int64_t bytes, int from) {
+  return comm->receive((char*)x, bytes, from);
 }
 
 }  // extern "C"

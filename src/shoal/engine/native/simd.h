@@ -115,6 +115,19 @@ static inline vf exp(vf x) {
 static inline vf sigmoid(vf x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
 static inline vf tanh(vf x) { return fma(set1(2.0f), sigmoid(add(x, x)), set1(-1.0f)); }
 
+static inline uint16_t to_bf16(float x) {  // round to nearest even
+  if (x != x) return 0x7fc0;  // NaN stays NaN: rounding could carry its bits over into an infinity
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static inline float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 enum Activation { SILU = 0, GELU_TANH = 1 };
 
 static inline vf activate(vf x, int kind) {

@@ -1,0 +1,132 @@
+"""Which part of a model one rank holds: heads, features, vocabulary, layers, experts. Pure arithmetic on a ModelSpec.
+
+Parts need not be equal: 9 heads over 2 ranks are 6 and 3, because key/value heads stay with the queries that share
+them. Only a rank's own parts are uniform.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.core.layout import Layout
+from shoal.core.model_spec import ModelSpec
+
+ALIGNMENT = 32
+"""Features: what the CPU kernels pack together, and what an int8 scale covers."""
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """[start, stop) of a dimension."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def times(self, factor: int) -> Span:
+        return Span(self.start * factor, self.stop * factor)
+
+
+class Heads(msgspec.Struct, frozen=True):
+    """Query heads of a rank, and the key/value heads that they read: one that several ranks read is on each of them."""
+
+    query: Span
+    kv: Span
+
+
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank holds of a model."""
+
+    heads: Heads
+    mlp: Span
+    """Features of a dense MLP."""
+    vocab: Span
+    """Rows of the embedding and of the head."""
+    layers: Span
+    is_first: bool
+    """Has the embedding."""
+    is_last: bool
+    """Has the last norm and the head."""
+    adds_bias: bool
+    """Exactly one rank adds what is added once: the bias behind a sum over ranks."""
+    experts: Span
+    """Routed experts."""
+    expert_features: Span
+    """Of each of them."""
+
+
+def split_evenly(size: int, parts: int, alignment: int = 1) -> list[Span]:
+    """[0, size) in `parts` spans as equal as can be, cut at multiples of `alignment` where each can have one."""
+    unit = alignment if size >= alignment * parts else 1
+    units = -(-size // unit)
+    cuts = [min(size, units * part // parts * unit) for part in range(parts)] + [size]
+    return [Span(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[Heads]:
+    """Whole groups of query heads while there are enough; else key/value heads are on several ranks.
+
+    Only for layouts that `layout.refusal` lets through.
+    """
+    group = num_heads // num_kv_heads
+    if ranks <= num_kv_heads:
+        return [Heads(kv.times(group), kv) for kv in split_evenly(num_kv_heads, ranks)]
+    heads = []
+    for kv, owners in enumerate(split_evenly(ranks, num_kv_heads)):
+        for part in split_evenly(group, len(owners)):
+            heads.append(Heads(Span(kv * group + part.start, kv * group + part.stop), Span(kv, kv + 1)))
+    return heads
+
+
+def split_layers(spec: ModelSpec, stages: int) -> list[Span]:
+    """Stages whose most expensive one costs the least in decode, where every stage waits for it in every step.
+
+    A layer costs its active matrices, the last stage the head too: with a small hidden size and a large vocabulary it
+    outweighs many layers. The embedding is a lookup and costs nothing.
+    """
+    costs = [spec.attention_matrices() + spec.mlp_matrices(layer, active=True) for layer in range(spec.num_layers)]
+    costs[-1] += spec.vocab_size * spec.hidden_size
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[n]: the least possible cost of the dearest of the stages that hold the first n layers, and its last cut.
+    best: list[tuple[int, list[int]]] = [(sums[n], [0]) for n in range(spec.num_layers + 1)]
+    for stage in range(2, stages + 1):
+        best = [
+            min(
+                ((max(best[cut][0], sums[n] - sums[cut]), [*best[cut][1], cut]) for cut in range(stage - 1, n)),
+                default=(sums[-1] + 1, []),
+            )
+            for n in range(spec.num_layers + 1)
+        ]
+    cuts = [*best[spec.num_layers][1], spec.num_layers]
+    return [Span(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+def shard_of(spec: ModelSpec, layout: Layout, rank: int) -> Shard:
+    """Only for layouts that `layout.refusal` lets through."""
+    place = layout.place(rank)
+    ranks, index = layout.tensor_ranks, place.ep * layout.tp + place.tp
+    moe = spec.moe
+    kv_heads = spec.num_heads if spec.mla is not None else spec.num_kv_heads  # latent KV is shared by all heads
+    return Shard(
+        heads=split_heads(spec.num_heads, kv_heads, ranks)[index],
+        mlp=split_evenly(spec.intermediate_size, ranks, ALIGNMENT)[index],
+        vocab=split_evenly(spec.vocab_size, ranks, ALIGNMENT)[index],
+        layers=split_layers(spec, layout.pp)[place.pp],
+        is_first=place.pp == 0,
+        is_last=place.pp == layout.pp - 1,
+        adds_bias=index == 0,
+        experts=split_evenly(moe.num_experts if moe else 0, layout.ep)[place.ep],
+        expert_features=split_evenly(moe.expert_intermediate_size if moe else 0, layout.tp, ALIGNMENT)[place.tp],
+    )
+
+
+def whole(spec: ModelSpec) -> Shard:
+    """The only rank's."""
+    return shard_of(spec, Layout(), 0)

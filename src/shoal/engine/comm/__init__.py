@@ -1,0 +1,1 @@
+"""Collectives behind one interface, one module for each way to carry them."""

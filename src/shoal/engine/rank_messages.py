@@ -1,0 +1,127 @@
+"""What the driver of an engine and its ranks say to each other: msgpack, one frame a message."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.core.config import EngineConfig
+from shoal.core.layout import Axis
+from shoal.core.types import StepPlan, StepResult, WorkerFailure
+from shoal.engine.executor import WorkerInfo
+
+# --- rank to driver, before it is trusted ---------------------------------------------------------------------------
+
+
+class Join(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    rank: int
+    world_size: int
+    """As the rank was told: of one engine."""
+    pid: int
+    host: str
+    """Name of the machine, the same for all ranks on it."""
+    nonce: bytes
+    proof: bytes
+    """HMAC over both nonces, rank and world size."""
+
+
+# --- driver to rank -------------------------------------------------------------------------------------------------
+
+
+class Challenge(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    nonce: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    proof: bytes
+    """That the driver knows the secret too."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    reason: str
+
+
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ranks that talk along one axis, and over what."""
+
+    axis: Axis
+    ranks: list[int]
+    backend: str
+    """shared_memory, gloo or nccl."""
+    path: str
+    """Of the shared memory; for the others a name that no other group has."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    config: EngineConfig
+    local_rank: int
+    ranks_on_host: int
+    groups: list[Group]
+
+
+class Allocate(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The KV that every rank has room for."""
+
+    num_blocks: int
+    max_len: int
+
+
+class Run(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    plan: StepPlan
+
+
+class StoreReply(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    value: bytes
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Exit, and do not come back."""
+
+
+# --- rank to driver -------------------------------------------------------------------------------------------------
+
+
+class Progressed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    what: str
+    fraction: float
+
+
+class StoreSet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    key: str
+    value: bytes
+
+
+class StoreGet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Answered as soon as somebody has set the key."""
+
+    key: str
+
+
+class LoadedPart(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    num_blocks: int
+    max_len: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    info: WorkerInfo
+
+
+class Done(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    result: StepResult | WorkerFailure
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The rank lives."""
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """It could not start. The message is for the user."""
+
+    message: str
+
+
+ToRank = Challenge | Welcome | Refused | Load | Allocate | Run | StoreReply | Stop
+ToDriver = Join | Progressed | StoreSet | StoreGet | LoadedPart | Ready | Done | Beat | RankFailed
+
+encode = msgspec.msgpack.Encoder().encode
+to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)
+to_driver: msgspec.msgpack.Decoder[ToDriver] = msgspec.msgpack.Decoder(ToDriver)
