@@ -20,7 +20,8 @@ import typer
 from shoal.cli.app import ENGINE_FLAGS, app
 from shoal.cli.batch import ChatLine, CompletionLine
 from shoal.config import load_config
-from shoal.core.config import EngineConfig
+from shoal.core.config import EngineConfig, LaunchConfig
+from shoal.core.layout import Layout
 from shoal.serve.http import Server
 from shoal.serve.protocol import ChatRequest, CompletionRequest, Limits, TokenizeRequest, decode
 from shoal.serve.server import ServeConfig
@@ -144,10 +145,13 @@ def test_request_lines_decode(text: str) -> None:
 
 def test_the_table_of_settings_has_every_engine_flag() -> None:
     page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `--([a-z-]+)` \| `engine\.(\w+)` \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| `--([a-z-]+)` \| `engine\.([\w.]+)` \|", page, re.MULTILINE)
     flags = {flag.removeprefix("no-").replace("-", "_"): key for flag, key in rows}
     assert flags == {flag: key for flag, key in ENGINE_FLAGS.items() if flag != "model"}
-    assert set(flags.values()) <= set(EngineConfig.__struct_fields__)
+    known = set(EngineConfig.__struct_fields__)
+    known |= {f"layout.{name}" for name in Layout.__struct_fields__}
+    known |= {f"launch.{name}" for name in LaunchConfig.__struct_fields__}
+    assert set(flags.values()) <= known
 
 
 def test_the_index_has_every_decision() -> None:

@@ -33,7 +33,7 @@ def make_config(**changes: object) -> SchedulerConfig:
 
 
 def make_worker(config: SchedulerConfig) -> ModelWorker:
-    return ModelWorker(config.block_size, config.vocab_size, config.num_blocks)
+    return ModelWorker(config.block_size, config.vocab_size, config.num_blocks, is_pipeline=config.stages > 1)
 
 
 def drive(core: EngineCore, worker: ModelWorker, now: float = 0.0, max_steps: int = 2000) -> list[Output]:
@@ -82,13 +82,45 @@ def run(config: SchedulerConfig, batch: list[Request]) -> tuple[Texts, EngineCor
 def test_every_request_gets_its_tokens_whatever_the_schedule() -> None:
     expected, _ = run(make_config(num_blocks=200, max_batch_tokens=500, prefix_caching=False), requests())
     assert all(finish == "length" for _, finish in expected.values())
-    for depth in (1, 2, 3):
+    for depth, stages in ((1, 1), (2, 1), (3, 1), (2, 2), (3, 3), (4, 2)):
         for max_batch_tokens in (4, 7, 64):
             for num_blocks in (12, 20, 100):
-                config = make_config(depth=depth, max_batch_tokens=max_batch_tokens, num_blocks=num_blocks)
+                config = make_config(
+                    depth=depth, stages=stages, max_batch_tokens=max_batch_tokens, num_blocks=num_blocks
+                )
                 result, core = run(config, requests())
-                assert result == expected, (depth, max_batch_tokens, num_blocks)
+                assert result == expected, (depth, stages, max_batch_tokens, num_blocks)
                 assert core.load().num_free_blocks == num_blocks
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_pipeline_has_a_batch_of_other_sequences_for_every_stage(stages: int) -> None:
+    config = make_config(stages=stages, depth=stages, max_sequences=6, max_batch_tokens=64, num_blocks=60)
+    core, worker = EngineCore(config), make_worker(config)
+    for i in range(6):
+        assert core.add(Request(id=str(i), prompt=[i], max_tokens=46), 0.0) is None
+    plans: deque[StepPlan] = deque()
+    for step in range(60):
+        while (plan := core.plan(0.0)) is not None:
+            plans.append(plan)
+        slots = [row.slot for plan in plans for row in plan.rows]
+        assert len(set(slots)) == len(slots), "a sequence in two batches at once"
+        if step >= 2 * stages:
+            assert [len(plan.rows) for plan in plans] == [6 // stages] * stages
+        oldest = plans.popleft()
+        core.commit(oldest.plan_id, worker.step(oldest), 0.0)
+
+
+def test_losing_the_workers_while_nothing_runs_forgets_what_they_held() -> None:
+    config = make_config()
+    core, worker = EngineCore(config), make_worker(config)
+    assert core.add(Request(id="a", prompt=[1] * 12, max_tokens=4), 0.0) is None
+    drive(core, worker)
+    assert core.fail("lost", 0.0) == [] and core.load().failures == 1
+    core.check()
+    assert core.add(Request(id="b", prompt=[1] * 12, max_tokens=4), 0.0) is None
+    outputs = drive(core, make_worker(config))
+    assert outputs[-1].finish == "length" and core.load().cached_tokens == 0
 
 
 def test_blocks_run_out_and_the_tokens_stay_the_same() -> None:
@@ -276,14 +308,18 @@ class CoreMachine(RuleBasedStateMachine):
 
     @initialize(
         depth=st.integers(1, 3),
+        stages=st.integers(1, 3),
         num_blocks=st.integers(6, 24),
         max_sequences=st.integers(1, 5),
         extra_tokens=st.integers(0, 20),
         caching=st.booleans(),
     )
-    def start(self, depth: int, num_blocks: int, max_sequences: int, extra_tokens: int, caching: bool) -> None:
+    def start(
+        self, depth: int, stages: int, num_blocks: int, max_sequences: int, extra_tokens: int, caching: bool
+    ) -> None:
         self.config = make_config(
-            depth=depth,
+            depth=max(depth, stages),
+            stages=stages,
             num_blocks=num_blocks,
             max_len=min(48, num_blocks * 4),
             max_sequences=max_sequences,

@@ -1,5 +1,7 @@
 """A worker without arithmetic: it keeps the slots as a real one does, and draws tokens from what the slot holds.
 
+Of a pipeline the first stage is modelled beside it: it knows of a slot's tokens only what plans tell it.
+
 Block contents are modelled too: each block records which tokens were written at which positions, so that a row which
 reads a block that was never filled, or was overwritten by another sequence, is caught at once.
 """
@@ -28,7 +30,9 @@ class Slot:
 class ModelWorker:
     """`step` raises AssertionError when a plan asks for something that a real worker could not do correctly."""
 
-    def __init__(self, block_size: int, vocab_size: int, num_blocks: int) -> None:
+    def __init__(self, block_size: int, vocab_size: int, num_blocks: int, *, is_pipeline: bool = False) -> None:
+        self.told: dict[int, dict[int, int]] | None = {} if is_pipeline else None
+        """At the first stage: tokens by position, of each slot."""
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.slots: dict[int, Slot] = {}
@@ -37,6 +41,7 @@ class ModelWorker:
         self.num_computed = 0
 
     def step(self, plan: StepPlan, fail_slots: tuple[int, ...] = ()) -> StepResult:
+        self._tell_first_stage(plan)
         for slot_id in plan.released:
             self.slots.pop(slot_id, None)
         for assignment in plan.assigned:
@@ -50,6 +55,9 @@ class ModelWorker:
             if slot.failed and end > len(slot.tokens):
                 slot.append(-1)
             assert end <= len(slot.tokens), "a row reaches beyond the known tokens"
+            if self.told is not None and not slot.failed:
+                told = [self.told[row.slot].get(position) for position in range(row.start, end)]
+                assert told == slot.tokens[row.start : end], "the first stage was not told what the last one drew"
             for position in range(row.start, end):
                 block, offset = slot.blocks[position // self.block_size], position % self.block_size
                 self.memory[block][offset] = slot.prefixes[position]
@@ -70,6 +78,17 @@ class ModelWorker:
                 slot.append(token)
                 sampled.append(Sampled(row.slot, token))
         return StepResult(plan.plan_id, sampled, failed)
+
+    def _tell_first_stage(self, plan: StepPlan) -> None:
+        if self.told is None:
+            assert not plan.drawn, "there is no stage that has not seen what was drawn"
+            return
+        for drawn in plan.drawn:
+            self.told[drawn.slot][drawn.position] = drawn.token_id
+        for slot in plan.released:
+            self.told.pop(slot, None)
+        for assignment in plan.assigned:
+            self.told[assignment.slot] = dict(enumerate(assignment.tokens))
 
     def draw(self, slot: Slot) -> int:
         """A pure function of the tokens so far: what a greedy model does."""

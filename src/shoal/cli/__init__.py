@@ -53,12 +53,13 @@ def _for_user(error: Exception) -> str | None:
     from shoal.checkpoint.errors import CheckpointError, ModelNotFound
     from shoal.cli.errors import CommandError
     from shoal.config import ConfigError
+    from shoal.engine.launch import LaunchError
     from shoal.serve.engine_client import EngineLost, EngineStartError
     from shoal.serve.server import ListenError
 
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, EngineStartError):
+    if isinstance(error, EngineStartError | LaunchError):
         return _with_flags(str(error))
     told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError)
     return str(error) if isinstance(error, told) else None

@@ -20,7 +20,7 @@ import msgspec
 
 from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
-from shoal.core.layout import Axis, require_possible
+from shoal.core.layout import Axis, LayoutError, require_possible
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.channel import ChannelClosed
 from shoal.engine.executor import Progress, WorkerInfo
@@ -57,6 +57,9 @@ class ParallelExecutor:
         self._config = config
         spec = load_spec(resolve(config.model, download=False).path)
         require_possible(config.layout, spec)
+        for axis in ("ep", "cp"):
+            if getattr(config.layout, axis) > 1:
+                raise LayoutError(f"{axis} above 1 cannot be run yet: use tp, pp and dp")
         self._launcher = make_launcher(config.launch)
         self._rendezvous: Rendezvous | None = None
         self._members: list[Member] = []

@@ -83,7 +83,9 @@ class ProcessGroupComm:
     def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         _require_contiguous(x)
         if len(send_counts) != self.size or len(receive_counts) != self.size or sum(send_counts) != x.shape[0]:
-            raise ValueError(f"counts {send_counts} and {receive_counts} do not fit {len(x)} rows and {self.size} ranks")
+            raise ValueError(
+                f"counts {send_counts} and {receive_counts} do not fit {len(x)} rows and {self.size} ranks"
+            )
         out = torch.empty((sum(receive_counts), *x.shape[1:]), dtype=x.dtype, device=x.device)
         with _as_comm_error("all-to-all"):
             self._group.alltoall_base(out, x, receive_counts, send_counts).wait()

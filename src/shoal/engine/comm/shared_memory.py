@@ -65,15 +65,15 @@ class SharedMemoryComm:
             raise ValueError(f"reduce_scatter takes a tensor for each of {self.size} ranks, got shape {tuple(x.shape)}")
         out = torch.empty(x.shape[1:], dtype=x.dtype)
         self._check(
-            self._library.shoal_comm_reduce_scatter(
-                self._open(), _address(x), out.numel(), _dtype(x), out.data_ptr()
-            )
+            self._library.shoal_comm_reduce_scatter(self._open(), _address(x), out.numel(), _dtype(x), out.data_ptr())
         )
         return out
 
     def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         if len(send_counts) != self.size or len(receive_counts) != self.size or sum(send_counts) != x.shape[0]:
-            raise ValueError(f"counts {send_counts} and {receive_counts} do not fit {len(x)} rows and {self.size} ranks")
+            raise ValueError(
+                f"counts {send_counts} and {receive_counts} do not fit {len(x)} rows and {self.size} ranks"
+            )
         out = torch.empty((sum(receive_counts), *x.shape[1:]), dtype=x.dtype)
         row = x[0].nbytes if x.shape[0] else out[0].nbytes if out.shape[0] else 0
         sends, receives = _starts(send_counts), _starts(receive_counts)

@@ -9,6 +9,8 @@ from shoal.core.config import LaunchConfig
 from shoal.engine.launch.base import Launcher
 from shoal.engine.rendezvous import LaunchError
 
+__all__ = ["LaunchError", "make_launcher", "shared_secret"]
+
 _SHORTEST_SECRET = 16
 
 
@@ -30,7 +32,7 @@ def shared_secret(config: LaunchConfig) -> bytes:
             return secrets.token_bytes(32)
         raise LaunchError(
             "ranks that others start need a secret to join with: write one to a file that every rank can read "
-            "(`openssl rand -hex 32 > shoal.secret`) and set launch.secret_file (--secret-file)"
+            "(`openssl rand -hex 32 > shoal.secret`) and set launch.secret_file"
         )
     try:
         secret = Path(config.secret_file).read_bytes().strip()

@@ -1,0 +1,68 @@
+"""An engine of any layout run to its end by a driver of its own, for tests that compare layouts."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.core.config import EngineConfig, SchedulerConfig
+from shoal.core.engine_core import EngineCore
+from shoal.core.layout import Layout
+from shoal.core.types import Request, Sampling, StepPlan, StepResult
+from shoal.engine.executor import open_executor
+
+Tokens = dict[str, list[int]]
+
+
+def requests(vocab_size: int, count: int, max_tokens: int) -> list[Request]:
+    """Prompts of growing length; every other one is sampled with a seed, the rest are greedy."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Request(
+            id=f"{i:02}",
+            prompt=torch.randint(5, vocab_size, (3 + 11 * i,), generator=generator).tolist(),
+            max_tokens=max_tokens,
+            sampling=Sampling(temperature=0.0 if i % 2 == 0 else 0.9, top_p=0.95, seed=i),
+        )
+        for i in range(count)
+    ]
+
+
+def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) -> Tokens:
+    """Output tokens by request. `options` are EngineConfig's."""
+    config = EngineConfig(model=str(path), layout=layout, kv_cache_bytes=64 << 20, max_len=512, **options)
+    executor = open_executor(config)
+    info = executor.start()
+    try:
+        depth = max(config.depth, layout.pp)
+        core = EngineCore(
+            SchedulerConfig(
+                num_blocks=info.num_blocks,
+                max_len=info.max_len,
+                vocab_size=info.spec.vocab_size,
+                block_size=config.block_size,
+                max_batch_tokens=config.max_batch_tokens,
+                depth=depth,
+                stages=layout.pp,
+            )
+        )
+        for request in work:
+            assert core.add(request, 0.0) is None
+        tokens: Tokens = {request.id: [] for request in work}
+        plans: deque[StepPlan] = deque()
+        while core.has_work():
+            while (plan := core.plan(0.0)) is not None:
+                executor.submit(plan)
+                plans.append(plan)
+            result = executor.poll(60)
+            assert isinstance(result, StepResult), result
+            for output in core.commit(plans.popleft().plan_id, result, 0.0):
+                assert output.error is None
+                tokens[output.request_id] += output.token_ids
+            core.check()
+        return tokens
+    finally:
+        executor.stop()

@@ -1,0 +1,99 @@
+"""The layout table: every layout gives the tokens of one rank, greedy and sampled with a seed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from shoal.checkpoint.builtin import pull
+from shoal.core.config import EngineConfig, LaunchConfig
+from shoal.core.layout import Layout, LayoutError
+from shoal.core.types import Request
+from shoal.engine.executor import open_executor
+from shoal.serve.engine_group import EngineGroup
+from tests.checkpoints import VOCAB, make_checkpoint
+from tests.parallel.engines import Tokens, requests, run_layout
+
+LAYOUTS = [
+    Layout(tp=2),
+    Layout(tp=3),
+    Layout(tp=4),
+    Layout(pp=2),
+    Layout(pp=3),
+    Layout(tp=2, pp=2),
+]
+SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
+TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2: Path) -> Tokens:
+    return run_layout(smollm2, Layout(), SMOLLM2_WORK)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_smollm2_nine_heads_and_three_kv_heads(smollm2: Path, expected: Tokens, layout: Layout) -> None:
+    assert run_layout(smollm2, layout, SMOLLM2_WORK) == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (Layout(tp=2), {"depth": 2}),
+        (Layout(pp=2), {"depth": 4}),
+        (Layout(tp=2, pp=2), {"max_batch_tokens": 64, "ops": "torch"}),
+        (Layout(tp=2), {"launch": LaunchConfig(comm="gloo")}),
+        (Layout(pp=2), {"launch": LaunchConfig(comm="gloo")}),
+    ],
+    ids=str,
+)
+def test_depth_chunks_arithmetic_and_transport_change_nothing(
+    smollm2: Path, expected: Tokens, layout: Layout, options: dict[str, object]
+) -> None:
+    assert run_layout(smollm2, layout, SMOLLM2_WORK, **options) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "llama_biased"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path)
+    assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
+
+
+def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2: Path, expected: Tokens) -> None:
+    config = EngineConfig(model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512)
+
+    async def answer(group: EngineGroup, request: Request) -> list[int]:
+        return [token async for output in group.generate(request) for token in output.token_ids]
+
+    async def run() -> tuple[list[list[int]], list[int]]:
+        group = await EngineGroup.start(config)
+        try:
+            answers = await asyncio.gather(*(answer(group, request) for request in SMOLLM2_WORK))
+            return answers, [e.load.generated_tokens for e in group._engines if e.load is not None]
+        finally:
+            await group.stop()
+
+    answers, generated = asyncio.run(run())
+    assert dict(zip(expected, answers, strict=True)) == expected
+    assert len(generated) == 2 and min(generated) > 0
+
+
+def test_nothing_is_left_behind(smollm2: Path) -> None:
+    run_layout(smollm2, Layout(tp=2), SMOLLM2_WORK[:1])
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"shoal-{os.getpid()}-")]
+
+
+def test_a_layout_that_cannot_work_is_refused_before_anything_starts(smollm2: Path) -> None:
+    with pytest.raises(LayoutError, match="tp 10 needs as many attention heads.*layouts that work: tp9"):
+        open_executor(EngineConfig(model=str(smollm2), layout=Layout(tp=10)))
+    with pytest.raises(LayoutError, match="cp above 1 cannot be run yet"):
+        open_executor(EngineConfig(model=str(smollm2), layout=Layout(cp=2)))
