@@ -72,7 +72,7 @@ def _machine(report: Report) -> str:
             f"- float32 GEMM {spread((r['gemm_gflops'] for r in rates), 0)} GFLOP/s, "
             f"memory read {spread((r['read_gbps'] for r in rates), 1)} GB/s, all cores, measured once a round",
             f"- {_foreign(report)}",
-            f"- rounds: {len(report.rates)}; medians, with the range over rounds in brackets; without brackets: one round",
+            f"- rounds: {len(report.rates)}; medians, with the range over rounds in brackets (none where one round)",
         ]
     )
 

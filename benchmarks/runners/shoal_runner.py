@@ -1,17 +1,17 @@
-"""shoal, in process: the loop of `shoal serve`'s engine process without the sockets around it."""
+"""shoal: the loop of `shoal serve`'s engine process without the sockets around it. Ranks, if several, are processes."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import msgspec
 from protocol import Recorder, serve
 
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.types import Request, Sampling, WorkerFailure
-from shoal.engine.executor import InProcExecutor
-from shoal.engine.worker import WorkerInfo
+from shoal.engine.executor import WorkerInfo, open_executor
 
 FILL_EVERY = 8
 """Steps between two looks at the KV cache: looking costs time that would count as the engine's."""
@@ -19,8 +19,8 @@ FILL_EVERY = 8
 
 class ShoalEngine:
     def load(self, options: dict[str, Any]) -> dict[str, Any]:
-        self._config = EngineConfig(**options)
-        self._executor = InProcExecutor(self._config)
+        self._config = msgspec.convert(options, EngineConfig)
+        self._executor = open_executor(self._config)
         self._info: WorkerInfo = self._executor.start()
         self.run([{"prompt": [100], "max_tokens": 1}])
         info = self._info
@@ -41,7 +41,8 @@ class ShoalEngine:
                 block_size=config.block_size,
                 max_sequences=config.max_sequences,
                 max_batch_tokens=config.max_batch_tokens,
-                depth=config.depth,
+                depth=max(config.depth, config.layout.pp),
+                stages=config.layout.pp,
                 prefix_caching=config.prefix_caching,
             )
         )

@@ -19,8 +19,8 @@ from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.types import Request, Sampling, StepPlan, StepResult
-from shoal.engine.in_process import InProcExecutor
 from shoal.engine.gguf_weights import GGUFWeights
+from shoal.engine.in_process import InProcExecutor
 from shoal.engine.native import unavailable_reason
 from tests.checkpoints import FAMILIES, VOCAB, make_checkpoint
 

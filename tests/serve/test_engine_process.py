@@ -18,8 +18,8 @@ from shoal.core.config import EngineConfig
 from shoal.core.replay import decode_all, replay
 from shoal.core.types import Output, Request, Sampling, StepPlan, StepResult, WorkerFailure
 from shoal.engine import executor as executors
-from shoal.engine.in_process import InProcExecutor
 from shoal.engine.executor import Progress, WorkerInfo
+from shoal.engine.in_process import InProcExecutor
 from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
 from shoal.serve.engine_process import EngineLoop, WorkerLost
 from shoal.serve.messages import Add, Started, Step, Stop, encode, from_engine

@@ -1,6 +1,7 @@
 """Collectives through torch's process groups: gloo among CPU ranks of several hosts, NCCL among GPUs.
 
-Groups are made without torch's default group, so that several engines live in one process. No GPU has run the NCCL side.
+Groups are made without torch's default group, so that several engines live in one process. No GPU has run the NCCL
+side.
 
 Shapes: R ranks of the group.
 """
