@@ -3,8 +3,8 @@
     python benchmarks/parallel.py                five rounds; prints a Markdown report
     python benchmarks/parallel.py --rounds 1     a look
 
-Layouts are compared as peers.py compares engines: interleaved, one at a time, the others stopped, in an order that turns
-around from round to round. Every layout has the same cores: tp1 with two threads stands against two ranks of one.
+Layouts are compared as peers.py compares engines: interleaved, one at a time, the others stopped, in an order that
+turns around from round to round. Every layout has the same cores: tp1 with two threads stands against two ranks of one.
 """
 
 from __future__ import annotations

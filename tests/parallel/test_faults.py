@@ -24,7 +24,7 @@ NOTICED_SECONDS = 10.0
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint"))
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=8192)
 
 
 def config_of(checkpoint: Path, layout: Layout, **changes: object) -> EngineConfig:
