@@ -55,9 +55,11 @@ def environment_of(rank: int, size: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def complete(port: int) -> str:
+def complete(port: int, *, may_fail: bool = False) -> str:
     body = {"model": "tiny", "prompt": [7, 8, 9], "max_tokens": 8, "temperature": 0}
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=SECONDS)
+    if may_fail and answer.status_code == 500:
+        return ""
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
@@ -100,7 +102,8 @@ def test_two_ranks_started_by_hand_serve_survive_a_lost_rank_and_end_together(
     while Path(f"/proc/{agent}/task/{agent}/children").read_text().split() in ([], children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert complete(port) == text
+    # What runs when a rank is lost ends with an error; what comes later does not.
+    wait_until(lambda: complete(port, may_fail=True) == text, SECONDS, "the engine to be built anew")
     processes[0].send_signal(signal.SIGTERM)
     assert [process.wait(30) for process in processes] == [0, 0]
 

@@ -121,7 +121,7 @@ def test_a_driver_that_does_not_know_the_secret_is_not_obeyed() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(LaunchError, match="it does not know the secret"):
+        with pytest.raises(LaunchError, match="does not know the secret"):
             join(f"127.0.0.1:{impostor.getsockname()[1]}", SECRET, 0, 2, 5)
         thread.join()
 

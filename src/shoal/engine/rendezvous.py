@@ -55,7 +55,10 @@ class Rendezvous:
         self.address = f"{host}:{self._listener.getsockname()[1]}"
 
     def wait(self, seconds: float, lost: Callable[[], str | None]) -> list[Member]:
-        """Every rank, in order. `lost` says whether one that was started has ended. Raises LaunchError."""
+        """Every rank, in order; nobody can join afterwards. `lost` says whether one that was started has ended.
+
+        Raises LaunchError.
+        """
         members: dict[int, Member] = {}
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -72,6 +75,8 @@ class Rendezvous:
             for member in members.values():
                 member.channel.close()
             raise
+        finally:
+            self.close()
         return [members[rank] for rank in range(self._world_size)]
 
     def close(self) -> None:
@@ -130,21 +135,18 @@ def join(address: str, secret: bytes, rank: int, world_size: int, seconds: float
     while True:
         try:
             channel = Channel(socket.create_connection((host, int(port)), timeout=_HANDSHAKE_SECONDS))
-            break
-        except OSError as error:
+            return _introduce(channel, secret, rank, world_size)
+        except (OSError, ChannelClosed, msgspec.DecodeError) as error:
+            # A driver that ends one launch and begins the next leaves whoever comes between them in the lurch.
             if time.monotonic() > deadline:
                 raise LaunchError(f"rank {rank} cannot reach the driver at {address}: {error}") from None
             time.sleep(_RETRY_SECONDS)
-    try:
-        return _introduce(channel, secret, rank, world_size)
-    except (ChannelClosed, msgspec.DecodeError) as error:
-        raise LaunchError(f"rank {rank}: {address} is not the engine's driver: {error}") from None
 
 
 def _introduce(channel: Channel, secret: bytes, rank: int, world_size: int) -> Channel:
     challenge = _next(channel)
     if not isinstance(challenge, Challenge):
-        raise ChannelClosed("it did not begin with a challenge")
+        raise ChannelClosed("what listens there is no driver")
     said = Join(rank, world_size, os.getpid(), machine_name(), new_nonce(), b"")
     channel.send(encode(msgspec.structs.replace(said, proof=_rank_proof(secret, challenge.nonce, said))))
     answer = _next(channel)
@@ -152,7 +154,7 @@ def _introduce(channel: Channel, secret: bytes, rank: int, world_size: int) -> C
         raise LaunchError(f"rank {rank} was refused: {answer.reason}")
     expected = proof(secret, "driver", said.nonce, challenge.nonce)
     if not isinstance(answer, Welcome) or not is_proof(answer.proof, expected):
-        raise ChannelClosed("it does not know the secret")
+        raise LaunchError(f"rank {rank}: who listens at the driver's address does not know the secret")
     channel.max_frame = MAX_FRAME
     return channel
 
