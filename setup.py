@@ -47,9 +47,13 @@ def build_kernels(target: Path) -> None:
     native = _native()
     for variant, (flags, _) in native.VARIANTS.items():  # type: ignore[attr-defined]
         output = target / native.library_path(variant).name  # type: ignore[attr-defined]
-        command = [compiler, *native.COMPILER_FLAGS, *flags, str(SOURCE / "kernels.cpp"), "-o", str(output)]  # type: ignore[attr-defined]
+        # Renamed when it is whole: a running engine has the old file mapped.
+        new = output.with_suffix(".new")
+        command = [compiler, *native.COMPILER_FLAGS, *flags, str(SOURCE / "kernels.cpp"), "-o", str(new)]  # type: ignore[attr-defined]
         done = subprocess.run(command, check=False)
-        if done.returncode != 0:
+        if done.returncode == 0:
+            os.replace(new, output)
+        else:
             print(f"warning: the native CPU kernels ({variant}) could not be compiled", file=sys.stderr)
 
 

@@ -45,6 +45,12 @@ class Channel:
     def fileno(self) -> int:
         return self._connection.fileno()
 
+    @property
+    def local_address(self) -> str:
+        """Of the interface that reaches the other side."""
+        address: str = self._connection.getsockname()[0]
+        return address
+
     def send(self, message: bytes) -> None:
         """Raises ChannelClosed."""
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shoal.core.config import LaunchConfig
 from shoal.core.layout import Axis
@@ -13,23 +13,20 @@ from shoal.engine.channel import Channel, ChannelClosed
 from shoal.engine.comm.base import Comm, CommError
 from shoal.engine.rank_messages import Group, StoreGet, StoreReply, StoreSet, encode, to_rank
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
 SHARED_BUFFER_BYTES = 4 * 1024**2
 """Of a rank in a group: longer messages go in pieces."""
 
 
 def open_groups(groups: list[Group], rank: int, channel: Channel, launch: LaunchConfig) -> dict[Axis, Comm]:
     """Waits for the other ranks of each group. Raises CommError."""
-    store: dist.Store | None = None
+    store: Any = None
     comms: dict[Axis, Comm] = {}
     for group in groups:
         if group.backend == "shared_memory":
             comms[group.axis] = _open_shared(group, rank, launch.collective_seconds)
         else:
             store = store or _control_store(channel)
-            comms[group.axis] = _open_process_group(group, rank, store, launch)
+            comms[group.axis] = _open_process_group(group, rank, store, channel.local_address, launch)
     return comms
 
 
@@ -49,7 +46,7 @@ def _open_shared(group: Group, rank: int, seconds: float) -> Comm:
     return SharedMemoryComm(group.path, index, len(group.ranks), timeout=seconds)
 
 
-def _open_process_group(group: Group, rank: int, store: dist.Store, launch: LaunchConfig) -> Comm:
+def _open_process_group(group: Group, rank: int, store: Any, host: str, launch: LaunchConfig) -> Comm:
     from shoal.engine.comm.process_group import open_group
 
     return open_group(
@@ -58,20 +55,22 @@ def _open_process_group(group: Group, rank: int, store: dist.Store, launch: Laun
         len(group.ranks),
         store,
         name=group.path,
-        host=launch.host,
+        host=host,
         timeout=launch.collective_seconds,
     )
 
 
-def _control_store(channel: Channel) -> dist.Store:
+def _control_store(channel: Channel) -> Any:
     """Where the ranks of process groups leave their addresses for each other: with the driver, over the channel.
 
     torch's own store listens on every interface and asks nobody for a secret. Only for use while no other thread
     receives from the channel: when groups are made.
     """
-    import torch.distributed as dist
+    import torch.distributed
 
-    class ControlStore(dist.Store):
+    store_class: Any = torch.distributed.Store  # type: ignore[attr-defined]
+
+    class ControlStore(store_class):  # type: ignore[misc]
         def set(self, key: str, value: str | bytes) -> None:
             channel.send(encode(StoreSet(key, value.encode() if isinstance(value, str) else bytes(value))))
 

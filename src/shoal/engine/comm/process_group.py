@@ -27,23 +27,24 @@ _MOST_UNSENT = 8
 
 
 def open_group(
-    backend: str, rank: int, size: int, store: dist.Store, *, name: str, host: str, timeout: float
+    backend: str, rank: int, size: int, store: Any, *, name: str, host: str, timeout: float
 ) -> ProcessGroupComm:
-    """Meets the group's other ranks through `store`, where `name` is its own. `host` is the address to listen on.
+    """Meets the group's other ranks through `store` (a torch.distributed Store), where `name` is its own.
 
-    `timeout` is how long a rank waits for another, in seconds. Raises CommError.
+    `host` is the address to listen on, `timeout` how long a rank waits for another (seconds). Raises CommError.
     """
-    prefixed = dist.PrefixStore(name, store)
+    c10d: Any = dist  # its type stubs leave out what is not torch.distributed's public face
+    prefixed = c10d.PrefixStore(name, store)
     with _as_comm_error("the group did not come together"):
         if backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            options = c10d.ProcessGroupGloo._Options()
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
             options._timeout = timedelta(seconds=timeout)
-            group: Any = dist.ProcessGroupGloo(prefixed, rank, size, options)
+            group: Any = c10d.ProcessGroupGloo(prefixed, rank, size, options)
         elif backend == "nccl":
-            nccl = dist.ProcessGroupNCCL.Options()
+            nccl = c10d.ProcessGroupNCCL.Options()
             nccl._timeout = timedelta(seconds=timeout)
-            group = dist.ProcessGroupNCCL(prefixed, rank, size, nccl)
+            group = c10d.ProcessGroupNCCL(prefixed, rank, size, nccl)
         else:
             raise ValueError(f"backend {backend!r} is unknown: gloo, nccl")
     return ProcessGroupComm(group, backend)
