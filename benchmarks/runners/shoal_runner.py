@@ -38,7 +38,7 @@ class ShoalEngine:
                 num_blocks=info.num_blocks,
                 max_len=info.max_len,
                 vocab_size=info.spec.vocab_size,
-                block_size=config.block_size,
+                block_size=config.block_tokens,
                 max_sequences=config.max_sequences,
                 max_batch_tokens=config.max_batch_tokens,
                 depth=max(config.depth, config.layout.pp),
@@ -59,7 +59,7 @@ class ShoalEngine:
                 pending.append(plan.plan_id)
             if steps % FILL_EVERY == 0:
                 load = core.load()
-                allocated = (load.num_blocks - load.num_free_blocks) * config.block_size
+                allocated = (load.num_blocks - load.num_free_blocks) * config.block_tokens
                 live_tokens += load.num_live_tokens
                 allocated_tokens += allocated
                 peak_tokens = max(peak_tokens, allocated)
@@ -74,7 +74,7 @@ class ShoalEngine:
         return recorder.result(
             steps=steps,
             kv_fill=live_tokens / max(allocated_tokens, 1),
-            kv_peak_bytes=info.kv_bytes * peak_tokens // (info.num_blocks * config.block_size),
+            kv_peak_bytes=info.kv_bytes * peak_tokens // (info.num_blocks * config.block_tokens),
         )
 
     def close(self) -> None:

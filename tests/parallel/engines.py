@@ -33,7 +33,8 @@ def requests(vocab_size: int, count: int, max_tokens: int) -> list[Request]:
 
 def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) -> Tokens:
     """Output tokens by request. `options` are EngineConfig's."""
-    config = EngineConfig(model=str(path), layout=layout, kv_cache_bytes=64 << 20, max_len=512, **options)
+    options = {"kv_cache_bytes": 64 << 20, "max_len": 512} | options
+    config = EngineConfig(model=str(path), layout=layout, **options)
     executor = open_executor(config)
     info = executor.start()
     try:
@@ -43,7 +44,7 @@ def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) 
                 num_blocks=info.num_blocks,
                 max_len=info.max_len,
                 vocab_size=info.spec.vocab_size,
-                block_size=config.block_size,
+                block_size=config.block_tokens,
                 max_batch_tokens=config.max_batch_tokens,
                 depth=depth,
                 stages=layout.pp,

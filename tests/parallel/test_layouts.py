@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal.checkpoint.builtin import pull
@@ -13,6 +14,7 @@ from shoal.core.config import EngineConfig, LaunchConfig
 from shoal.core.layout import Layout, LayoutError
 from shoal.core.types import Request
 from shoal.engine.executor import open_executor
+from shoal.engine.memory import OutOfMemory
 from shoal.serve.engine_group import EngineGroup
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.parallel.engines import Tokens, requests, run_layout
@@ -24,6 +26,9 @@ LAYOUTS = [
     Layout(pp=2),
     Layout(pp=3),
     Layout(tp=2, pp=2),
+    Layout(cp=2),
+    Layout(tp=2, cp=2),
+    Layout(cp=2, pp=2),
 ]
 SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
 TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
@@ -68,6 +73,16 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
+def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path) -> None:
+    long = requests(49152, count=1, max_tokens=8)[0]
+    long = msgspec.structs.replace(long, prompt=[7 + i % 4000 for i in range(300)])
+    one_rank = 200 * 30 * 2 * 3 * 64 * 4  # bytes of 200 tokens
+    with pytest.raises(OutOfMemory, match="set max_len to at most"):
+        run_layout(smollm2, Layout(), [long], kv_cache_bytes=one_rank, max_len=320)
+    expected = run_layout(smollm2, Layout(), [long])
+    assert run_layout(smollm2, Layout(cp=2), [long], kv_cache_bytes=one_rank, max_len=320) == expected
+
+
 def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2: Path, expected: Tokens) -> None:
     config = EngineConfig(model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512)
 
@@ -95,5 +110,3 @@ def test_nothing_is_left_behind(smollm2: Path) -> None:
 def test_a_layout_that_cannot_work_is_refused_before_anything_starts(smollm2: Path) -> None:
     with pytest.raises(LayoutError, match="tp 10 needs as many attention heads.*layouts that work: tp9"):
         open_executor(EngineConfig(model=str(smollm2), layout=Layout(tp=10)))
-    with pytest.raises(LayoutError, match="cp above 1 cannot be run yet"):
-        open_executor(EngineConfig(model=str(smollm2), layout=Layout(cp=2)))

@@ -86,3 +86,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Arithmetic: native CPU kernels where they are built, or torch."""
     check: bool = False
     """Verify the scheduler's invariants after every step (slow; for tests and bug hunts)."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in a block of the scheduler: `block_size` on each rank that keeps a part of the context."""
+        return self.block_size * self.layout.cp

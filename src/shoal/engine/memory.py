@@ -94,12 +94,13 @@ def _reclaimable(stat: Path) -> int:
 
 
 def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, available: int, on_cpu: bool) -> int:
-    """Number of KV blocks. `block_bytes` is one block of all layers; `max_len` the longest sequence wanted, in tokens.
+    """Number of KV blocks. `block_bytes` is one block of all layers on this rank; `max_len` the longest sequence
+    wanted, in tokens.
 
     Never more than `max_sequences` of `max_len` tokens can use. Raises OutOfMemory if not even one sequence of
     `config.max_len` fits; where that is None the caller may shorten sequences, so one block is enough.
     """
-    blocks_per_sequence = -(-max_len // config.block_size)
+    blocks_per_sequence = -(-max_len // config.block_tokens)
     if config.kv_cache_bytes is not None:
         budget = config.kv_cache_bytes
         if budget > available:
@@ -114,12 +115,12 @@ def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, availab
     num_blocks = min(budget // block_bytes, blocks_per_sequence * config.max_sequences)
     needed = 1 if config.max_len is None else blocks_per_sequence
     if num_blocks < needed:
-        fits = num_blocks * config.block_size
+        fits = num_blocks * config.block_tokens
         advice = (
             f"set max_len to at most {fits}" if fits else "raise kv_cache_bytes, free memory or take a smaller model"
         )
         raise OutOfMemory(
-            f"the KV cache of one sequence of {needed * config.block_size} tokens needs "
+            f"the KV cache of one sequence of {needed * config.block_tokens} tokens needs "
             f"{format_bytes(needed * block_bytes)}, and there is room for {format_bytes(budget)} "
             f"({format_bytes(available)} are available): {advice}"
         )

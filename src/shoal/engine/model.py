@@ -21,6 +21,7 @@ from shoal.core.model_spec import ModelSpec, UnsupportedModel
 from shoal.core.sharding import ALIGNMENT, Shard, Span, split_evenly, whole
 from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
 from shoal.engine.comm.base import Comm, NullComm
+from shoal.engine.context_parallel import merge
 from shoal.engine.ops import Ops, PackedLinear
 from shoal.engine.rope import cos_sin_table
 from shoal.engine.weights import WeightSource
@@ -72,12 +73,14 @@ class Decoder:
         max_len: int | None = None,
         shard: Shard | None = None,
         tensor: Comm | None = None,
+        context: Comm | None = None,
         stages: Comm | None = None,
     ) -> None:
         """`dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
 
         `max_len` bounds the positions that rotary tables are made for. `shard` is what this rank holds, None
-        everything; `tensor` joins the ranks that hold parts of the same layers, `stages` those of a pipeline.
+        everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
+        same sequences, `stages` those of a pipeline.
         """
         if spec.moe is not None or spec.mla is not None:
             raise UnsupportedModel(f"{spec.family}: mixture-of-experts and latent attention cannot be run yet")
@@ -93,6 +96,7 @@ class Decoder:
         self.num_weight_bytes = 0
         self.shard = shard or whole(spec)
         self.tensor = tensor or NullComm()
+        self.context = context or NullComm()
         self.stages = stages or NullComm()
 
     # --- weights ----------------------------------------------------------------------------------------------------
@@ -224,10 +228,17 @@ class Decoder:
         qkv_TA = self.ops.linear(x_TH, layer.qkv)
         self.ops.rope_(qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
         heads_TAD = qkv_TA.view(-1, n + 2 * m, d)
-        self.attention.write(cache, number, heads_TAD[:, n : n + m], heads_TAD[:, n + m :], batch)
-        out_TND, _ = self.attention.forward(
-            cache, number, heads_TAD[:, :n], batch, scale=spec.scale, window=layer.window
+        keys_TMD, values_TMD = heads_TAD[:, n : n + m], heads_TAD[:, n + m :]
+        if batch.kept_T is not None:
+            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
+        if len(keys_TMD):
+            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
+        is_split = self.context.size > 1
+        out_TND, lse_TN = self.attention.forward(
+            cache, number, heads_TAD[:, :n], batch, scale=spec.scale, window=layer.window, need_lse=is_split
         )
+        if lse_TN is not None:
+            out_TND = merge(out_TND, lse_TN, batch, self.context)
         return self.tensor.all_reduce_(self.ops.linear(out_TND.view(-1, n * d), layer.output))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:

@@ -57,9 +57,8 @@ class ParallelExecutor:
         self._config = config
         spec = load_spec(resolve(config.model, download=False).path)
         require_possible(config.layout, spec)
-        for axis in ("ep", "cp"):
-            if getattr(config.layout, axis) > 1:
-                raise LayoutError(f"{axis} above 1 cannot be run yet: use tp, pp and dp")
+        if config.layout.ep > 1:
+            raise LayoutError("ep above 1 cannot be run yet: use tp, pp, cp and dp")
         self._launcher = make_launcher(config.launch)
         self._rendezvous: Rendezvous | None = None
         self._members: list[Member] = []

@@ -19,6 +19,7 @@ from torch import Tensor
 from shoal.core.types import Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch, KVCache
 from shoal.engine.comm.base import Comm, NullComm
+from shoal.engine.context_parallel import local_batch
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import Ops
 from shoal.engine.sampler import Sampler
@@ -52,21 +53,26 @@ class Runner:
         ops: Ops,
         grammars: GrammarFactory,
         peers: Comm | None = None,
+        context: Comm | None = None,
         draws: bool = True,
     ) -> None:
-        """`peers` are the ranks with parts of the same layers: the first of them `draws`, and tells the others."""
+        """`peers` are the ranks with parts of the same layers, `context` those with parts of the same sequences: the
+        first of all `draws`, and tells the others.
+        """
         self._model = model
         self._cache = cache
         self._device = device
         self._grammars = grammars
         self._block_size = cache.block_size
+        self._block_tokens = cache.block_size * (1 if context is None else context.size)
         self._peers = peers or NullComm()
+        self._context = context or NullComm()
         self._draws = draws
         self._sampler = Sampler(num_slots, vocab_size, ops)
         # Zeroed memory costs nothing until it is written: a slot takes up what its longest sequence did. The token
         # drawn behind the last position has a place too.
         self._tokens = np.zeros((num_slots, max_len + 1), dtype=np.int32)
-        self._blocks = np.zeros((num_slots, -(-max_len // cache.block_size)), dtype=np.int32)
+        self._blocks = np.zeros((num_slots, -(-max_len // self._block_tokens)), dtype=np.int32)
         self._num_blocks = [0] * num_slots
         self._broken: dict[int, str] = {}
         """Slots whose sequence cannot be sampled, with the reason. Their KV is computed until they are released."""
@@ -151,7 +157,7 @@ class Runner:
         self, slots_S: IntArray, starts_S: IntArray, lengths_S: IntArray, ends_S: IntArray
     ) -> tuple[Tensor, Tensor, AttentionBatch]:
         """Input ids (T), positions (T) and the attention metadata of rows [start, end) of their slots."""
-        size = self._block_size
+        size = self._block_tokens
         query_starts_S1 = np.zeros(len(slots_S) + 1, dtype=np.int32)
         np.cumsum(lengths_S, out=query_starts_S1[1:])
         # Token t of the batch stands at position t + (start of its row - tokens of the rows before).
@@ -159,6 +165,16 @@ class Runner:
         positions_T += np.arange(len(positions_T))
         slots_T = np.repeat(slots_S, lengths_S)
         ids_T = self._tokens[slots_T, positions_T]
+        if self._context.size > 1:
+            batch = local_batch(
+                lambda at_T: self._blocks[slots_T, at_T],
+                lambda num_blocks: self._blocks[slots_T, :num_blocks],
+                positions_T,
+                self._block_size,
+                self._context,
+                self._to_device,
+            )
+            return self._to_device(ids_T.astype(np.int64)), self._to_device(positions_T), batch
         blocks_T = self._blocks[slots_T, positions_T // size]
         max_context_len = int(ends_S.max())
         batch = AttentionBatch(
@@ -185,9 +201,10 @@ class Runner:
 
     def _share_tokens(self, slots_S: IntArray, positions_S: IntArray) -> None:
         """What the first of the peers drew, to the others: the next step may already be on its way to all of them."""
-        if self._peers.size > 1:
-            tokens_S = torch.from_numpy(self._tokens[slots_S, positions_S])
-            self._tokens[slots_S, positions_S] = self._peers.broadcast_(tokens_S, 0).numpy()
+        for comm in (self._peers, self._context):  # the context's other ranks hear what their first one heard
+            if comm.size > 1:
+                tokens_S = torch.from_numpy(self._tokens[slots_S, positions_S])
+                self._tokens[slots_S, positions_S] = comm.broadcast_(tokens_S, 0).numpy()
 
     def _to_device(self, array: NDArray[np.int32] | IntArray) -> Tensor:
         tensor = torch.from_numpy(array)

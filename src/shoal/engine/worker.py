@@ -112,6 +112,7 @@ class Worker:
             max_len=max_len,
             shard=shard,
             tensor=self._comms.get("tensor"),
+            context=self._comms.get("context"),
             stages=self._comms.get("pipeline"),
         )
         load_began = time.monotonic()
@@ -125,7 +126,7 @@ class Worker:
             available=available_memory(device) // (seat.ranks_on_host if on_cpu else 1),
             on_cpu=on_cpu,
         )
-        return Loaded(num_blocks, min(max_len, num_blocks * config.block_size))
+        return Loaded(num_blocks, min(max_len, num_blocks * config.block_tokens))
 
     def allocate(self, agreed: Loaded, progress: Progress | None = None) -> WorkerInfo:
         """Make the KV cache that all ranks agreed on, and warm up, all ranks together."""
@@ -143,6 +144,7 @@ class Worker:
             ops=decoder.ops,
             grammars=GrammarFactory(lambda: _tokenizer_info(path, decoder.spec)),
             peers=decoder.tensor,
+            context=decoder.context,
             draws=self.draws,
         )
         if progress is not None:
@@ -182,7 +184,7 @@ class Worker:
     def draws(self) -> bool:
         """Whether this rank's results are the engine's: it draws the tokens."""
         decoder = self._decoder
-        return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == 0
+        return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
 
     def close(self) -> None:
         """Free model, cache and threads. May be called more than once."""
@@ -198,7 +200,7 @@ class Worker:
         """
         if self._runner is None or num_tokens < 1:
             return
-        blocks = list(range(-(-(num_tokens + 1) // self._config.block_size)))
+        blocks = list(range(-(-(num_tokens + 1) // self._config.block_tokens)))
         assignment = SlotAssignment(
             0, "warm-up", 0, [0] * num_tokens, num_tokens, blocks, Sampling(temperature=0.0), 0, []
         )

@@ -52,7 +52,7 @@ class EngineLoop:
             num_blocks=info.num_blocks,
             max_len=info.max_len,
             vocab_size=info.spec.vocab_size,
-            block_size=config.block_size,
+            block_size=config.block_tokens,
             max_sequences=config.max_sequences,
             max_batch_tokens=config.max_batch_tokens,
             depth=max(config.depth, config.layout.pp),  # every stage has a batch of its own
@@ -71,7 +71,7 @@ class EngineLoop:
                 EngineInfo(
                     spec=info.spec,
                     num_blocks=info.num_blocks,
-                    block_size=config.block_size,
+                    block_size=config.block_tokens,
                     max_len=info.max_len,
                     weight_bytes=info.weight_bytes,
                     kv_bytes=info.kv_bytes,

@@ -28,6 +28,11 @@ class AttentionBatch:
     """Where each token's KV goes: block id * block_size + offset."""
     max_query_len: int
     max_context_len: int
+    kept_T: Tensor | None = None
+    """Context parallelism: int64 indices of the tokens whose KV this rank keeps; `slot_mapping_T` is of those alone.
+    None is all."""
+    blind_T: Tensor | None = None
+    """Context parallelism: int64 indices of the tokens that see nothing of what this rank keeps."""
 
 
 class KVCache(Protocol):

@@ -1,0 +1,143 @@
+"""Several hosts: ranks in network namespaces of their own, which reach each other over one link and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+
+HOSTS = 2
+SECONDS = 60.0
+
+
+def ip(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+
+
+class Hosts:
+    """Namespaces joined by a veth pair, each with an address of its own."""
+
+    def __init__(self) -> None:
+        self.names = [f"shoal{os.getpid()}-{number}" for number in range(HOSTS)]
+        self.addresses = [f"10.213.7.{number + 1}" for number in range(HOSTS)]
+
+    def make(self) -> str | None:
+        """Why it cannot be done; None if it was."""
+        links = [f"sh{os.getpid() % 100000}v{number}" for number in range(HOSTS)]
+        steps = [["netns", "add", name] for name in self.names]
+        steps += [["link", "add", links[0], "type", "veth", "peer", "name", links[1]]]
+        for name, link, address in zip(self.names, links, self.addresses, strict=True):
+            steps += [
+                ["link", "set", link, "netns", name],
+                ["-n", name, "addr", "add", f"{address}/24", "dev", link],
+                ["-n", name, "link", "set", link, "up"],
+                ["-n", name, "link", "set", "lo", "up"],
+            ]
+        try:
+            for step in steps:
+                done = ip(*step)
+                if done.returncode:
+                    return f"ip {' '.join(step)}: {done.stderr.strip()}"
+        except FileNotFoundError:
+            return "the ip command is not installed (Debian: iproute2)"
+        return None
+
+    def remove(self) -> None:
+        for name in self.names:
+            ip("netns", "del", name)
+
+    def run(self, host: int, arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[host], sys.executable, *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."]), **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def received_bytes(self, host: int) -> int:
+        """Over the link, since it was made."""
+        text = subprocess.run(
+            ["ip", "netns", "exec", self.names[host], "cat", "/proc/net/dev"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        return sum(int(line.split(":")[1].split()[0]) for line in text.splitlines() if line.strip().startswith("sh"))
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    try:
+        reason = made.make()
+        if reason is not None:
+            pytest.skip(f"network namespaces cannot be made here: {reason}")
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint"))
+
+
+ASK = """
+import sys, time, httpx
+until, body = time.monotonic() + 60, {"model": "tiny", "prompt": [7, 8, 9], "max_tokens": 24, "temperature": 0}
+while True:
+    try:
+        if httpx.get("http://127.0.0.1:8000/ready").status_code == 200:
+            break
+    except httpx.TransportError:
+        pass
+    if time.monotonic() > until:
+        sys.exit("the server is not ready")
+    time.sleep(0.1)
+answer = httpx.post("http://127.0.0.1:8000/v1/completions", json=body, timeout=60)
+print(answer.json()["choices"][0]["text"].encode().hex())
+"""
+
+
+@pytest.mark.parametrize("flags", [["--tensor-parallel-size", "2"], ["--pipeline-parallel-size", "2"]], ids=str)
+def test_ranks_on_two_hosts_answer_as_one_rank(
+    hosts: Hosts, checkpoint: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    secret, settings = tmp_path / "secret", tmp_path / "serve.yaml"
+    secret.write_text("0123456789abcdef0123456789abcdef\n")
+    # Both namespaces are one machine, with one /dev/shm: say that the link is to be used.
+    settings.write_text("engine: {threads: 1, launch: {comm: gloo}}\n")
+    serve = ["-m", "shoal", "serve", str(checkpoint), "--served-model-name", "tiny"]
+    several = ["--config", str(settings), "--launcher", "env", "--launch-host", hosts.addresses[0]]
+    several += ["--secret-file", str(secret), *flags]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29500"}
+    processes = [hosts.run(host, [*serve, *several], RANK=str(host), **environment) for host in range(HOSTS)]
+    try:
+        answer = ask(hosts)
+        assert hosts.received_bytes(1) > 10_000, "the control: it went over the link"
+        processes[0].send_signal(signal.SIGTERM)
+        assert [process.wait(30) for process in processes] == [0, 0]
+        processes.append(hosts.run(0, [*serve, "--threads", "1"]))
+        assert ask(hosts) == answer
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(30)
+
+
+def ask(hosts: Hosts) -> str:
+    """On the first host, where the server listens on loopback."""
+    began = time.monotonic()
+    asking = hosts.run(0, ["-c", ASK])
+    text, _ = asking.communicate(timeout=2 * SECONDS)
+    assert asking.returncode == 0 and text.strip(), f"no answer after {time.monotonic() - began:.0f} s"
+    return text
