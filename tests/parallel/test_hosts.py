@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,65 +10,12 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from hosts import HOSTS, Hosts
 from tests.checkpoints import make_checkpoint
 
-HOSTS = 2
 SECONDS = 60.0
-
-
-def ip(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-
-
-class Hosts:
-    """Namespaces joined by a veth pair, each with an address of its own."""
-
-    def __init__(self) -> None:
-        self.names = [f"shoal{os.getpid()}-{number}" for number in range(HOSTS)]
-        self.addresses = [f"10.213.7.{number + 1}" for number in range(HOSTS)]
-
-    def make(self) -> str | None:
-        """Why it cannot be done; None if it was."""
-        links = [f"sh{os.getpid() % 100000}v{number}" for number in range(HOSTS)]
-        steps = [["netns", "add", name] for name in self.names]
-        steps += [["link", "add", links[0], "type", "veth", "peer", "name", links[1]]]
-        for name, link, address in zip(self.names, links, self.addresses, strict=True):
-            steps += [
-                ["link", "set", link, "netns", name],
-                ["-n", name, "addr", "add", f"{address}/24", "dev", link],
-                ["-n", name, "link", "set", link, "up"],
-                ["-n", name, "link", "set", "lo", "up"],
-            ]
-        try:
-            for step in steps:
-                done = ip(*step)
-                if done.returncode:
-                    return f"ip {' '.join(step)}: {done.stderr.strip()}"
-        except FileNotFoundError:
-            return "the ip command is not installed (Debian: iproute2)"
-        return None
-
-    def remove(self) -> None:
-        for name in self.names:
-            ip("netns", "del", name)
-
-    def run(self, host: int, arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.names[host], sys.executable, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."]), **environment},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def received_bytes(self, host: int) -> int:
-        """Over the link, since it was made."""
-        text = subprocess.run(
-            ["ip", "netns", "exec", self.names[host], "cat", "/proc/net/dev"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        return sum(int(line.split(":")[1].split()[0]) for line in text.splitlines() if line.strip().startswith("sh"))
 
 
 @pytest.fixture
