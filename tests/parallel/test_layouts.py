@@ -108,5 +108,5 @@ def test_nothing_is_left_behind(smollm2: Path) -> None:
 
 
 def test_a_layout_that_cannot_work_is_refused_before_anything_starts(smollm2: Path) -> None:
-    with pytest.raises(LayoutError, match="tp 10 needs as many attention heads.*layouts that work: tp9"):
+    with pytest.raises(LayoutError, match="tp 10 needs as many attention heads.*layouts that work: tp5 x pp2"):
         open_executor(EngineConfig(model=str(smollm2), layout=Layout(tp=10)))
