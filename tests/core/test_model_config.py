@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.core.model_config import spec_from_config, spec_from_gguf
-from shoal.core.model_spec import RopeSpec, UnsupportedModel
+from shoal.core.model_spec import MoESpec, RopeSpec, UnsupportedModel
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,21 +100,107 @@ def test_gemma3_multimodal_file_lists_only_what_departs_from_the_defaults() -> N
     assert spec.scale == 256**-0.5
 
 
+DEEPSEEK: dict[str, Any] = LLAMA | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+MIXTRAL: dict[str, Any] = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
 def test_deepseek_scale_counts_both_parts_of_a_head_and_the_extended_context() -> None:
-    values = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "kv_lora_rank": 16,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 24,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0},
-    }
-    spec = spec_from_config(LLAMA | values)
-    assert spec.scale == pytest.approx(32**-0.5 * (0.1 * math.log(4.0) + 1) ** 2)
+    yarn = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    expected = 32**-0.5 * (0.1 * math.log(4.0) + 1) ** 2
+    assert spec_from_config(DEEPSEEK | {"rope_scaling": yarn}).scale == pytest.approx(expected)
+    assert spec_from_config(DEEPSEEK | {"rope_parameters": yarn}).scale == pytest.approx(expected)
+    assert spec_from_config(DEEPSEEK | {"rope_parameters": yarn | {"type": "default"}}).scale == 32**-0.5
+    assert spec_from_config(DEEPSEEK | {"head_dim": 8}).head_dim == 32
+
+
+def test_routing_of_each_family() -> None:
+    assert spec_from_config(MIXTRAL).moe == MoESpec(
+        num_experts=4, num_experts_per_token=2, expert_intermediate_size=96, scoring="softmax", normalised=True
+    )
+    qwen = MoESpec(num_experts=4, num_experts_per_token=2, expert_intermediate_size=32, normalised=False)
+    assert spec_from_config(QWEN3_MOE).moe == qwen
+    renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in QWEN3_MOE.items()}
+    assert spec_from_config(renamed).moe == qwen
+    normalised = spec_from_config(QWEN3_MOE | {"norm_topk_prob": True}).moe
+    assert normalised is not None and normalised.normalised
+    assert spec_from_config(DEEPSEEK | {"norm_topk_prob": False, "first_k_dense_replace": 1}).moe == MoESpec(
+        num_experts=8,
+        num_experts_per_token=2,
+        expert_intermediate_size=32,
+        num_shared_experts=1,
+        first_dense_layers=1,
+        scoring="sigmoid",
+        router_bias=True,
+        num_groups=4,
+        num_groups_per_token=2,
+        normalised=False,
+        scaling=2.5,
+    )
+
+
+def test_what_deepseek_files_leave_out_means_what_it_means_to_transformers() -> None:
+    left_out = ("q_lora_rank", "n_group", "topk_group")
+    spec = spec_from_config({k: v for k, v in DEEPSEEK.items() if k not in left_out} | {"n_routed_experts": 64})
+    assert spec.moe is not None and spec.mla is not None
+    assert (spec.moe.num_groups, spec.moe.num_groups_per_token, spec.moe.first_dense_layers) == (8, 4, 3)
+    assert (spec.moe.num_shared_experts, spec.moe.scaling, spec.moe.normalised) == (1, 2.5, True)
+    assert (spec.mla.q_lora_rank, spec.mla.interleaved_rope, spec.num_draft_layers) == (1536, True, 0)
+    drafting = spec_from_config(DEEPSEEK | {"num_nextn_predict_layers": 1, "rope_interleave": False})
+    assert drafting.num_draft_layers == 1 and drafting.mla is not None and not drafting.mla.interleaved_rope
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (MIXTRAL, {"num_experts_per_tok": 5}, "5 of 4 experts"),
+        (MIXTRAL, {"num_experts_per_tok": 0}, "0 of 4 experts"),
+        (MIXTRAL, {"num_local_experts": 10**6}, "at most 4096"),
+        (QWEN3_MOE, {"moe_intermediate_size": 0}, "0 features of an expert"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported, only 1"),
+        (QWEN3_MOE, {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ({k: v for k, v in QWEN3_MOE.items() if k != "num_experts"}, {}, "lacks 'num_experts', which qwen3_moe needs"),
+        (DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported, only 'sigmoid'"),
+        (DEEPSEEK, {"topk_method": "greedy"}, "topk_method 'greedy' is not supported, only 'noaux_tc'"),
+        (DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq 2"),
+        (DEEPSEEK, {"n_group": 3}, "8 experts in 3 groups"),
+        (DEEPSEEK, {"n_group": 8}, "of at least 2 each"),
+        (DEEPSEEK, {"topk_group": 5}, "5 of 4 groups"),
+        (DEEPSEEK, {"topk_group": 1, "num_experts_per_tok": 3}, "3 of 8 experts for a token, of 1 groups of 2"),
+        (DEEPSEEK, {"n_shared_experts": -1}, "-1 shared experts"),
+        (DEEPSEEK, {"routed_scaling_factor": 0}, "a factor of 0.0"),
+        (DEEPSEEK, {"qk_rope_head_dim": 7}, "7 rotated features of a head are odd"),
+        (DEEPSEEK, {"q_lora_rank": 0}, "not positive"),
+        (DEEPSEEK, {"v_head_dim": 0}, "not positive"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate False of yarn"),
+    ],
+)
+def test_routing_and_latents_that_cannot_be_run_are_refused(
+    config: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
+        spec_from_config(config | changes)
 
 
 @pytest.mark.parametrize(
@@ -153,15 +239,27 @@ def test_every_key_that_has_no_default_is_asked_for_by_name() -> None:
 
 
 @pytest.mark.parametrize("junk", [None, True, -1, 0, 10**400, 1.5, float("nan"), "x", [], [None], {}, {"type": []}])
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM", "DeepseekV3ForCausalLM"])
-def test_no_value_of_any_key_ends_in_a_traceback(name: str, junk: Any) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        LLAMA,
+        LLAMA | {"architectures": ["Qwen2ForCausalLM"]},
+        LLAMA | {"architectures": ["Gemma3ForCausalLM"]},
+        MIXTRAL,
+        QWEN3_MOE,
+        DEEPSEEK,
+    ],
+    ids=lambda model: model["architectures"][0],
+)
+def test_no_value_of_any_key_ends_in_a_traceback(model: dict[str, Any], junk: Any) -> None:
     more = ["head_dim", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "layer_types", "hidden_act"]
     more += ["architectures", "text_config", "eos_token_id", "bos_token_id", "rms_norm_eps", "query_pre_attn_scalar"]
-    more += ["tie_word_embeddings", "use_sliding_window", "max_window_layers", "kv_lora_rank", "model_type"]
-    moe = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "kv_lora_rank"), 4)
-    latent = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 4)
-    for key in [*LLAMA, *more]:
-        config = LLAMA | {"architectures": [name]} | moe | latent | {"use_sliding_window": True, "sliding_window": 8}
+    more += ["tie_word_embeddings", "use_sliding_window", "max_window_layers", "model_type", "mlp_only_layers"]
+    more += ["n_shared_experts", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob", "scoring_func"]
+    more += ["rope_interleave", "num_nextn_predict_layers", "decoder_sparse_step", "attention_bias"]
+    for key in [*model, *more]:
+        config = model | {"use_sliding_window": True, "sliding_window": 8}
+        spec_from_config(config)
         try:
             spec = spec_from_config(config | {key: junk})
         except UnsupportedModel:

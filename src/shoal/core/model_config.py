@@ -28,6 +28,16 @@ ARCHITECTURES = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
     "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "qwen3_moe": {"sliding_window": 4096},
+    "deepseek_v3": {
+        "q_lora_rank": 1536,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+    },
     "qwen2": {"max_window_layers": 28},
     "qwen3": {"max_window_layers": 28, "head_dim": 128},
     "gemma3_text": {
@@ -115,22 +125,59 @@ def _checked(spec: ModelSpec, file: str) -> ModelSpec:
     except msgspec.ValidationError as error:
         raise UnsupportedModel(f"{file} holds a value of the wrong kind: {error}") from None
     sizes = {name: getattr(spec, name) for name in _SIZES}
-    reason = ""
     if min(sizes.values()) < 1 or (spec.window is not None and spec.window < 1):
         reason = f"a size is not positive among {sizes | {'window': spec.window}}"
     elif spec.num_heads % spec.num_kv_heads:
         reason = f"{spec.num_heads} attention heads cannot share {spec.num_kv_heads} key/value heads evenly"
-    elif spec.head_dim % 2:
-        reason = f"head size {spec.head_dim} is odd: rotary embedding needs pairs"
+    elif spec.rope_dim % 2:
+        reason = f"{spec.rope_dim} rotated features of a head are odd: rotary embedding needs pairs"
     elif spec.windowed_layers and len(spec.windowed_layers) != spec.num_layers:
         reason = f"{len(spec.windowed_layers)} layer types are given for {spec.num_layers} layers"
     elif not (0 <= spec.norm_eps < 1 and 1 < spec.rope.theta < inf and 0 < spec.rope.factor < inf):
         reason = (
             f"norm epsilon {spec.norm_eps}, rope theta {spec.rope.theta} or factor {spec.rope.factor} is out of range"
         )
+    else:
+        reason = _senseless_experts(spec.moe, spec.num_layers) or _senseless_latent(spec.mla)
     if reason:
         raise UnsupportedModel(f"{file} makes no sense: {reason}")
     return spec
+
+
+_MAX_EXPERTS = 4096
+
+
+def _senseless_experts(moe: MoESpec | None, num_layers: int) -> str:
+    """What is wrong with the experts; "" for nothing."""
+    if moe is None:
+        return ""
+    group_size, rest = divmod(moe.num_experts, max(1, moe.num_groups))
+    chosen = f"{moe.num_experts_per_token} of {moe.num_experts} experts for a token"
+    if not 1 <= moe.num_experts_per_token <= moe.num_experts <= _MAX_EXPERTS:
+        return f"{chosen}: at most {_MAX_EXPERTS}, and no more for a token than there are"
+    if moe.expert_intermediate_size < 1 or moe.num_shared_experts < 0:
+        return f"{moe.num_shared_experts} shared experts, {moe.expert_intermediate_size} features of an expert"
+    if not 0 <= moe.first_dense_layers <= num_layers:
+        return f"{moe.first_dense_layers} dense layers of {num_layers}"
+    if not 0 < moe.scaling < inf:
+        return f"a factor of {moe.scaling} on the experts' weights"
+    if moe.num_groups != 1 and (moe.num_groups < 1 or rest or group_size < 2):
+        return f"{moe.num_experts} experts in {moe.num_groups} groups: they must be equal, of at least 2 each"
+    if not 1 <= moe.num_groups_per_token <= moe.num_groups:
+        return f"{moe.num_groups_per_token} of {moe.num_groups} groups of experts for a token"
+    if moe.num_groups_per_token * group_size < moe.num_experts_per_token:
+        return f"{chosen}, of {moe.num_groups_per_token} groups of {group_size}"
+    return ""
+
+
+def _senseless_latent(mla: MLASpec | None) -> str:
+    """What is wrong with latent attention; "" for nothing."""
+    if mla is None:
+        return ""
+    sizes = (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim)
+    if min(sizes) < 1 or (mla.q_lora_rank is not None and mla.q_lora_rank < 1):
+        return f"a size is not positive in {mla}"
+    return ""
 
 
 def _num_layers(value: Any) -> int:
@@ -148,14 +195,9 @@ def _from_hf(family: str, c: dict[str, Any]) -> ModelSpec:
     rope, rope_local = _rope(family, c)
     mla = _mla(family, c)
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    attention_scale = None
-    if gemma:
-        attention_scale = c["query_pre_attn_scalar"] ** -0.5
-    elif mla is not None:
-        # DeepSeek-V3 (arXiv 2412.19437) sharpens the scores of its extended context by the square of a magnitude.
-        scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
-        sharpening = _mscale(scaling.get("factor") or 1.0, scaling.get("mscale_all_dim") or 0.0) ** 2
-        attention_scale = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * sharpening
+    if mla is not None:
+        # A head_dim of the file is the rotated part alone.
+        head_dim = mla.qk_head_dim
     attention_bias = bool(c.get("attention_bias", False))
     eos = c.get("eos_token_id")
     return ModelSpec(
@@ -179,14 +221,26 @@ def _from_hf(family: str, c: dict[str, Any]) -> ModelSpec:
         sandwich_norms=gemma,
         norm_plus_one=gemma,
         embedding_scale=c["hidden_size"] ** 0.5 if gemma else 1.0,
-        attention_scale=attention_scale,
+        attention_scale=_attention_scale(c, mla, rope) if mla is not None or gemma else None,
         window=window,
         windowed_layers=windowed,
-        moe=_moe(family, c),
+        moe=_moe(family, c, num_layers),
         mla=mla,
+        num_draft_layers=_num_draft_layers(family, c),
         bos_id=c.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _attention_scale(c: dict[str, Any], mla: MLASpec | None, rope: RopeSpec) -> float:
+    if mla is None:
+        return float(c["query_pre_attn_scalar"] ** -0.5)
+    scale = mla.qk_head_dim**-0.5
+    if rope.kind != "default":
+        # DeepSeek-V3 (arXiv 2412.19437) sharpens the scores of its extended context by the square of a magnitude.
+        parameters = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+        scale *= _mscale(rope.factor, parameters.get("mscale_all_dim") or 0.0) ** 2
+    return float(scale)
 
 
 def _activation(c: dict[str, Any]) -> Literal["silu", "gelu_tanh"]:
@@ -214,7 +268,8 @@ def _windows(family: str, c: dict[str, Any], num_layers: int) -> tuple[int | Non
     if family == "gemma3_text":
         pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
         return window, tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
-    if "max_window_layers" in c:
+    # Qwen3-MoE's files say max_window_layers too, and the architecture does not know it.
+    if "max_window_layers" in c and family != "qwen3_moe":
         return window, tuple(layer >= c["max_window_layers"] for layer in range(num_layers))
     return window, ()
 
@@ -246,6 +301,8 @@ def _rope_of(p: dict[str, Any], theta: float, max_len: int) -> RopeSpec:
     kind = ROPE_KINDS[name]
     if (p.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModel(f"partial_rotary_factor {p['partial_rotary_factor']} is not supported, only 1")
+    if kind == "yarn" and not p.get("truncate", True):
+        raise UnsupportedModel(f"truncate {p['truncate']!r} of yarn is not supported, only true")
     original = p.get("original_max_position_embeddings") or max_len
     factor = p.get("factor")
     if factor is None:
@@ -271,7 +328,21 @@ def _mscale(factor: float, coefficient: float) -> float:
     return 1.0 if factor <= 1 or not coefficient else 0.1 * coefficient * log(factor) + 1.0
 
 
-def _moe(family: str, c: dict[str, Any]) -> MoESpec | None:
+_MUST_BE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+}
+"""The only value of a key that its family's arithmetic here stands for. A file that leaves it out means this."""
+
+
+_EXPERTS, _EXPERTS_5 = "num_experts", "num_local_experts"
+"""Qwen3-MoE's number of experts as its published files and as transformers 5 call it."""
+
+
+def _moe(family: str, c: dict[str, Any], num_layers: int) -> MoESpec | None:
+    for key, only in _MUST_BE.get(family, {}).items():
+        if c.get(key, only) != only:
+            raise UnsupportedModel(f"{key} {c[key]!r} is not supported, only {only!r}")
     if family == "mixtral":
         return MoESpec(
             num_experts=c["num_local_experts"],
@@ -279,21 +350,25 @@ def _moe(family: str, c: dict[str, Any]) -> MoESpec | None:
             expert_intermediate_size=c["intermediate_size"],
         )
     if family == "qwen3_moe":
-        if c.get("decoder_sparse_step", 1) != 1:
-            raise UnsupportedModel(f"decoder_sparse_step {c['decoder_sparse_step']} is not supported, only 1")
         return MoESpec(
-            num_experts=c["num_experts"],
+            num_experts=c[_EXPERTS if _EXPERTS in c or _EXPERTS_5 not in c else _EXPERTS_5],
             num_experts_per_token=c["num_experts_per_tok"],
             expert_intermediate_size=c["moe_intermediate_size"],
+            normalised=bool(c.get("norm_topk_prob", False)),
         )
     if family == "deepseek_v3":
         return MoESpec(
             num_experts=c["n_routed_experts"],
             num_experts_per_token=c["num_experts_per_tok"],
             expert_intermediate_size=c["moe_intermediate_size"],
-            num_shared_experts=c.get("n_shared_experts") or 0,
-            first_dense_layers=c.get("first_k_dense_replace", 0),
+            num_shared_experts=c["n_shared_experts"] or 0,
+            first_dense_layers=min(c["first_k_dense_replace"] or 0, num_layers),
+            scoring="sigmoid",
             router_bias=True,
+            num_groups=c["n_group"] or 1,
+            num_groups_per_token=c["topk_group"] or 1,
+            normalised=bool(c["norm_topk_prob"]),
+            scaling=float(c["routed_scaling_factor"]),
         )
     return None
 
@@ -302,12 +377,19 @@ def _mla(family: str, c: dict[str, Any]) -> MLASpec | None:
     if family != "deepseek_v3":
         return None
     return MLASpec(
-        q_lora_rank=c.get("q_lora_rank"),
+        q_lora_rank=c["q_lora_rank"],
         kv_lora_rank=c["kv_lora_rank"],
         qk_nope_head_dim=c["qk_nope_head_dim"],
         qk_rope_head_dim=c["qk_rope_head_dim"],
         v_head_dim=c["v_head_dim"],
+        interleaved_rope=bool(c.get("rope_interleave", True)),
     )
+
+
+def _num_draft_layers(family: str, c: dict[str, Any]) -> int:
+    if family != "deepseek_v3":
+        return 0
+    return int(c.get("num_nextn_predict_layers") or c.get("num_mtp_layers") or 0)
 
 
 # --- GGUF metadata --------------------------------------------------------------------------------------------------

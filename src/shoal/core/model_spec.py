@@ -33,24 +33,55 @@ class UnsupportedModel(ValueError):
 
 
 class MoESpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Experts, and how a token's are chosen: scores, the best of them (perhaps of the best groups), weights."""
+
     num_experts: int
     num_experts_per_token: int
     expert_intermediate_size: int
     num_shared_experts: int = 0
+    """Visited by every token, beside the routed ones."""
     first_dense_layers: int = 0
     """Leading layers with a dense MLP."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits."""
     router_bias: bool = False
-    """A correction of each expert's routing score (DeepSeek-V3)."""
+    """A correction of each expert's score when experts are chosen, not when they are weighted (DeepSeek-V3)."""
+    num_groups: int = 1
+    """The experts in groups of equal size, each ranked by its two best (DeepSeek-V3)."""
+    num_groups_per_token: int = 1
+    """Best groups that a token's experts may be of."""
+    normalised: bool = True
+    """A token's weights are divided by their sum."""
+    scaling: float = 1.0
+    """Factor on a token's weights."""
+
+    @property
+    def shared_size(self) -> int:
+        """Features of the shared experts, which are one MLP."""
+        return self.num_shared_experts * self.expert_intermediate_size
 
 
 class MLASpec(msgspec.Struct, frozen=True, kw_only=True):
     """Multi-head latent attention (DeepSeek)."""
 
     q_lora_rank: int | None
+    """None: queries are projected directly."""
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    interleaved_rope: bool = True
+    """Rotated pairs are neighbours, not one of each half."""
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Of a query and of an expanded key: the part without positions, then the rotated one."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers that the cache keeps of a token, for all heads together."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +93,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """With latent attention, of a query and an expanded key."""
     vocab_size: int
     max_len: int
     """Longest context in tokens."""
@@ -71,6 +103,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """For sliding-window layers where they differ (Gemma 3)."""
     tied_embeddings: bool = False
     qkv_bias: bool = False
+    """With latent attention, on the projections to the low ranks."""
     output_bias: bool = False
     """A bias on attention's output projection."""
     qk_norm: bool = False
@@ -88,6 +121,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which layers have the window; () means every layer if `window` is set."""
     moe: MoESpec | None = None
     mla: MLASpec | None = None
+    num_draft_layers: int = 0
+    """Layers behind the last in the file, which predict further tokens (DeepSeek-V3). Neither run nor counted."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -98,6 +133,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.moe.first_dense_layers
+
     def is_windowed(self, layer: int) -> bool:
         return self.window is not None and (not self.windowed_layers or self.windowed_layers[layer])
 
@@ -107,24 +150,27 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.mla is None:
             return h * (2 * n + 2 * self.num_kv_heads) * self.head_dim
         m = self.mla
-        qk_dim = m.qk_nope_head_dim + m.qk_rope_head_dim
-        query = h * n * qk_dim if m.q_lora_rank is None else m.q_lora_rank * (h + n * qk_dim)
-        latent = h * (m.kv_lora_rank + m.qk_rope_head_dim)
+        queries = n * m.qk_head_dim
+        query = h * queries if m.q_lora_rank is None else m.q_lora_rank * (h + queries)
+        latent = h * m.latent_dim
         expand = m.kv_lora_rank * n * (m.qk_nope_head_dim + m.v_head_dim)
         return query + latent + expand + n * m.v_head_dim * h
 
     def attention_vectors(self) -> int:
         """Parameters of one layer's biases and norms within attention."""
+        output = self.hidden_size if self.output_bias else 0
         if self.mla is not None:
-            return (self.mla.q_lora_rank or 0) + self.mla.kv_lora_rank
+            q_rank = self.mla.q_lora_rank or 0
+            biases = q_rank + self.mla.latent_dim if self.qkv_bias else 0
+            return biases + q_rank + self.mla.kv_lora_rank + output
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
         norms = 2 * self.head_dim if self.qk_norm else 0
-        return biases + norms + (self.hidden_size if self.output_bias else 0)
+        return biases + norms + output
 
     def mlp_matrices(self, layer: int, *, active: bool = False) -> int:
         """Parameters of one layer's MLP or router and experts; `active` counts the experts that one token visits."""
         h, moe = self.hidden_size, self.moe
-        if moe is None or layer < moe.first_dense_layers:
+        if moe is None or not self.has_experts(layer):
             return 3 * h * self.intermediate_size
         experts = (moe.num_experts_per_token if active else moe.num_experts) + moe.num_shared_experts
         return experts * 3 * h * moe.expert_intermediate_size + moe.num_experts * h
@@ -160,7 +206,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def kv_elements_per_token(self) -> int:
         """Numbers that the KV cache keeps for one token: keys and values of every layer, or MLA's latent."""
         if self.mla is not None:
-            return self.num_layers * (self.mla.kv_lora_rank + self.mla.qk_rope_head_dim)
+            return self.num_layers * self.mla.latent_dim
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
@@ -190,7 +236,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         per_position = 4 * self.num_heads * self.head_dim
         if self.mla is not None:
             m = self.mla
-            per_position = 2 * self.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
+            per_position = 2 * self.num_heads * (m.qk_head_dim + m.v_head_dim)
         positions = sum(self._visible(layer, context_len) for layer in range(self.num_layers))
         return 2 * (self._matrices(active=True) + head) + per_position * positions
 
