@@ -22,6 +22,19 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_QWEN3_MOE = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "llama2": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
@@ -59,6 +72,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4,
         },
     ),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 24}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN3_MOE | {"norm_topk_prob": True}),
+    "qwen3_moe_plain_weights": ("Qwen3MoeForCausalLM", _QWEN3_MOE),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK
+        | {
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "rms_norm_eps": 1e-4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.8,
+            },
+        },
+    ),
+    "deepseek_v3_plain": (
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "attention_bias": True,
+        },
+    ),
 }
 
 
@@ -91,6 +141,9 @@ def make_checkpoint(family: str, path: Path, **overrides: Any) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.6 if "embed" in key or "lm_head" in key else 0.12))
+        for key, buffer in model.named_buffers():
+            if key.endswith("score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(path, safe_serialization=True)
     save_tokenizer(path)
     return path

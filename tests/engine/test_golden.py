@@ -80,18 +80,42 @@ def compare(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> N
                 assert gap <= CLOSE
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_family(family: str, tmp_path: Path) -> None:
+def random_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(5, VOCAB, (5 + 6 * i,), generator=generator).tolist() for i in range(NUM_PROMPTS)]
+
+
+def reference_of(path: Path) -> Any:
     import transformers
 
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family(family: str, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path)
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(5, VOCAB, (5 + 6 * i,), generator=generator).tolist() for i in range(NUM_PROMPTS)]
+    prompts = random_prompts()
     outputs, _ = run_engine(EngineConfig(model=str(path)), prompts)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    compare(reference_of(path), prompts, outputs)
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen3_moe", "qwen3_moe_plain_weights", "deepseek_v3", "deepseek_v3_plain"]
+)
+def test_experts_are_those_of_the_reference_by_torch_too_and_under_every_schedule(family: str, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path)
+    prompts = random_prompts()
+    reference = reference_of(path)
+    outputs, _ = run_engine(EngineConfig(model=str(path), ops="torch", threads=1), prompts)
     compare(reference, prompts, outputs)
+    roomy, preemptions = run_engine(EngineConfig(model=str(path)), prompts)
+    assert preemptions == 0
+    tight = {"num_blocks": 24, "max_len": 200, "max_sequences": 7, "max_batch_tokens": 23}
+    again, preemptions = run_engine(EngineConfig(model=str(path), depth=2), prompts, **tight)
+    assert preemptions > 0
+    compare(reference, prompts, again)
+    if unavailable_reason() is None and not family.startswith("deepseek"):
+        assert again == roomy  # attention to latents is torch's, and so the same up to rounding
 
 
 @pytest.fixture(scope="module")

@@ -1,41 +1,49 @@
 """One decoder for the whole Llama-like family, by flags of ModelSpec; or the part of it that one rank holds.
 
-Of a part the shapes are the same words for fewer: N and M are the rank's heads, I its MLP features. Ranks of one stage
-hold parts of the same layers and add up what each computed, once behind attention and once behind the MLP; stages hand
-on the residual stream.
+Of a part the shapes are the same words for fewer: N and M are the rank's heads. Ranks of one stage hold parts of the
+same layers and add up what each computed, once behind attention and once behind the MLP; stages hand on the residual
+stream.
 
 Shapes: T tokens of the batch, S rows that need logits, H hidden, A fused query/key/value features, N query heads,
-M key/value heads, D head size, V vocabulary, I MLP features.
+M key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.errors import CheckpointError
 from shoal.core.config import WeightPrecision
-from shoal.core.model_spec import ModelSpec, UnsupportedModel
-from shoal.core.sharding import ALIGNMENT, Shard, Span, split_evenly, whole
+from shoal.core.model_spec import ModelSpec
+from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
 from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
+from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import merge
+from shoal.engine.latent_attention import LatentAttention, LatentCache
+from shoal.engine.moe import MLP, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
 from shoal.engine.rope import cos_sin_table
+from shoal.engine.weight_reader import WeightReader
 from shoal.engine.weights import WeightSource
 
 
 class Layer:
-    """Weights of one block. Norm weights are float32 with any `+ 1` folded in."""
+    """Weights of one block. Norm weights are float32 with any `+ 1` folded in.
+
+    With latent attention `latent` is all of it, and what other attention has is not set.
+    """
 
     __slots__ = (
         "cos_sin_PD",
-        "down",
-        "gate_up",
         "input_norm_H",
         "k_norm_D",
+        "latent",
+        "mlp",
         "mlp_norm_H",
         "output",
         "post_attention_norm_H",
@@ -45,10 +53,10 @@ class Layer:
         "window",
     )
 
+    latent: LatentAttention | None
     qkv: PackedLinear
     output: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
+    mlp: MLP
     input_norm_H: Tensor
     mlp_norm_H: Tensor
     post_attention_norm_H: Tensor | None
@@ -82,8 +90,8 @@ class Decoder:
         everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
         same sequences, `stages` those of a pipeline.
         """
-        if spec.moe is not None or spec.mla is not None:
-            raise UnsupportedModel(f"{spec.family}: mixture-of-experts and latent attention cannot be run yet")
+        if spec.mla is not None and not isinstance(attention, PortableAttention):
+            raise ValueError(f"latent attention is computed by portable attention, not by {attention.name}")
         self.spec = spec
         self.ops = ops
         self.attention = attention
@@ -107,15 +115,21 @@ class Decoder:
         Raises CheckpointError for a missing tensor, a wrong shape or a tensor that the model has no place for before
         anything is read.
         """
-        shapes = expected_shapes(self.spec)
-        _check_shapes(source, shapes)
-        self.layers.clear()
-        self.num_weight_bytes = 0
-        reader = _Reader(self, source, progress)
         spec = self.spec
-        tables: dict[int | None, Tensor] = {None: cos_sin_table(spec.rope, spec.head_dim, self.max_len).to(self.device)}
+        check_shapes(source, spec)
+        self.layers.clear()
+        reader = WeightReader(
+            source,
+            self.ops,
+            self.precision,
+            device=self.device,
+            dtype=self.dtype,
+            norm_plus_one=spec.norm_plus_one,
+            progress=progress,
+        )
+        tables: dict[int | None, Tensor] = {None: cos_sin_table(spec.rope, spec.rope_dim, self.max_len).to(self.device)}
         if spec.rope_local is not None:
-            tables[spec.window] = cos_sin_table(spec.rope_local, spec.head_dim, self.max_len).to(self.device)
+            tables[spec.window] = cos_sin_table(spec.rope_local, spec.rope_dim, self.max_len).to(self.device)
         shard = self.shard
         embedding, head = "model.embed_tokens.weight", "lm_head.weight"
         if shard.is_first or (shard.is_last and spec.tied_embeddings):
@@ -124,15 +138,37 @@ class Decoder:
             self.head = self.embedding if spec.tied_embeddings else reader.linear([(head, shard.vocab)])
             self.final_norm_H = reader.norm("model.norm.weight")
         for number in range(shard.layers.start, shard.layers.stop):
-            layer = self._load_layer(reader, f"model.layers.{number}.")
-            layer.window = spec.window if spec.is_windowed(number) else None
-            layer.cos_sin_PD = tables.get(layer.window, tables[None])
+            window = spec.window if spec.is_windowed(number) else None
+            layer = self._load_layer(reader, number, tables.get(window, tables[None]))
+            layer.window = window
             self.layers.append(layer)
+        self.num_weight_bytes = reader.num_bytes
 
-    def _load_layer(self, reader: _Reader, prefix: str) -> Layer:
-        spec, layer = self.spec, Layer()
-        attention, mlp = prefix + "self_attn.", prefix + "mlp."
-        d, shard = spec.head_dim, self.shard
+    def _load_layer(self, reader: WeightReader, number: int, cos_sin_PD: Tensor) -> Layer:
+        spec, layer, prefix = self.spec, Layer(), f"model.layers.{number}."
+        layer.cos_sin_PD = cos_sin_PD
+        layer.latent = None
+        if spec.mla is None:
+            self._load_heads(reader, layer, prefix + "self_attn.")
+        else:
+            portable = cast("PortableAttention", self.attention)
+            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, portable, cos_sin_PD)
+        layer.mlp = load_mlp(reader, spec, number, self.shard, self.tensor.rank, self.tensor.size)
+        layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
+        after_attention = reader.norm(prefix + "post_attention_layernorm.weight")
+        if spec.sandwich_norms:
+            # Gemma: the norm by this name comes after attention; the one before the MLP has a name of its own.
+            layer.post_attention_norm_H = after_attention
+            layer.mlp_norm_H = reader.norm(prefix + "pre_feedforward_layernorm.weight")
+            layer.post_mlp_norm_H = reader.norm(prefix + "post_feedforward_layernorm.weight")
+        else:
+            layer.post_attention_norm_H = layer.post_mlp_norm_H = None
+            layer.mlp_norm_H = after_attention
+        return layer
+
+    def _load_heads(self, reader: WeightReader, layer: Layer, attention: str) -> None:
+        """Attention by heads, the rank's. `attention` is what its tensors' names begin with."""
+        spec, d, shard = self.spec, self.spec.head_dim, self.shard
         query, kv = shard.heads.query.times(d), shard.heads.kv.times(d)
         projections = [(f"{attention}{name}_proj.", rows) for name, rows in (("q", query), ("k", kv), ("v", kv))]
         layer.qkv = reader.linear(
@@ -145,24 +181,13 @@ class Decoder:
             [(attention + "o_proj.bias", None)] if has_bias else [],
             columns=query,
         )
-        layer.gate_up = reader.gated(mlp + "gate_proj.weight", mlp + "up_proj.weight", shard.mlp)
-        layer.down = reader.linear([(mlp + "down_proj.weight", None)], columns=shard.mlp)
-        layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
-        after_attention = reader.norm(prefix + "post_attention_layernorm.weight")
-        if spec.sandwich_norms:
-            # Gemma: the norm by this name comes after attention; the one before the MLP has a name of its own.
-            layer.post_attention_norm_H = after_attention
-            layer.mlp_norm_H = reader.norm(prefix + "pre_feedforward_layernorm.weight")
-            layer.post_mlp_norm_H = reader.norm(prefix + "post_feedforward_layernorm.weight")
-        else:
-            layer.post_attention_norm_H = layer.post_mlp_norm_H = None
-            layer.mlp_norm_H = after_attention
         layer.q_norm_D = reader.norm(attention + "q_norm.weight") if spec.qk_norm else None
         layer.k_norm_D = reader.norm(attention + "k_norm.weight") if spec.qk_norm else None
-        return layer
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
-        spec = self.spec
+        spec, mla = self.spec, self.spec.mla
+        if mla is not None:
+            return LatentCache(len(self.layers), num_blocks, block_size, mla.latent_dim, self.kv_dtype, self.device)
         return self.attention.allocate(
             len(self.layers),
             num_blocks,
@@ -175,7 +200,8 @@ class Decoder:
 
     def kv_bytes_per_token(self) -> int:
         """What this rank keeps of a token, in all its layers."""
-        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim
+        mla = self.spec.mla
+        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim if mla is None else mla.latent_dim
         return len(self.shard.layers) * elements * self.kv_dtype.itemsize
 
     # --- compute ----------------------------------------------------------------------------------------------------
@@ -194,8 +220,7 @@ class Decoder:
             if layer.post_attention_norm_H is not None:
                 x_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, eps)
             x_TH = ops.add_rms_norm_(x_TH, residual_TH, layer.mlp_norm_H, eps)
-            x_TH = ops.linear(ops.gated(x_TH, layer.gate_up, spec.activation), layer.down)
-            x_TH = self.tensor.all_reduce_(x_TH)
+            x_TH = self.tensor.all_reduce_(layer.mlp.forward(x_TH))
             if layer.post_mlp_norm_H is not None:
                 x_TH = ops.rms_norm(x_TH, layer.post_mlp_norm_H, eps)
             if number + 1 < len(layers):
@@ -223,6 +248,9 @@ class Decoder:
     def _attend(
         self, layer: Layer, number: int, x_TH: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache
     ) -> Tensor:
+        if layer.latent is not None:
+            latents = cast("LatentCache", cache)
+            return self.tensor.all_reduce_(layer.latent.forward(x_TH, positions_T, batch, latents, number))
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_TA = self.ops.linear(x_TH, layer.qkv)
@@ -253,105 +281,3 @@ class Decoder:
             logits_SV = torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1]))
         parts_RSV = self.tensor.all_gather(logits_SV)
         return torch.cat([part_SV[:, : len(span)] for part_SV, span in zip(parts_RSV, spans, strict=True)], dim=1)
-
-
-NamedRows = tuple[str, Span | None]
-"""A tensor of the checkpoint, and which of its rows; None is all."""
-
-
-class _Reader:
-    """Turns tensors of a source into packed weights, and counts what it read."""
-
-    def __init__(self, decoder: Decoder, source: WeightSource, progress: Callable[[int], None] | None) -> None:
-        self.decoder = decoder
-        self.source = source
-        self.progress = progress
-        self.num_read = 0
-
-    def _read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        shape = self.source.shape(name)
-        if rows is not None and len(rows) == shape[0]:
-            rows = None  # all of it can be mapped instead of copied
-        if columns is not None and len(columns) == shape[1]:
-            columns = None
-        tensor = self.source.tensor(name, rows, columns)
-        self.num_read += tensor.numel()
-        if self.progress is not None:
-            self.progress(self.num_read)
-        return tensor
-
-    def _keep(self, packed: PackedLinear) -> PackedLinear:
-        self.decoder.num_weight_bytes += packed.nbytes
-        return packed
-
-    def linear(
-        self, weights: list[NamedRows], biases: list[NamedRows] | None = None, columns: Span | None = None
-    ) -> PackedLinear:
-        """Several projections of the same input, or of the same columns of it, become one."""
-        parts = [self._read(name, rows, columns) for name, rows in weights]
-        weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
-        bias_N = torch.cat([self._read(name, rows).float() for name, rows in biases]) if biases else None
-        return self._keep(self.decoder.ops.pack(weight_NK, bias_N, self.decoder.precision))
-
-    def gated(self, gate: str, up: str, rows: Span) -> PackedLinear:
-        return self._keep(
-            self.decoder.ops.pack_gated(self._read(gate, rows), self._read(up, rows), self.decoder.precision)
-        )
-
-    def norm(self, name: str) -> Tensor:
-        weight = self._read(name).to(self.decoder.device, torch.float32, copy=True)
-        self.decoder.num_weight_bytes += weight.nbytes
-        return weight + 1.0 if self.decoder.spec.norm_plus_one else weight
-
-
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model must hold."""
-    h, i, d = spec.hidden_size, spec.intermediate_size, spec.head_dim
-    q, kv = spec.num_heads * d, spec.num_kv_heads * d
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, h), "model.norm.weight": (h,)}
-    if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, h)
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if spec.sandwich_norms:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    for number in range(spec.num_layers):
-        prefix = f"model.layers.{number}."
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, h)
-            if spec.qkv_bias:
-                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (h, q)
-        if spec.output_bias:
-            shapes[f"{prefix}self_attn.o_proj.bias"] = (h,)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (i, h)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (h, i)
-        shapes |= {f"{prefix}{norm}.weight": (h,) for norm in norms}
-        if spec.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (d,)
-    return shapes
-
-
-_QUANTISED = (".qweight", ".weight_packed")
-"""What GPTQ, AWQ and compressed-tensors files have in the place of `.weight`."""
-
-
-def _check_shapes(source: WeightSource, shapes: dict[str, tuple[int, ...]]) -> None:
-    present = dict.fromkeys(source.names())
-    missing = [name for name in shapes if name not in present]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        quantised = any(name.endswith(_QUANTISED) for name in present)
-        hint = (
-            ": the file holds quantised weights, which are not read; take the original checkpoint" if quantised else ""
-        )
-        raise CheckpointError(source.path, f"tensor {missing[0]} is missing{more}{hint}")
-    for name in present:
-        # Leaving out a bias or a norm computes another model. Old files hold rotary frequencies, which are derived.
-        if name.startswith("model.layers.") and name not in shapes and not name.endswith("rotary_emb.inv_freq"):
-            raise CheckpointError(source.path, f"the model's configuration has no place for tensor {name}")
-    for name, shape in shapes.items():
-        found = source.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                source.path, f"tensor {name} has shape {found}, the model's configuration says {shape}"
-            )

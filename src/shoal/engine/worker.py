@@ -240,16 +240,19 @@ def _arithmetic(
     # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
     torch.set_num_threads(1)
     ops = NativeOps(threads=threads)
-    return cast("Ops", ops), cast("AttentionBackend", NativeAttention(ops))
+    # There are no kernels for attention to latents: it is torch's, between the kernels' linear layers.
+    attention = NativeAttention(ops) if spec.mla is None else PortableAttention()
+    return cast("Ops", ops), cast("AttentionBackend", attention)
 
 
 def _native_unavailable(spec: ModelSpec, shard: Shard, device: torch.device, block_size: int) -> str | None:
     """Why the native kernels cannot run this model here; None if they can."""
     if device.type != "cpu":
         return f"they are for CPUs, and the device is {device}"
-    return unavailable_reason() or NativeAttention.unsupported_reason(
-        len(shard.heads.query), len(shard.heads.kv), spec.head_dim, block_size
-    )
+    reason = unavailable_reason()
+    if reason is not None or spec.mla is not None:
+        return reason
+    return NativeAttention.unsupported_reason(len(shard.heads.query), len(shard.heads.kv), spec.head_dim, block_size)
 
 
 def _num_cores() -> int:

@@ -1,0 +1,267 @@
+"""What follows attention in a layer: a dense MLP, or a mixture of experts, which is a router, experts and a dispatch.
+
+What either returns is its rank's contribution. Where ranks split features or experts among them, all have the same
+tokens, and the sum over the ranks is the layer's result; the Decoder adds up.
+
+Shapes: T tokens, H hidden, E experts of the model, K experts that a token visits, R rows, each a token on its way to
+one expert, G groups of experts, J experts of a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.core.model_spec import ModelSpec, MoESpec
+from shoal.core.sharding import ALIGNMENT, Shard, split_evenly
+from shoal.engine.ops import Activation, Ops, PackedLinear
+from shoal.engine.weight_reader import WeightReader
+
+
+class MLP(Protocol):
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """This rank's contribution, a new tensor (T, H)."""
+
+
+class DenseMLP:
+    def __init__(self, ops: Ops, activation: Activation, gate_up: PackedLinear, down: PackedLinear) -> None:
+        self._ops = ops
+        self._activation = activation
+        self._gate_up = gate_up
+        self._down = down
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self._ops.linear(self._ops.gated(x_TH, self._gate_up, self._activation), self._down)
+
+
+class Router:
+    """Which experts each token visits and what each of them counts. Computed in float32 whatever activations are.
+
+    Softmax over all experts' logits, then the best: Mixtral (arXiv 2401.04088), Qwen3. Sigmoid of each logit, the best
+    by corrected scores within the best groups: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Equal scores are
+    resolved by torch.topk, as in transformers.
+    """
+
+    def __init__(self, ops: Ops, spec: MoESpec, weight: PackedLinear, correction_E: Tensor | None = None) -> None:
+        """`weight` is packed as float32; `correction_E`, float32, is added to scores while experts are chosen."""
+        self._ops = ops
+        self._spec = spec
+        self._weight = weight
+        self._correction_E = correction_E
+
+    def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts' numbers (T, K), int64, best first, and their weights (T, K), float32."""
+        spec = self._spec
+        logits_TE = self._ops.linear(x_TH.float(), self._weight)
+        scores_TE = _sigmoid(logits_TE) if spec.scoring == "sigmoid" else logits_TE.softmax(dim=1)
+        ranked_TE = scores_TE if self._correction_E is None else scores_TE + self._correction_E
+        if spec.num_groups > 1:
+            ranked_TE = self._of_best_groups(ranked_TE)
+        ids_TK = ranked_TE.topk(spec.num_experts_per_token, dim=1).indices
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if spec.normalised:
+            # Sigmoids may all be 0.
+            weights_TK = weights_TK / (_sum_in_order(weights_TK) + 1e-20)
+        return ids_TK, weights_TK * spec.scaling
+
+    def _of_best_groups(self, ranked_TE: Tensor) -> Tensor:
+        """The same with -inf for experts of other groups. A group is as good as its two best experts together."""
+        ranked_TGJ = ranked_TE.view(len(ranked_TE), self._spec.num_groups, -1)
+        groups_TG = _sum_in_order(ranked_TGJ.topk(2, dim=2).values).squeeze(2)
+        best = groups_TG.topk(self._spec.num_groups_per_token, dim=1).indices
+        is_other_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, best, False)
+        return ranked_TGJ.masked_fill(is_other_TG[:, :, None], float("-inf")).flatten(1)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), an element's result the same wherever in the tensor it stands.
+
+    torch.sigmoid computes the elements behind the last whole vector in another way than those before, so a token's
+    experts would depend on its batch. Softmax is computed row by row, all rows alike.
+    """
+    return torch.stack([x, torch.zeros_like(x)], dim=-1).softmax(dim=-1)[..., 0]
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    """Over the last dimension, which is kept with size 1, one after the other: torch.sum promises no order."""
+    total = x[..., :1]
+    for i in range(1, x.shape[-1]):
+        total = total + x[..., i : i + 1]
+    return total
+
+
+class Experts:
+    """The routed experts of one layer that this rank holds: any of them, or a slice of the features of each.
+
+    Elsewhere they have their numbers in the model; here they are counted from 0, which is called local.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        activation: Activation,
+        num_experts: int,
+        held: list[int],
+        mlps: list[tuple[PackedLinear, PackedLinear]],
+        device: torch.device,
+    ) -> None:
+        """`held` are numbers in a model of `num_experts`; `mlps` their gated pairs and down matrices, in that order."""
+        self._ops = ops
+        self._mlps = [DenseMLP(ops, activation, gate_up, down) for gate_up, down in mlps]
+        self._held = torch.tensor(held, dtype=torch.int64)
+        self.holds_all = len(held) == num_experts
+        local_E = torch.full((num_experts,), -1, dtype=torch.int64)
+        local_E[self._held] = torch.arange(len(held))
+        self.local_E = local_E.to(device)
+        """Local number of each expert, -1 for one that is elsewhere."""
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
+        """Rows that each expert has computed here so far, on the CPU. Whoever reports it takes differences."""
+
+    def forward(self, x_RH: Tensor, local_R: Tensor) -> Tensor:
+        """Each row by the expert with the local number beside it: (R, H), in the rows' order.
+
+        One product for each expert that has rows, over all of them.
+        """
+        # On an accelerator the host waits here: the sizes of the products are not known before.
+        counts = torch.bincount(local_R, minlength=len(self._mlps)).cpu()
+        self.load_E[self._held] += counts
+        by_expert_R = local_R.argsort(stable=True)
+        y_RH = torch.empty_like(x_RH)
+        start = 0
+        for mlp, count in zip(self._mlps, counts.tolist(), strict=True):
+            if count:
+                rows = by_expert_R[start : start + count]
+                y_RH[rows] = mlp.forward(x_RH[rows])
+                start += count
+        return y_RH
+
+
+class ExpertDispatch(Protocol):
+    """How tokens reach the experts that they were routed to, and what these made of them comes back."""
+
+    def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
+        """This rank's contribution to every token's weighted sum over its experts, a new tensor (T, H)."""
+
+
+class LocalDispatch:
+    """Nothing moves: tokens visit those of their experts that are here, which on one rank are all."""
+
+    def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
+        num_tokens, num_visits = ids_TK.shape
+        local_R = experts.local_E[ids_TK].flatten()
+        x_RH = x_TH.repeat_interleave(num_visits, dim=0)
+        if experts.holds_all:
+            y_RH = experts.forward(x_RH, local_R)
+        else:
+            here = (local_R >= 0).nonzero()[:, 0]
+            y_RH = torch.zeros_like(x_RH)
+            y_RH[here] = experts.forward(x_RH[here], local_R[here])
+        return weighted_sum(y_RH.view(num_tokens, num_visits, -1), weights_TK)
+
+
+def weighted_sum(y_TKH: Tensor, weights_TK: Tensor) -> Tensor:
+    """Over each token's experts, in the order in which its router named them, whatever else is in the batch: (T, H).
+
+    Added up in float32, returned in y's precision.
+    """
+    total_TH = y_TKH[:, 0].float() * weights_TK[:, :1]
+    for k in range(1, weights_TK.shape[1]):
+        total_TH += y_TKH[:, k].float() * weights_TK[:, k : k + 1]
+    return total_TH.to(y_TKH.dtype)
+
+
+class MoEBlock:
+    """A mixture of experts: the routed ones, and the shared ones that every token visits."""
+
+    def __init__(self, router: Router, experts: Experts, dispatch: ExpertDispatch, shared: DenseMLP | None) -> None:
+        self.router = router
+        self.experts = experts
+        self.dispatch = dispatch
+        self.shared = shared
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        ids_TK, weights_TK = self.router.route(x_TH)
+        y_TH = self.dispatch.run(x_TH, ids_TK, weights_TK, self.experts)
+        if self.shared is not None:
+            y_TH += self.shared.forward(x_TH)
+        return y_TH
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class _Names(NamedTuple):
+    """What a layer's parts are called in a checkpoint."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+    def expert(self, prefix: str, number: int) -> tuple[str, str, str]:
+        return self.mlp(f"{prefix}{self.block}.experts.{number}.")
+
+    def mlp(self, prefix: str) -> tuple[str, str, str]:
+        return f"{prefix}{self.gate}.weight", f"{prefix}{self.up}.weight", f"{prefix}{self.down}.weight"
+
+
+_USUAL = _Names("mlp", "gate_proj", "up_proj", "down_proj")
+_NAMES = {"mixtral": _Names("block_sparse_moe", "w1", "w3", "w2")}
+
+
+def mlp_shapes(spec: ModelSpec, number: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of layer `number`'s MLP or mixture of experts in a checkpoint."""
+    prefix, hidden, moe = f"model.layers.{number}.", spec.hidden_size, spec.moe
+
+    def shapes_of(names: tuple[str, str, str], features: int) -> dict[str, tuple[int, ...]]:
+        return dict(zip(names, [(features, hidden), (features, hidden), (hidden, features)], strict=True))
+
+    if moe is None or not spec.has_experts(number):
+        return shapes_of(_USUAL.mlp(prefix + "mlp."), spec.intermediate_size)
+    names = _NAMES.get(spec.family, _USUAL)
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}{names.block}.gate.weight": (moe.num_experts, hidden)}
+    if moe.router_bias:
+        shapes[f"{prefix}{names.block}.gate.e_score_correction_bias"] = (moe.num_experts,)
+    for expert in range(moe.num_experts):
+        shapes |= shapes_of(names.expert(prefix, expert), moe.expert_intermediate_size)
+    if moe.shared_size:
+        shapes |= shapes_of(names.mlp(f"{prefix}{names.block}.shared_experts."), moe.shared_size)
+    return shapes
+
+
+def load_mlp(
+    reader: WeightReader, spec: ModelSpec, number: int, shard: Shard, tensor_rank: int = 0, tensor_ranks: int = 1
+) -> MLP:
+    """Layer `number`'s MLP or mixture of experts, or the part of it that this rank holds.
+
+    `tensor_ranks` split the features of shared experts among them, as they do those of a dense MLP.
+    """
+    prefix, moe = f"model.layers.{number}.", spec.moe
+    if moe is None or not spec.has_experts(number):
+        gate, up, down = _USUAL.mlp(prefix + "mlp.")
+        gate_up = reader.gated(gate, up, shard.mlp)
+        return DenseMLP(reader.ops, spec.activation, gate_up, reader.linear([(down, None)], columns=shard.mlp))
+    names = _NAMES.get(spec.family, _USUAL)
+    block = f"{prefix}{names.block}."
+    # int8 would choose other experts.
+    weight = reader.linear([(block + "gate.weight", None)], precision="float32")
+    correction_E = reader.vector(block + "gate.e_score_correction_bias") if moe.router_bias else None
+    held = list(range(shard.experts.start, shard.experts.stop))
+    features, mlps = shard.expert_features, []
+    for expert in held:
+        gate, up, down = names.expert(prefix, expert)
+        mlps.append((reader.gated(gate, up, features), reader.linear([(down, None)], columns=features)))
+    shared = None
+    part = split_evenly(moe.shared_size, tensor_ranks, ALIGNMENT)[tensor_rank]
+    if len(part):
+        gate, up, down = names.mlp(block + "shared_experts.")
+        gate_up = reader.gated(gate, up, part)
+        shared = DenseMLP(reader.ops, spec.activation, gate_up, reader.linear([(down, None)], columns=part))
+    return MoEBlock(
+        Router(reader.ops, moe, weight, correction_E),
+        Experts(reader.ops, spec.activation, moe.num_experts, held, mlps, reader.device),
+        LocalDispatch(),
+        shared,
+    )
