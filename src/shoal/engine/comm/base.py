@@ -11,13 +11,17 @@ from torch import Tensor
 
 
 class CommError(RuntimeError):
-    """A rank did not come in time, is gone, or the group was aborted. The message names ranks (of the group)."""
+    """A rank did not come in time, is gone, or the group was aborted. The message names ranks (of the group).
+
+    The group is broken from then on: every later call fails at once, with the same message.
+    """
 
 
 class Comm(Protocol):
     """Every rank of the group calls the same methods in the same order with tensors of the same shape and dtype.
 
-    Tensors are contiguous (else ValueError). float32, bfloat16, int32 and int64.
+    Tensors are contiguous (else ValueError), of float32, bfloat16, int32 or int64; so are results. bfloat16 is added in
+    float32 and rounded once. A Comm belongs to one thread.
     """
 
     name: str
@@ -35,19 +39,54 @@ class Comm(Protocol):
         """Of x (R, *rest) the sum over ranks, in order, of their x[self.rank]; shape (*rest)."""
 
     def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
-        """Rows of x, `send_counts[r]` of them for rank r in order; returns those received, in order of their ranks."""
+        """Rows of x, `send_counts[r]` of them for rank r in order; returns those received, in order of their ranks.
+
+        `receive_counts[r]` is what rank r sends to this one.
+        """
 
     def broadcast_(self, x: Tensor, source: int) -> Tensor:
         """x of rank `source`, in place."""
 
     def send(self, x: Tensor, to: int) -> None:
-        """Returns when x may be reused, without waiting for the receiver unless its queue is full."""
+        """Returns when x may be reused, without waiting for the receiver unless its queue is full.
+
+        Sending and receiving wait as long as the other rank lives: it may be computing a pipeline's whole stage.
+        """
 
     def receive_(self, x: Tensor, source: int) -> Tensor:
         """The next tensor that `source` sent to this rank, in place."""
 
     def close(self) -> None:
-        """The group is not used afterwards."""
+        """The group is not used afterwards. What was sent still arrives."""
+
+
+def require_contiguous(x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"collectives take contiguous tensors, got strides {x.stride()}")
+
+
+def require_blocks(x: Tensor, size: int) -> None:
+    """What reduce_scatter takes."""
+    if x.dim() == 0 or x.shape[0] != size:
+        raise ValueError(f"reduce_scatter takes a tensor for each of {size} ranks, got shape {tuple(x.shape)}")
+
+
+def require_counts(x: Tensor, send_counts: list[int], receive_counts: list[int], rank: int, size: int) -> None:
+    """What all_to_all takes."""
+    rows = x.shape[0] if x.dim() else 0
+    fits = len(send_counts) == size and len(receive_counts) == size and sum(send_counts) == rows
+    if not fits or min(send_counts + receive_counts) < 0 or send_counts[rank] != receive_counts[rank]:
+        raise ValueError(f"counts {send_counts} and {receive_counts} do not fit {rows} rows and rank {rank} of {size}")
+
+
+def require_rank(rank: int, size: int) -> None:
+    if not 0 <= rank < size:
+        raise ValueError(f"there is no rank {rank} among {size}")
+
+
+def require_other(rank: int, own: int, size: int) -> None:
+    if not 0 <= rank < size or rank == own:
+        raise ValueError(f"rank {rank} is not another one of {size}")
 
 
 class NullComm:

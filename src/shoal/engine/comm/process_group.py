@@ -3,11 +3,15 @@
 Groups are made without torch's default group, so that several engines live in one process. No GPU has run the NCCL
 side.
 
-Shapes: R ranks of the group.
+Over gloo every rank sends straight to every other: gloo's own collectives pass data on around a ring and through a
+thread of their own, and say neither in which order they add nor which rank failed.
+
+Shapes: R ranks of the group, X the shape of one tensor.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,117 +19,252 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
-from shoal.engine.comm.base import CommError
+from shoal.engine.comm.base import (
+    CommError,
+    require_blocks,
+    require_contiguous,
+    require_counts,
+    require_other,
+    require_rank,
+)
 
+c10d: Any = torch.distributed
+"""Its type stubs leave out what is not torch.distributed's public face."""
 PATIENT = timedelta(days=1)
 """For what may take as long as a pipeline stage computes: receiving."""
 _MOST_UNSENT = 8
 """Messages whose buffers are kept while they are on their way."""
+_MESSAGES, _COLLECTIVES = 0, 1
+"""Tags: a message that nobody has received yet is not taken for a part of a collective."""
+_SHARED_BYTES = 32 * 1024
+"""Among three ranks and more, longer tensors are added up in shares: two messages to each rank, but fewer bytes."""
+
+Parts = list[tuple[int, Tensor]]
+"""Tensors by the rank that they go to or come from."""
 
 
 def open_group(
     backend: str, rank: int, size: int, store: Any, *, name: str, host: str, timeout: float
 ) -> ProcessGroupComm:
-    """Meets the group's other ranks through `store` (a torch.distributed Store), where `name` is its own.
+    """A Comm over a group of its own: see `make_group`. Sums are in the order of ranks over gloo, NCCL adds in its own.
 
-    `host` is the address to listen on, `timeout` how long a rank waits for another (seconds). Raises CommError.
+    Raises CommError.
     """
-    c10d: Any = dist  # its type stubs leave out what is not torch.distributed's public face
+    group = make_group(backend, rank, size, store, name=name, host=host, timeout=timeout)
+    return ProcessGroupComm(group, backend, timeout=timeout, deterministic=backend == "gloo")
+
+
+def make_group(backend: str, rank: int, size: int, store: Any, *, name: str, host: str, timeout: float) -> Any:
+    """A c10d backend, known to nobody but the caller: torch's default group and its registries are left alone.
+
+    It meets the group's other ranks through `store` (a torch.distributed Store), where `name` is its own. `host` is the
+    address to listen on. `timeout` is how long a rank waits for another, in seconds, now and in collectives. Raises
+    CommError, ValueError for an unknown backend.
+    """
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"backend {backend!r} is unknown: gloo, nccl")
     prefixed = c10d.PrefixStore(name, store)
-    with _as_comm_error("the group did not come together"):
+    _meet(prefixed, rank, size, timeout)
+    with _as_comm_error(f"rank {rank} of {size} could not join the group"):
         if backend == "gloo":
             options = c10d.ProcessGroupGloo._Options()
             options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
             options._timeout = timedelta(seconds=timeout)
-            group: Any = c10d.ProcessGroupGloo(prefixed, rank, size, options)
-        elif backend == "nccl":
-            nccl = c10d.ProcessGroupNCCL.Options()
-            nccl._timeout = timedelta(seconds=timeout)
-            group = c10d.ProcessGroupNCCL(prefixed, rank, size, nccl)
-        else:
-            raise ValueError(f"backend {backend!r} is unknown: gloo, nccl")
-    return ProcessGroupComm(group, backend)
+            return c10d.ProcessGroupGloo(prefixed, rank, size, options)
+        nccl = c10d.ProcessGroupNCCL.Options()
+        nccl._timeout = timedelta(seconds=timeout)
+        return c10d.ProcessGroupNCCL(prefixed, rank, size, nccl)
+
+
+def _meet(store: Any, rank: int, size: int, seconds: float) -> None:
+    """The backends do not say who is missing."""
+    store.set(f"here/{rank}", "1")
+    deadline = time.monotonic() + seconds
+    for other in range(size):
+        left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
+        try:
+            store.wait([f"here/{other}"], left)
+        except RuntimeError:
+            raise CommError(f"rank {other} of {size} did not come within {seconds:g} s") from None
 
 
 class ProcessGroupComm:
-    """A c10d backend (ProcessGroupGloo, ProcessGroupNCCL) as a Comm."""
+    """A c10d backend (ProcessGroupGloo, ProcessGroupNCCL) as a Comm.
 
-    def __init__(self, group: Any, name: str) -> None:
+    `deterministic` all-reduces move every rank's values and add them in the order of ranks. Without it the backend
+    reduces on the way, in an order of its own and bfloat16 in its own precision.
+    """
+
+    def __init__(self, group: Any, name: str, *, timeout: float, deterministic: bool = True) -> None:
         self.name = name
-        self._group = group
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self._unsent: deque[tuple[Any, Tensor]] = deque()
+        self._group = group
+        self._timeout = timeout
+        self._deterministic = deterministic
+        self._unsent: deque[tuple[str, Any, Tensor]] = deque()
+        self._broken: str | None = None
 
     def all_reduce_(self, x: Tensor) -> Tensor:
-        """gloo adds up in an order of its own: ranks gather and add in theirs. NCCL reduces on the way."""
-        if self.name == "gloo":
-            return x.copy_(self._ordered_sum(self.all_gather(x)))
-        with _as_comm_error("all-reduce"):
-            self._group.allreduce([x]).wait()
-        return x
+        self._accept(x)
+        if self.size == 1:
+            return x
+        if not self._deterministic:
+            with self._errors("all-reduce"):
+                self._group.allreduce([x]).wait()
+            return x
+        if self.size == 2 or x.nbytes <= _SHARED_BYTES:
+            return x.copy_(_ordered_sum(self.all_gather(x)))
+        return self._reduce_by_shares(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        _require_contiguous(x)
+        self._accept(x)
         out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        with _as_comm_error("all-gather"):
-            self._group.allgather([list(out.unbind(0))], [x]).wait()
+        self._exchange([x] * self.size, list(out.unbind(0)), "all-gather")
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        if rows != self.size:
-            raise ValueError(f"reduce_scatter takes a tensor for each of {self.size} ranks, got shape {tuple(x.shape)}")
+        require_blocks(x, self.size)
         ones = [1] * self.size
-        return self._ordered_sum(self.all_to_all(x, ones, ones))
+        return _ordered_sum(self.all_to_all(x, ones, ones))
 
     def all_to_all(self, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
-        _require_contiguous(x)
-        if len(send_counts) != self.size or len(receive_counts) != self.size or sum(send_counts) != x.shape[0]:
-            raise ValueError(
-                f"counts {send_counts} and {receive_counts} do not fit {len(x)} rows and {self.size} ranks"
-            )
+        require_counts(x, send_counts, receive_counts, self.rank, self.size)
+        self._accept(x)
         out = torch.empty((sum(receive_counts), *x.shape[1:]), dtype=x.dtype, device=x.device)
-        with _as_comm_error("all-to-all"):
-            self._group.alltoall_base(out, x, receive_counts, send_counts).wait()
+        self._exchange(list(torch.split(x, send_counts)), list(torch.split(out, receive_counts)), "all-to-all")
         return out
 
     def broadcast_(self, x: Tensor, source: int) -> Tensor:
-        _require_contiguous(x)
-        with _as_comm_error("broadcast"):
-            options = dist.BroadcastOptions()
+        require_rank(source, self.size)
+        self._accept(x)
+        if self.size == 1:
+            return x
+        if self.name == "nccl":
+            options = c10d.BroadcastOptions()
             options.rootRank = source
-            self._group.broadcast([x], options).wait()
+            with self._errors("broadcast"):
+                self._group.broadcast([x], options).wait()
+        elif self.rank == source:
+            self._transfer([(r, x) for r in range(self.size) if r != source], [], "broadcast")
+        else:
+            self._transfer([], [(source, x)], "broadcast")
         return x
 
     def send(self, x: Tensor, to: int) -> None:
-        _require_contiguous(x)
+        require_other(to, self.rank, self.size)
+        self._accept(x)
+        if x.numel() == 0:
+            return
         kept = x.clone()  # the backend reads it until it is sent
-        with _as_comm_error(f"sending to rank {to}"):
-            self._unsent.append((self._group.send([kept], to, 0), kept))
-            while len(self._unsent) > _MOST_UNSENT:
-                self._unsent.popleft()[0].wait(PATIENT)
+        what = f"sending to rank {to} of {self.size}"
+        with self._errors(what):
+            self._unsent.append((what, self._group.send([kept], to, _MESSAGES), kept))
+        if len(self._unsent) > _MOST_UNSENT:
+            self._finish_oldest(PATIENT)
 
     def receive_(self, x: Tensor, source: int) -> Tensor:
-        _require_contiguous(x)
-        with _as_comm_error(f"receiving from rank {source}"):
-            self._group.recv([x], source, 0).wait(PATIENT)
+        require_other(source, self.rank, self.size)
+        self._accept(x)
+        if x.numel():
+            with self._errors(f"receiving from rank {source} of {self.size}"):
+                self._group.recv([x], source, _MESSAGES).wait(PATIENT)
         return x
 
     def close(self) -> None:
+        """Waits for what was sent to leave, each message at most the timeout; a receiver that is gone is no error."""
+        try:
+            while self._unsent and self._broken is None:
+                self._finish_oldest(timedelta(seconds=self._timeout))
+        except CommError:
+            pass
         self._unsent.clear()
         self._group = None
+        self._broken = "this group was closed"
 
-    def _ordered_sum(self, parts: Tensor) -> Tensor:
-        """bfloat16 is added in float32 and rounded once."""
-        wide = parts.float() if parts.dtype == torch.bfloat16 else parts
-        total = wide[0].clone()
-        for part in wide[1:]:
-            total += part
-        return total.to(parts.dtype)
+    def _accept(self, x: Tensor) -> None:
+        require_contiguous(x)
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise CommError(self._broken)
+
+    # --- how it is carried ------------------------------------------------------------------------------------------
+
+    def _reduce_by_shares(self, x: Tensor) -> Tensor:
+        """Each rank adds up one share of x and sends the sum to all."""
+        flat = x.view(-1)
+        bounds = [flat.numel() * r // self.size for r in range(self.size + 1)]
+        shares = [flat[bounds[r] : bounds[r + 1]] for r in range(self.size)]
+        own = shares[self.rank]
+        parts = torch.empty((self.size, own.numel()), dtype=x.dtype, device=x.device)
+        self._exchange(shares, list(parts.unbind(0)), "all-reduce")
+        own.copy_(_ordered_sum(parts))
+        self._exchange([own] * self.size, shares, "all-reduce")
+        return x
+
+    def _exchange(self, outgoing: list[Tensor], incoming: list[Tensor], what: str) -> None:
+        """outgoing[r] goes to rank r, incoming[r] comes from it."""
+        if self.name == "nccl":
+            with self._errors(what):
+                self._group.alltoall(incoming, outgoing).wait()
+            return
+        own = self.rank
+        if incoming[own].data_ptr() != outgoing[own].data_ptr():
+            incoming[own].copy_(outgoing[own])
+        # Each begins with its neighbour, so that not all send to rank 0 first.
+        others = [(own + distance) % self.size for distance in range(1, self.size)]
+        self._transfer([(r, outgoing[r]) for r in others], [(r, incoming[r]) for r in reversed(others)], what)
+
+    def _transfer(self, outgoing: Parts, incoming: Parts, what: str) -> None:
+        """All at once over gloo.
+
+        The rank that does not come is the one to blame: others have sent to this one before they began to wait.
+        """
+        pending: list[tuple[str, Any]] = []
+        for rank, part in incoming:
+            if part.numel():
+                doing = f"{what}, receiving from rank {rank} of {self.size}"
+                with self._errors(doing):
+                    pending.append((doing, self._group.recv([part], rank, _COLLECTIVES)))
+        for rank, part in outgoing:
+            if part.numel():
+                doing = f"{what}, sending to rank {rank} of {self.size}"
+                with self._errors(doing):
+                    pending.append((doing, self._group.send([part], rank, _COLLECTIVES)))
+        deadline = time.monotonic() + self._timeout
+        for doing, work in pending:
+            with self._errors(doing):
+                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+
+    def _finish_oldest(self, patience: timedelta) -> None:
+        what, work, _ = self._unsent.popleft()
+        with self._errors(what):
+            work.wait(patience)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """The first error breaks the group."""
+        self._require_whole()
+        try:
+            with _as_comm_error(what):
+                yield
+        except CommError as error:
+            self._broken = str(error)
+            raise
+
+
+def _ordered_sum(parts_RX: Tensor) -> Tensor:
+    """Over the first axis, in order; bfloat16 is added in float32 and rounded once."""
+    wide_RX = parts_RX.float() if parts_RX.dtype == torch.bfloat16 else parts_RX
+    total_X = wide_RX[0].clone()
+    for part_X in wide_RX[1:]:
+        total_X += part_X
+    return total_X.to(parts_RX.dtype)
 
 
 @contextmanager
@@ -133,9 +272,5 @@ def _as_comm_error(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CommError(f"{what}: {str(error).splitlines()[0]}") from None
-
-
-def _require_contiguous(x: Tensor) -> None:
-    if not x.is_contiguous():
-        raise ValueError(f"collectives take contiguous tensors, got strides {x.stride()}")
+        said = str(error).splitlines() or [type(error).__name__]
+        raise CommError(f"{what}: {said[0]}") from None

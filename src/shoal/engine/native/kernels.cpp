@@ -291,15 +291,24 @@ int shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64
   });
 }
 
-// --- ranks of one host: see comm.h ---
+// --- ranks of one host: see comm.h; what a call returns is in comm_file.h ---
 
-int shoal_comm_create(const char* path, int64_t size, int64_t half_bytes) { return comm_create(path, size, half_bytes); }
-// Null where the file is not that of a group of this size.
-SharedComm* shoal_comm_attach(const char* path, int rank, int size, double timeout) {
-  return SharedComm::attach(path, rank, size, timeout);
+int shoal_comm_create(const char* path, int64_t size, int64_t buffer_bytes) {
+  return comm_create(path, size, buffer_bytes);
+}
+// Null, with a message in `error`, where the file is not that of a group of this size or the seat is taken.
+SharedComm* shoal_comm_attach(const char* path, int rank, int size, double timeout, char* error, int64_t room) {
+  return SharedComm::attach(path, rank, size, timeout, error, room);
 }
 void shoal_comm_close(SharedComm* comm) { delete comm; }
 void shoal_comm_abort(SharedComm* comm) { comm->abort(); }
+// The same from outside of the group. 0, or 1 with a message.
+int shoal_comm_abort_path(const char* path, char* error, int64_t room) {
+  CommFile file(path);
+  if (file.memory) file.break_up(comm_status(COMM_ABORTED));
+  snprintf(error, room, "%s", file.error);
+  return file.memory == nullptr;
+}
 int shoal_comm_all_reduce(SharedComm* comm, void* x, int64_t count, int dtype) {
   return comm->all_reduce((char*)x, count, dtype);
 }
@@ -312,9 +321,9 @@ int shoal_comm_reduce_scatter(SharedComm* comm, const void* x, int64_t count, in
 int shoal_comm_broadcast(SharedComm* comm, void* x, int64_t bytes, int source) {
   return comm->broadcast((char*)x, bytes, source);
 }
-int shoal_comm_exchange(SharedComm* comm, const void* x, int64_t send_bytes, int to, void* y, int64_t receive_bytes,
-                        int from) {
-  return comm->exchange((const char*)x, send_bytes, to, (char*)y, receive_bytes, from);
+int shoal_comm_all_to_all(SharedComm* comm, const void* x, const int64_t* send_bytes, void* out,
+                          const int64_t* receive_bytes) {
+  return comm->all_to_all((const char*)x, send_bytes, (char*)out, receive_bytes);
 }
 int shoal_comm_send(SharedComm* comm, const void* x, int64_t bytes, int to) {
   return comm->send((const char*)x, bytes, to);
