@@ -73,6 +73,15 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "layout", [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2), Layout(tp=2), Layout(pp=2)], ids=str
+)
+def test_experts(family: str, layout: Layout, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
+    assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
+
+
 def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path) -> None:
     long = requests(49152, count=1, max_tokens=8)[0]
     long = msgspec.structs.replace(long, prompt=[7 + i % 4000 for i in range(300)])

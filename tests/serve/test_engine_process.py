@@ -17,7 +17,6 @@ import zmq
 from shoal.core.config import EngineConfig
 from shoal.core.replay import decode_all, replay
 from shoal.core.types import Output, Request, Sampling, StepPlan, StepResult, WorkerFailure
-from shoal.engine import executor as executors
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.in_process import InProcExecutor
 from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
@@ -170,7 +169,7 @@ class FailingOnce(InProcExecutor):
 def engine_socket(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[zmq.Socket[bytes]]:
     """The front's end of an EngineLoop that runs on a thread of this process."""
     monkeypatch.setattr(FailingOnce, "made", [], raising=False)
-    monkeypatch.setattr(executors, "open_executor", FailingOnce)
+    monkeypatch.setattr("shoal.serve.engine_process.open_executor", FailingOnce)
     context = zmq.Context()
     front, back = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     front.bind("inproc://engine")
@@ -220,7 +219,7 @@ def test_a_worker_that_cannot_be_replaced_ends_the_engine(checkpoint: Path, monk
             return info if self is self.made[0] else msgspec.structs.replace(info, num_blocks=info.num_blocks - 1)
 
     monkeypatch.setattr(FailingOnce, "made", [], raising=False)
-    monkeypatch.setattr(executors, "open_executor", Smaller)
+    monkeypatch.setattr("shoal.serve.engine_process.open_executor", Smaller)
     with zmq.Context() as context, context.socket(zmq.PAIR) as front, context.socket(zmq.PAIR) as back:
         front.bind("inproc://engine")
         back.connect("inproc://engine")

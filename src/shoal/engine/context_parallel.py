@@ -30,7 +30,7 @@ def kept_tokens(num_tokens: IntArray, block_size: int, rank: int, size: int) -> 
 
 
 def local_batch(
-    blocks_T: Callable[[IntArray], IntArray],
+    blocks_T: Callable[[IntArray], NDArray[np.int32]],
     tables: Callable[[int], NDArray[np.int32]],
     positions_T: IntArray,
     block_size: int,

@@ -20,7 +20,7 @@ import msgspec
 
 from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
-from shoal.core.layout import Axis, LayoutError, require_possible
+from shoal.core.layout import Axis, require_possible
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.channel import ChannelClosed
 from shoal.engine.executor import Progress, WorkerInfo
@@ -57,8 +57,6 @@ class ParallelExecutor:
         self._config = config
         spec = load_spec(resolve(config.model, download=False).path)
         require_possible(config.layout, spec)
-        if config.layout.ep > 1:
-            raise LayoutError("ep above 1 cannot be run yet: use tp, pp, cp and dp")
         self._launcher = make_launcher(config.launch)
         self._rendezvous: Rendezvous | None = None
         self._members: list[Member] = []
@@ -118,11 +116,11 @@ class ParallelExecutor:
         layout, groups = self._config.layout, {}
         directory = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
         name = f"shoal-{os.getpid()}-{secrets.token_hex(6)}"
-        axes: tuple[Axis, ...] = ("tensor", "pipeline", "context", "expert")
+        axes: tuple[Axis, ...] = ("tensor", "pipeline", "context")
         for axis in axes:
             for rank in range(layout.ranks):
                 members = layout.group(rank, axis)
-                if len(members) > 1 and (axis != "expert" or layout.ep > 1):
+                if len(members) > 1:
                     key = (axis, *members)
                     path = str(directory / f"{name}-{axis}-{members[0]}")
                     groups[key] = Group(axis, members, self._backend(members), path)

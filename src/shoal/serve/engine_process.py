@@ -19,8 +19,8 @@ from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.replay import RecordingCore
 from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
-from shoal.engine import executor
 from shoal.engine.child import bind_to_parent, first_line, plain
+from shoal.engine.executor import open_executor
 from shoal.serve.messages import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -43,7 +43,7 @@ class EngineLoop:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], recording: BinaryIO | None) -> None:
         self._config = config
         self._socket = socket
-        self._executor = executor.open_executor(config)
+        self._executor = open_executor(config)
         info = self._executor.start(self._report_start)
         # A worker that is made anew must be as large as the scheduler thinks, however much memory is free by then.
         self._config = msgspec.structs.replace(config, kv_cache_bytes=info.rank_kv_bytes, max_len=info.max_len)
@@ -147,7 +147,7 @@ class EngineLoop:
         self._plans.clear()
         self._send_step()
         self._executor.stop()
-        self._executor = executor.open_executor(self._config)
+        self._executor = open_executor(self._config)
         try:
             num_blocks = self._executor.start().num_blocks
         except Exception as error:
