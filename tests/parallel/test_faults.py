@@ -62,13 +62,23 @@ def tokens(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
-LAYOUTS = [Layout(tp=2), Layout(pp=2)]
+TP2, PP2 = Layout(tp=2), Layout(pp=2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("layout", "phase", "rank", "number"),
+    [
+        # Every rank, phase and signal, and every pair of them with each layout.
+        (TP2, "prefill", 0, signal.SIGKILL),
+        (TP2, "prefill", 1, signal.SIGSTOP),
+        (TP2, "decode", 0, signal.SIGSTOP),
+        (TP2, "decode", 1, signal.SIGKILL),
+        (PP2, "prefill", 0, signal.SIGSTOP),
+        (PP2, "prefill", 1, signal.SIGKILL),
+        (PP2, "decode", 0, signal.SIGKILL),
+        (PP2, "decode", 1, signal.SIGSTOP),
+    ],
+)
 def test_a_lost_rank_ends_what_runs_and_what_waits_goes_on(
     checkpoint: Path, layout: Layout, phase: str, rank: int, number: signal.Signals
 ) -> None:

@@ -66,16 +66,27 @@ def test_depth_chunks_arithmetic_and_transport_change_nothing(
     assert run_layout(smollm2, layout, SMOLLM2_WORK, **options) == expected
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "llama_biased"])
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen2", Layout(tp=2)), ("gemma3_text", Layout(pp=2)), ("llama_biased", Layout(tp=2))],
+    ids=str,
+)
 def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path)
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(
-    "layout", [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2), Layout(tp=2), Layout(pp=2)], ids=str
+    ("family", "layout"),
+    [
+        ("mixtral", Layout(ep=2)),
+        ("mixtral", Layout(tp=2, ep=2)),
+        ("qwen3_moe", Layout(ep=4)),
+        ("qwen3_moe", Layout(pp=2)),
+        ("deepseek_v3", Layout(ep=2)),
+        ("deepseek_v3", Layout(tp=2, ep=2)),
+    ],
+    ids=str,
 )
 def test_experts(family: str, layout: Layout, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
