@@ -1,4 +1,4 @@
-"""What parallelism costs and brings on this machine: collectives by size and transport, layouts beside one rank.
+"""What parallelism brings on this machine: layouts beside one rank. What collectives cost: collectives.py.
 
     python benchmarks/parallel.py                five rounds; prints a Markdown report
     python benchmarks/parallel.py --rounds 1     a look
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import machine
 import model_files
@@ -28,9 +25,6 @@ from engines import MAX_LEN, EngineProcess, EngineSpec
 from report import spread
 from workloads import Workload, make_workloads
 
-SIZES = [256, 4096, 65536, 1 << 20, 4 << 20]
-"""Bytes of a tensor."""
-REPEATS = 200
 QUIET = 0.1
 KV_BYTES = 1 << 30
 """Of each rank."""
@@ -38,76 +32,6 @@ KV_BYTES = 1 << 30
 
 def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
-
-
-# --- collectives ----------------------------------------------------------------------------------------------------
-
-
-def _time_all_reduces(backend: str, path: str, rank: int, size: int, results: Any) -> None:
-    """Seconds of each all-reduce, by size, on this rank: medians of REPEATS after a few that do not count."""
-    import torch
-    import torch.distributed as dist
-
-    from shoal.engine.comm.process_group import open_group
-    from shoal.engine.comm.shared_memory import SharedMemoryComm
-
-    torch.set_num_threads(1)
-    comm: Any
-    if backend == "gloo":
-        store = dist.FileStore(path, size)
-        comm = open_group("gloo", rank, size, store, name="all-reduce", host="127.0.0.1", timeout=60)
-    else:
-        comm = SharedMemoryComm(path, rank, size, timeout=60)
-    medians = {}
-    for num_bytes in SIZES:
-        x, seconds = torch.zeros(num_bytes // 4), []
-        for _ in range(REPEATS + 20):
-            began = time.perf_counter()
-            comm.all_reduce_(x)
-            seconds.append(time.perf_counter() - began)
-        medians[num_bytes] = statistics.median(seconds[20:])
-    results.put(medians)
-    comm.close()
-
-
-def all_reduces(backend: str, size: int) -> dict[int, float]:
-    """Median seconds by size in bytes, of the slowest rank."""
-    from shoal.engine.comm.shared_memory import SharedMemoryComm
-
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        path = str(Path(directory) / "group")
-        if backend != "gloo":
-            SharedMemoryComm.create(path, size, 4 << 20)
-        ranks = [
-            context.Process(target=_time_all_reduces, args=(backend, path, rank, size, results)) for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        medians = [results.get(timeout=300) for _ in ranks]
-        for process in ranks:
-            process.join()
-    return {num_bytes: max(rank[num_bytes] for rank in medians) for num_bytes in SIZES}
-
-
-def collectives_table(rounds: int) -> str:
-    titles = ["all-reduce of float32, us", *(_size(num_bytes) for num_bytes in SIZES)]
-    lines = [titles, ["---"] * len(titles)]
-    for size in (2, 4):
-        for backend in ("shared memory", "gloo"):
-            machine.wait_until_quiet(QUIET, 30)
-            runs = [all_reduces(backend, size) for _ in range(rounds)]
-            cells = [spread((run[num_bytes] * 1e6 for run in runs), 0) for num_bytes in SIZES]
-            lines.append([f"{size} ranks, {backend}", *cells])
-            say(f"{size} ranks, {backend}: {', '.join(cells)} us")
-    return _table(lines)
-
-
-def _size(num_bytes: int) -> str:
-    return (
-        f"{num_bytes >> 20} MB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KB" if num_bytes >= 1024 else "256 B"
-    )
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -208,7 +132,6 @@ def main() -> None:
         [sys.executable, str(Path(machine.__file__))], capture_output=True, check=True, text=True
     ).stdout
     host = json.loads(measured)["machine"]
-    collectives = collectives_table(arguments.rounds)
     layouts = Layouts([every[name] for name in arguments.workloads.split(",")])
     with tempfile.TemporaryDirectory() as logs:
         layouts.run(arguments.rounds, str(paths.float32), Path(logs))
@@ -216,7 +139,7 @@ def main() -> None:
     print(f", {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}\n")
     print(f"- {host['cpu']}, {host['cores']} cores, {host['system']}; Python {host['python']}, torch {host['torch']}")
     print(f"- rounds: {arguments.rounds}; medians, with the range over rounds in brackets; ratios round by round\n")
-    print("## Collectives\n\n" + collectives + "\n\n## Layouts, float32\n\n" + layouts.table())
+    print("## Layouts, float32\n\n" + layouts.table())
 
 
 if __name__ == "__main__":
