@@ -54,7 +54,7 @@ def engine_specs(paths: ModelPaths, peers: dict[str, Peer], threads: int) -> lis
         for dtype in ("float32", "bfloat16", "int8")
     ]
     if "vllm" in peers:
-        specs += [_vllm(model, dtype, peers["vllm"], threads) for dtype in ("float32", "bfloat16")]
+        specs += [vllm_spec(model, dtype, peers["vllm"], threads) for dtype in ("float32", "bfloat16")]
     if "transformers" in peers:
         kv_tokens = (KV_GIB << 30) // paths.spec.kv_bytes_per_token(4)  # by default it takes 90% of all memory
         options = {"model": model, "dtype": "float32", "threads": threads, "kv_tokens": kv_tokens}
@@ -68,13 +68,16 @@ def engine_specs(paths: ModelPaths, peers: dict[str, Peer], threads: int) -> lis
     return specs
 
 
-def _vllm(model: str, dtype: str, peer: Peer, threads: int) -> EngineSpec:
-    """In process, compiled; torch's own OpenMP, which was faster here than Intel's and which vLLM picks by default."""
+def vllm_spec(model: str, dtype: str, peer: Peer, threads: int, ranks: int = 1) -> EngineSpec:
+    """In process, compiled; torch's own OpenMP, which was faster here than Intel's and which vLLM picks by default.
+
+    `ranks` split every layer among them, each with so many threads.
+    """
     libgomp = next(peer.executable.parent.parent.glob("lib/python*/site-packages/torch/lib/libgomp*.so*"), None)
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(f"{r * threads}-{(r + 1) * threads - 1}" for r in range(ranks)),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     } | ({} if libgomp is None else {"LD_PRELOAD": str(libgomp)})
@@ -86,7 +89,10 @@ def _vllm(model: str, dtype: str, peer: Peer, threads: int) -> EngineSpec:
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
     }
-    return EngineSpec(f"vLLM {dtype}", dtype, "vllm_runner.py", options, "vllm", environment)
+    if ranks > 1:
+        options["tensor_parallel_size"] = ranks
+    name = f"vLLM {dtype}" if ranks == 1 else f"vLLM {dtype}, tp{ranks}, {threads} thread each"
+    return EngineSpec(name, dtype, "vllm_runner.py", options, "vllm", environment)
 
 
 class EngineProcess:

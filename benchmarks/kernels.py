@@ -89,13 +89,11 @@ class Native:
         )
         for tensor in cache.keys + cache.values:
             tensor.normal_()
-        batch = AttentionBatch(
+        batch = AttentionBatch.causal(
             query_starts_S1=torch.arange(0, sequences * queries + 1, queries, dtype=torch.int32),
             context_lens_S=torch.full((sequences,), context, dtype=torch.int32),
             block_tables_SB=torch.randperm(sequences * blocks).int().view(sequences, blocks),
             slot_mapping_T=torch.zeros(sequences * queries, dtype=torch.int32),
-            max_query_len=queries,
-            max_context_len=context,
         )
         q = torch.randn(sequences * queries, HEADS, HEAD_DIM)
         forward = self.attention_backend.forward

@@ -11,15 +11,44 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from shoal.checkpoint.builtin import pull
 from shoal.checkpoint.resolve import load_spec
 from shoal.core.model_spec import ModelSpec
+from shoal.engine.checkpoint_shapes import expected_shapes
 from shoal.engine.weights import open_weights
 
 MODEL = "smollm2-135m"
+VOCAB_SIZE = 49152
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "moe_intermediate_size": 384,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "torch_dtype": "float32",
+}
+"""A mixture of experts with about as many parameters at work on a token as MODEL has in its layers' half."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +78,29 @@ def prepare(directory: Path) -> ModelPaths:
         _write_q8_0(original, partial)
         partial.rename(paths.q8_0)
     return paths
+
+
+def prepare_experts(directory: Path) -> Path:
+    """A checkpoint of EXPERTS with random weights, fixed by seed, unless it is there. A few seconds, 1.1 GB."""
+    target = directory / "random-experts"
+    if not target.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            write_random(EXPERTS, Path(scratch) / "model")
+            shutil.move(Path(scratch) / "model", target)
+    return target
+
+
+def write_random(config: dict[str, Any], target: Path) -> None:
+    """A checkpoint directory of a config.json's content. Matrices are normal with 1 / sqrt(columns), norms are 1."""
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, shape in expected_shapes(load_spec(target)).items():
+        values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        tensors[name] = values
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_safetensors(paths: ModelPaths, target: Path) -> None:

@@ -73,13 +73,11 @@ def window_losses(decoder: Decoder, windows: list[list[int]]) -> list[float]:
     num_blocks = -(-window_len // BLOCK_SIZE)
     cache = decoder.new_cache(num_blocks, BLOCK_SIZE)
     positions_T = torch.arange(window_len)
-    batch = AttentionBatch(
+    batch = AttentionBatch.causal(
         query_starts_S1=torch.tensor([0, window_len], dtype=torch.int32),
         context_lens_S=torch.tensor([window_len], dtype=torch.int32),
         block_tables_SB=torch.arange(num_blocks, dtype=torch.int32)[None],
         slot_mapping_T=positions_T.int(),
-        max_query_len=window_len,
-        max_context_len=window_len,
     )
     losses = []
     for window in windows:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from protocol import Recorder, serve
+from protocol import Recorder, peak_rss_bytes, serve
 
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
@@ -27,6 +29,8 @@ class ShoalEngine:
         return {
             "first_token_at": time.monotonic(),
             "weight_bytes": info.weight_bytes,
+            "rank_weight_bytes": info.rank_weight_bytes,
+            "rank_peak_bytes": self._rank_peak_bytes(),
             "kv_bytes": info.kv_bytes,
             "kind": f"{info.ops} arithmetic, {info.attention} attention",
         }
@@ -76,6 +80,13 @@ class ShoalEngine:
             kv_fill=live_tokens / max(allocated_tokens, 1),
             kv_peak_bytes=info.kv_bytes * peak_tokens // (info.num_blocks * config.block_tokens),
         )
+
+    def _rank_peak_bytes(self) -> list[int]:
+        """Of every rank's process; one rank is in this one."""
+        if self._config.layout.ranks == 1:
+            return [peak_rss_bytes(os.getpid())]
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return [peak_rss_bytes(int(pid)) for pid in children]
 
     def close(self) -> None:
         self._executor.stop()

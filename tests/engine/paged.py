@@ -37,13 +37,11 @@ class PagedRun:
         def int32(values: list[int] | list[list[int]]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=self.decoder.device)
 
-        batch = AttentionBatch(
+        batch = AttentionBatch.causal(
             query_starts_S1=int32(starts),
             context_lens_S=int32([self.lens[i] for i in members]),
             block_tables_SB=int32([self.tables[i] for i in members]),
             slot_mapping_T=int32(slots),
-            max_query_len=max(len(t) for t in tokens.values()),
-            max_context_len=max(self.lens[i] for i in members),
         )
         ids = torch.tensor([t for i in members for t in tokens[i]], device=self.decoder.device)
         at = torch.tensor(positions, device=self.decoder.device)

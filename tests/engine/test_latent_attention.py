@@ -19,6 +19,8 @@ from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.comm.base import NullComm
+from shoal.engine.context_parallel import TokenShares
 from shoal.engine.latent_attention import LatentAttention, LatentCache
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
@@ -79,16 +81,14 @@ def run(attention: LatentAttention, x_TH: Tensor, cache: LatentCache, sizes: lis
     for size in sizes:
         end = start + size
         at = torch.arange(start, end)
-        batch = AttentionBatch(
+        batch = AttentionBatch.causal(
             query_starts_S1=torch.tensor([0, size], dtype=torch.int32),
             context_lens_S=torch.tensor([end], dtype=torch.int32),
             block_tables_SB=torch.tensor([TABLE], dtype=torch.int32),
             slot_mapping_T=(torch.tensor(TABLE)[at // BLOCK] * BLOCK + at % BLOCK).int(),
-            max_query_len=size,
-            max_context_len=end,
         )
         with torch.inference_mode():
-            parts.append(attention.forward(x_TH[start:end], at, batch, cache, 1))
+            parts.append(attention.forward(x_TH[start:end], at, TokenShares(size, NullComm()), batch, cache, 1))
         start = end
     return torch.cat(parts)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,13 +68,11 @@ class Sequences:
         def int32(values: list[int] | list[list[int]]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32)
 
-        return AttentionBatch(
+        return AttentionBatch.causal(
             query_starts_S1=int32(starts),
             context_lens_S=int32([end for _, _, end in parts]),
             block_tables_SB=int32(tables),
             slot_mapping_T=int32(slots),
-            max_query_len=max(end - first for _, first, end in parts),
-            max_context_len=max(end for _, _, end in parts),
         )
 
     def run(
@@ -247,11 +246,13 @@ def test_shapes_that_cannot_be_served_are_named(attention: NativeAttention) -> N
         {"slot_mapping_T": torch.tensor([0, 1])},
         {"block_tables_SB": torch.tensor([[4]], dtype=torch.int32)},
         {"block_tables_SB": torch.tensor([[-1]], dtype=torch.int32)},
-        {"context_lens_S": torch.tensor([17], dtype=torch.int32)},
-        {"context_lens_S": torch.tensor([1], dtype=torch.int32)},
+        {"seen_T": torch.tensor([1, 17], dtype=torch.int32)},
+        {"seen_T": torch.tensor([2, 1], dtype=torch.int32)},
+        {"seen_T": torch.tensor([-1, 2], dtype=torch.int32)},
+        {"seen_T": torch.tensor([2], dtype=torch.int32)},
         {"query_starts_S1": torch.tensor([0, 3], dtype=torch.int32)},
         {"query_starts_S1": torch.tensor([0], dtype=torch.int32)},
-        {"context_lens_S": torch.tensor([2])},
+        {"seen_T": torch.tensor([1, 2])},
     ],
 )
 def test_nothing_is_read_or_written_beyond_the_cache(attention: NativeAttention, change: dict[str, Tensor]) -> None:
@@ -260,7 +261,7 @@ def test_nothing_is_read_or_written_beyond_the_cache(attention: NativeAttention,
 
     fields = {
         "query_starts_S1": int32(0, 2),
-        "context_lens_S": int32(2),
+        "seen_T": int32(1, 2),
         "block_tables_SB": int32(3)[None],
         "slot_mapping_T": int32(48, 49),
     }
@@ -291,3 +292,31 @@ def test_tensors_of_another_shape_are_refused(attention: NativeAttention) -> Non
             attention.forward(cache, 0, q, batch, scale=1.0)
     with pytest.raises(ValueError, match="contiguous"):
         attention.forward(cache, 0, torch.zeros(4, 64, 4).transpose(1, 2), batch, scale=1.0)
+
+
+def test_what_queries_see_may_be_any_growing_part(attention: NativeAttention) -> None:
+    """As where ranks share a context: some tokens see nothing of what is here, several see the same."""
+    sequences = Sequences([90], head_dim=32)
+    n, m, d = sequences.heads, sequences.kv_heads, sequences.head_dim
+    seen = [0, 0, 3, 3, *range(17, 65), *([64] * 38)]
+    unseen = [max(0, count - 20) for count in seen]
+    batch = replace(
+        sequences.batch([(0, 0, 90)]),
+        seen_T=torch.tensor(seen, dtype=torch.int32),
+        kept_before=lambda window: torch.tensor([max(0, count - window) for count in seen], dtype=torch.int32),
+    )
+    fused = sequences.qkv[0].view(-1, n + 2 * m, d)
+    q, k, v = fused[:, :n], fused[:, n : n + m], fused[:, n + m :]
+    backends: list[Any] = [attention, PortableAttention()]
+    for window, first in ((None, [0] * 90), (20, unseen)):
+        for backend in backends:
+            cache = backend.allocate(1, sequences.num_blocks, 16, m, d, torch.float32, torch.device("cpu"))
+            backend.write(cache, 0, k, v, batch)
+            out, lse = backend.forward(cache, 0, q, batch, scale=d**-0.5, window=window, need_lse=True)
+            for token in range(90):
+                keys = k[first[token] : seen[token]].repeat_interleave(n // m, dim=1)
+                values = v[first[token] : seen[token]].repeat_interleave(n // m, dim=1)
+                scores = torch.einsum("nd,lnd->nl", q[token], keys) * d**-0.5
+                expected = torch.einsum("nl,lnd->nd", scores.softmax(-1), values)
+                torch.testing.assert_close(out[token], expected, atol=5e-6, rtol=5e-6)
+                torch.testing.assert_close(lse[token], scores.logsumexp(-1), atol=5e-6, rtol=5e-6)

@@ -37,8 +37,8 @@ class ContextModel:
         hidden = []
         starts = batch.query_starts_S1.tolist()
         assert starts[-1] == len(ids_T)
-        assert batch.max_query_len == max(np.diff(starts)) and batch.max_context_len == batch.context_lens_S.max()
-        for row, length in enumerate(batch.context_lens_S.tolist()):
+        assert batch.max_query_len == max(np.diff(starts)) and batch.max_context_len == batch.seen_T.max()
+        for row, length in enumerate(batch.seen_T[batch.query_starts_S1[1:] - 1].tolist()):
             at = torch.arange(length)
             context = self.ids[batch.block_tables_SB[row].long()[at // BLOCK] * BLOCK + at % BLOCK].tolist()
             first = length - (starts[row + 1] - starts[row])

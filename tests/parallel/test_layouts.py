@@ -68,7 +68,12 @@ def test_depth_chunks_arithmetic_and_transport_change_nothing(
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen2", Layout(tp=2)), ("gemma3_text", Layout(pp=2)), ("llama_biased", Layout(tp=2))],
+    [
+        ("qwen2", Layout(tp=2)),
+        ("gemma3_text", Layout(pp=2)),
+        ("gemma3_text", Layout(cp=2)),
+        ("llama_biased", Layout(tp=2)),
+    ],
     ids=str,
 )
 def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -> None:
@@ -85,6 +90,7 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
         ("qwen3_moe", Layout(pp=2)),
         ("deepseek_v3", Layout(ep=2)),
         ("deepseek_v3", Layout(tp=2, ep=2)),
+        ("deepseek_v3", Layout(cp=2)),
     ],
     ids=str,
 )

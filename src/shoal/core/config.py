@@ -84,6 +84,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     launch: LaunchConfig = LaunchConfig()
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
+    step_log: str | None = None
+    """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""
     check: bool = False
     """Verify the scheduler's invariants after every step (slow; for tests and bug hunts)."""
 

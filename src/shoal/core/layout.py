@@ -100,9 +100,6 @@ def refusal(layout: Layout, spec: ModelSpec) -> str | None:
         )
     if ranks > min(spec.intermediate_size, spec.vocab_size):
         return f"{what} is more than the model's MLP features or vocabulary"
-    if layout.cp > 1 and (spec.window is not None or spec.mla is not None):
-        what = "sliding windows" if spec.window is not None else "latent attention"
-        return f"cp {layout.cp} does not go with {what} yet"
     if layout.pp > spec.num_layers:
         return f"pp {layout.pp} is more stages than the model has layers ({spec.num_layers})"
     if layout.ep > 1:

@@ -1,77 +1,86 @@
-"""Context parallelism: the KV of every sequence spread over ranks, attention merged by log-sum-exp.
+"""Context parallelism: the KV of every sequence spread over ranks, and the work of every step too.
 
 A block of the scheduler is a block of KV on every rank: of `size` x `block_size` tokens rank r keeps the r-th
 `block_size`. So the scheduler need not know, block tables are the same on all ranks, and a rank's own tokens of a
-sequence lie side by side in its blocks. Each rank attends to what it keeps; the softmax over everything follows from
-the parts and their log-sum-exp (as between the splits of flash decoding, arXiv 2307.08691).
+sequence lie side by side in its blocks.
 
-Shapes: T tokens of the step, N query heads, D head size, R ranks.
+Outside of attention each rank has an equal share of the step's tokens, whoever keeps them. For attention the ranks
+exchange queries, keys and values of all shares; each attends, for all tokens, to what it keeps; every token's parts
+go to the rank whose share it is in, which merges them by their log-sum-exp (as between the splits of flash decoding,
+arXiv 2307.08691). Queries move rather than the KV of the whole context (arXiv 2411.01783 calls it pass-Q), so what is
+sent grows with the step's tokens alone.
+
+Shapes: T tokens of the step, P of a share, N query heads, D head size, X features, R ranks.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
-from shoal.engine.attention.base import AttentionBatch
 from shoal.engine.comm.base import Comm
 
 IntArray = NDArray[np.int64]
 
 
-def kept_tokens(num_tokens: IntArray, block_size: int, rank: int, size: int) -> IntArray:
-    """How many of a sequence's first `num_tokens` the rank keeps."""
-    whole, rest = np.divmod(num_tokens, block_size * size)
-    return np.asarray(whole * block_size + np.clip(rest - rank * block_size, 0, block_size), dtype=np.int64)
+class KeptTokens:
+    """Which tokens of every sequence one rank keeps; of a group of one, all."""
+
+    def __init__(self, block_size: int, context: Comm) -> None:
+        self.block_size = block_size
+        self.rank = context.rank
+        self.size = context.size
+
+    def count(self, num_tokens: IntArray) -> IntArray:
+        """How many of a sequence's first `num_tokens`."""
+        whole, rest = np.divmod(num_tokens, self.block_size * self.size)
+        own = np.clip(rest - self.rank * self.block_size, 0, self.block_size)
+        return np.asarray(whole * self.block_size + own, dtype=np.int64)
+
+    def has(self, positions: IntArray) -> NDArray[np.bool_]:
+        return np.asarray(positions // self.block_size % self.size == self.rank)
 
 
-def local_batch(
-    blocks_T: Callable[[IntArray], NDArray[np.int32]],
-    tables: Callable[[int], NDArray[np.int32]],
-    positions_T: IntArray,
-    block_size: int,
-    context: Comm,
-    to_device: Callable[[NDArray[np.int32] | IntArray], Tensor],
-) -> AttentionBatch:
-    """What this rank attends to and keeps of a step whose tokens stand at `positions_T`.
+class TokenShares:
+    """The shares of one step's tokens: rank r has the r-th, in order; what the last ones lack is padded."""
 
-    `blocks_T` gives the block of each token from its index in its sequence's table, `tables` the table of each token's
-    sequence up to so many blocks. Every token is a sequence of its own here: how much of a prompt's chunk it sees of
-    what this rank keeps follows no simple rule.
-    """
-    rank, size = context.rank, context.size
-    span = block_size * size
-    seen_T = kept_tokens(positions_T + 1, block_size, rank, size)
-    at_T = positions_T % span
-    keeps_T = at_T // block_size == rank
-    slots_T = blocks_T(positions_T // span) * block_size + at_T % block_size
-    longest = max(1, int(seen_T.max()))
-    return AttentionBatch(
-        query_starts_S1=to_device(np.arange(len(positions_T) + 1, dtype=np.int32)),
-        # Who sees nothing here looks at one token of its first block, and its result is thrown away.
-        context_lens_S=to_device(np.maximum(seen_T, 1).astype(np.int32)),
-        block_tables_SB=to_device(tables(-(-longest // block_size))),
-        slot_mapping_T=to_device(slots_T[keeps_T].astype(np.int32)),
-        max_query_len=1,
-        max_context_len=longest,
-        kept_T=to_device(np.flatnonzero(keeps_T)),
-        blind_T=to_device(np.flatnonzero(seen_T == 0)),
-    )
+    def __init__(self, num_tokens: int, context: Comm) -> None:
+        self._num_tokens = num_tokens
+        self._context = context
+        self.size = -(-num_tokens // context.size)
+        """P"""
 
+    def own(self, x_T: Tensor) -> Tensor:
+        """This rank's share of what is known of all tokens, along the first dimension; the padding is zeros."""
+        if self._context.size == 1:
+            return x_T
+        start = self._context.rank * self.size
+        share = x_T[start : start + self.size]
+        return pad(share, [0, 0] * (share.dim() - 1) + [0, self.size - len(share)])
 
-def merge(out_TND: Tensor, lse_TN: Tensor, batch: AttentionBatch, context: Comm) -> Tensor:
-    """Attention over what all ranks keep, from this rank's part and its log-sum-exp. In the ranks' order on each."""
-    if batch.blind_T is not None and len(batch.blind_T):
-        out_TND[batch.blind_T] = 0.0  # whatever was there, even NaN
-        lse_TN[batch.blind_T] = float("-inf")
-    lse_RTN = context.all_gather(lse_TN.contiguous())
-    out_RTND = context.all_gather(out_TND.float().contiguous())
-    weights_RTN = torch.softmax(lse_RTN, dim=0)
-    merged_TND = out_RTND[0] * weights_RTN[0, :, :, None]
-    for part_TND, weights_TN in zip(out_RTND[1:], weights_RTN[1:], strict=True):
-        merged_TND += part_TND * weights_TN[:, :, None]
-    return merged_TND.to(out_TND.dtype)
+    def all(self, x_PX: Tensor) -> Tensor:
+        """(T, X): every rank's share."""
+        if self._context.size == 1:
+            return x_PX
+        return self._context.all_gather(x_PX.contiguous()).flatten(0, 1)[: self._num_tokens]
+
+    def merge(self, out_TND: Tensor, lse_TN: Tensor | None) -> Tensor:
+        """(P, N, D): attention of this rank's share to everything, from each rank's attention of all tokens to a part.
+
+        Parts are added in the ranks' order.
+        """
+        size = self._context.size
+        if size == 1 or lse_TN is None:
+            return out_TND
+        part = torch.cat([out_TND.float(), lse_TN[:, :, None]], dim=2)
+        part = pad(part, [0, 0, 0, 0, 0, size * self.size - len(part)])
+        counts = [self.size] * size
+        parts = self._context.all_to_all(part, counts, counts).view(size, self.size, *part.shape[1:])
+        weights_RPN1 = torch.softmax(parts[..., -1:], dim=0)
+        merged_PND = parts[0, ..., :-1] * weights_RPN1[0]
+        for rank in range(1, size):
+            merged_PND += parts[rank, ..., :-1] * weights_RPN1[rank]
+        return merged_PND.to(out_TND.dtype)

@@ -36,6 +36,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Longest sequence in tokens: what was asked for, or what the model and the KV cache allow."""
     weight_bytes: int
     """As stored in memory, packed."""
+    rank_weight_bytes: int
+    """Of the rank that holds the most."""
     kv_bytes: int
     rank_kv_bytes: int
     """Of the rank that keeps the most: `kv_cache_bytes` of an engine that is to be just as large."""

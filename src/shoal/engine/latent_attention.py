@@ -6,8 +6,9 @@ is the same product in another order. What remains in between is attention with 
 cached rows and whose values are those rows again, less their rotated part. Portable attention computes it in torch, on
 any device, so results are the same in every batch up to rounding, not bit for bit.
 
-Shapes: T tokens, H hidden, N query heads of this rank, Q size of a head's part without position, D of its rotated part,
-A = Q + D, V of a head's values, C of the latent, L = C + D, P positions, K blocks of the cache, B tokens a block.
+Shapes: T tokens, P of this rank's share of them, H hidden, N query heads of this rank, Q size of a head's part without
+position, D of its rotated part, A = Q + D, V of a head's values, C of the latent, L = C + D, K blocks of the cache, B
+tokens a block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shoal.core.model_spec import MLASpec, ModelSpec
 from shoal.core.sharding import Shard
 from shoal.engine.attention.base import AttentionBatch
 from shoal.engine.attention.portable import PortableAttention, PortableCache
+from shoal.engine.context_parallel import TokenShares
 from shoal.engine.ops import PackedLinear
 from shoal.engine.weight_reader import NamedRows, WeightReader
 
@@ -47,6 +49,8 @@ class LatentCache(PortableCache):
     def write(self, layer: int, latent_T1L: Tensor, batch: AttentionBatch) -> None:
         """Store the step's latents. Comes before attention, so tokens of one step see each other."""
         latents = self.keys_KPMD[layer]
+        if batch.kept_T is not None:
+            latent_T1L = latent_T1L[batch.kept_T]
         latents.flatten(0, 1)[batch.slot_mapping_T.long()] = latent_T1L.to(latents.dtype)
 
 
@@ -96,27 +100,36 @@ class LatentAttention:
         )
 
     def forward(
-        self, x_TH: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: LatentCache, layer: int
+        self,
+        x_PH: Tensor,
+        positions_P: Tensor,
+        shares: TokenShares,
+        batch: AttentionBatch,
+        cache: LatentCache,
+        layer: int,
     ) -> Tensor:
-        """This rank's contribution, (T, H). `layer` is the cache's number of this layer."""
+        """This rank's contribution to its share of the tokens, (P, H). `layer` is the cache's number of this layer."""
         ops, mla = self._ops, self._mla
         latent_dim, interleaved = mla.kv_lora_rank, mla.interleaved_rope
-        cos_sin_T1D = self._cos_sin_PD[positions_T][:, None]
-        down_TL = ops.linear(x_TH, self._kv_down)
-        latent_TC = ops.rms_norm(down_TL[:, :latent_dim], self._kv_norm_C, _NORM_EPS)
-        key_T1D = _rotated(down_TL[:, None, latent_dim:], cos_sin_T1D, interleaved)
-        cache.write(layer, torch.cat([latent_TC[:, None], key_T1D], dim=2), batch)
+        cos_sin_P1D = self._cos_sin_PD[positions_P][:, None]
+        down_PL = ops.linear(x_PH, self._kv_down)
+        latent_PC = ops.rms_norm(down_PL[:, :latent_dim], self._kv_norm_C, _NORM_EPS)
+        key_P1D = _rotated(down_PL[:, None, latent_dim:], cos_sin_P1D, interleaved)
+        kv_P1L = torch.cat([latent_PC[:, None], key_P1D], dim=2)
 
-        low = x_TH
+        low = x_PH
         if self._q_norm is not None:
-            low = ops.rms_norm(ops.linear(x_TH, self._q_down), self._q_norm, _NORM_EPS)
-        heads_TNA = ops.linear(low, self._q).view(len(x_TH), -1, mla.qk_head_dim)
-        absorbed_TNC = _by_head(heads_TNA[..., : mla.qk_nope_head_dim], self._keys_NQC)
-        turned_TND = _rotated(heads_TNA[..., mla.qk_nope_head_dim :], cos_sin_T1D, interleaved)
-        q_TNL = torch.cat([absorbed_TNC, turned_TND], dim=2)
-        out_TNL, _ = self._attention.forward(cache, layer, q_TNL, batch, scale=self._scale)
-        out_TNV = _by_head(out_TNL[..., :latent_dim], self._values_NCV)
-        return ops.linear(out_TNV.flatten(1), self._output)
+            low = ops.rms_norm(ops.linear(x_PH, self._q_down), self._q_norm, _NORM_EPS)
+        heads_PNA = ops.linear(low, self._q).view(len(x_PH), -1, mla.qk_head_dim)
+        absorbed_PNC = _by_head(heads_PNA[..., : mla.qk_nope_head_dim], self._keys_NQC)
+        turned_PND = _rotated(heads_PNA[..., mla.qk_nope_head_dim :], cos_sin_P1D, interleaved)
+        q_PNL = torch.cat([absorbed_PNC, turned_PND], dim=2)
+
+        rows = shares.all(torch.cat([kv_P1L, q_PNL], dim=1))
+        cache.write(layer, rows[:, :1], batch)
+        out_TNL, lse_TN = self._attention.forward(cache, layer, rows[:, 1:], batch, scale=self._scale, need_lse=True)
+        out_PNV = _by_head(shares.merge(out_TNL[..., :latent_dim], lse_TN), self._values_NCV)
+        return ops.linear(out_PNV.flatten(1), self._output)
 
 
 def _by_head(x_TNA: Tensor, weight_NAB: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ Of a part the shapes are the same words for fewer: N and M are the rank's heads.
 same layers and add up what each computed, once behind attention and once behind the MLP; stages hand on the residual
 stream.
 
-Shapes: T tokens of the batch, S rows that need logits, H hidden, A fused query/key/value features, N query heads,
-M key/value heads, D head size, V vocabulary.
+Shapes: T tokens of the batch, P of this rank's share of them, S rows that need logits, H hidden, A fused
+query/key/value features, N query heads, M key/value heads, D head size, V vocabulary. Where ranks split no context, P
+is T.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -23,7 +25,7 @@ from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCach
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
-from shoal.engine.context_parallel import merge
+from shoal.engine.context_parallel import TokenShares
 from shoal.engine.latent_attention import LatentAttention, LatentCache
 from shoal.engine.moe import MLP, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
@@ -102,6 +104,8 @@ class Decoder:
         self.max_len = min(max_len or spec.max_len, spec.max_len)
         self.layers: list[Layer] = []
         self.num_weight_bytes = 0
+        self.waited_seconds = 0.0
+        """For the stage before this one, since the start."""
         self.shard = shard or whole(spec)
         self.tensor = tensor or NullComm()
         self.context = context or NullComm()
@@ -213,10 +217,12 @@ class Decoder:
         """
         spec, ops, layers = self.spec, self.ops, self.layers
         eps = spec.norm_eps
-        residual_TH = self._embed(ids_T) if self.shard.is_first else self._from_stage_before(len(ids_T))
+        shares = TokenShares(len(ids_T), self.context)
+        positions_T = shares.own(positions_T)
+        residual_TH = self._embed(shares.own(ids_T)) if self.shard.is_first else self._from_stage_before(shares.size)
         x_TH = ops.rms_norm(residual_TH, layers[0].input_norm_H, eps)
         for number, layer in enumerate(layers):
-            x_TH = self._attend(layer, number, x_TH, positions_T, batch, cache)
+            x_TH = self._attend(layer, number, x_TH, positions_T, shares, batch, cache)
             if layer.post_attention_norm_H is not None:
                 x_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, eps)
             x_TH = ops.add_rms_norm_(x_TH, residual_TH, layer.mlp_norm_H, eps)
@@ -226,7 +232,7 @@ class Decoder:
             if number + 1 < len(layers):
                 x_TH = ops.add_rms_norm_(x_TH, residual_TH, layers[number + 1].input_norm_H, eps)
         if self.shard.is_last:
-            return ops.add_rms_norm_(x_TH, residual_TH, self.final_norm_H, eps)
+            return shares.all(ops.add_rms_norm_(x_TH, residual_TH, self.final_norm_H, eps))
         self.stages.send(residual_TH.add_(x_TH), self.stages.rank + 1)
         return None
 
@@ -243,31 +249,45 @@ class Decoder:
 
     def _from_stage_before(self, num_tokens: int) -> Tensor:
         residual_TH = torch.empty((num_tokens, self.spec.hidden_size), dtype=self.dtype, device=self.device)
-        return self.stages.receive_(residual_TH, self.stages.rank - 1)
+        began = time.monotonic()
+        self.stages.receive_(residual_TH, self.stages.rank - 1)
+        self.waited_seconds += time.monotonic() - began
+        return residual_TH
 
     def _attend(
-        self, layer: Layer, number: int, x_TH: Tensor, positions_T: Tensor, batch: AttentionBatch, cache: KVCache
+        self,
+        layer: Layer,
+        number: int,
+        x_PH: Tensor,
+        positions_P: Tensor,
+        shares: TokenShares,
+        batch: AttentionBatch,
+        cache: KVCache,
     ) -> Tensor:
         if layer.latent is not None:
             latents = cast("LatentCache", cache)
-            return self.tensor.all_reduce_(layer.latent.forward(x_TH, positions_T, batch, latents, number))
+            return self.tensor.all_reduce_(layer.latent.forward(x_PH, positions_P, shares, batch, latents, number))
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
-        qkv_TA = self.ops.linear(x_TH, layer.qkv)
-        self.ops.rope_(qkv_TA, positions_T, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
-        heads_TAD = qkv_TA.view(-1, n + 2 * m, d)
+        qkv_PA = self.ops.linear(x_PH, layer.qkv)
+        self.ops.rope_(qkv_PA, positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
+        heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
         keys_TMD, values_TMD = heads_TAD[:, n : n + m], heads_TAD[:, n + m :]
         if batch.kept_T is not None:
             keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
         if len(keys_TMD):
             self.attention.write(cache, number, keys_TMD, values_TMD, batch)
-        is_split = self.context.size > 1
         out_TND, lse_TN = self.attention.forward(
-            cache, number, heads_TAD[:, :n], batch, scale=spec.scale, window=layer.window, need_lse=is_split
+            cache,
+            number,
+            heads_TAD[:, :n],
+            batch,
+            scale=spec.scale,
+            window=layer.window,
+            need_lse=self.context.size > 1,
         )
-        if lse_TN is not None:
-            out_TND = merge(out_TND, lse_TN, batch, self.context)
-        return self.tensor.all_reduce_(self.ops.linear(out_TND.view(-1, n * d), layer.output))
+        out_PND = shares.merge(out_TND, lse_TN)
+        return self.tensor.all_reduce_(self.ops.linear(out_PND.view(-1, n * d), layer.output))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """(S, V) in float32, on every rank of the last stage."""

@@ -43,6 +43,7 @@ from shoal.engine.rank_messages import (
     to_driver,
 )
 from shoal.engine.rendezvous import LaunchError, Member, Rendezvous
+from shoal.engine.step_log import StepLog
 
 Part = TypeVar("Part", LoadedPart, Ready)
 
@@ -68,6 +69,7 @@ class ParallelExecutor:
         """Submitted and without a result, oldest first."""
         self._results: deque[StepResult] = deque()
         self._failure: str | None = None
+        self._step_log = None if config.step_log is None else StepLog(config.step_log, "driver")
         self._store: dict[str, bytes] = {}
         self._wanted: dict[str, list[int]] = {}
         """Keys that nobody has set yet, and the ranks that wait for them."""
@@ -101,6 +103,7 @@ class ParallelExecutor:
         return msgspec.structs.replace(
             infos[0],
             weight_bytes=sum(info.weight_bytes for info in infos),
+            rank_weight_bytes=max(info.weight_bytes for info in infos),
             kv_bytes=sum(info.kv_bytes for info in infos),
             rank_kv_bytes=max(info.kv_bytes for info in infos),
             device=_count_alike([info.device for info in infos]),
@@ -168,8 +171,12 @@ class ParallelExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
-        if self._failure is None:
-            self._broadcast(encode(Run(plan)))
+        if self._failure is not None:
+            return
+        began = time.monotonic()
+        self._broadcast(encode(Run(plan)))
+        if self._step_log is not None:
+            self._step_log.submitted(plan, began, time.monotonic())
 
     def poll(self, timeout: float | None = None) -> StepResult | WorkerFailure | None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -201,6 +208,9 @@ class ParallelExecutor:
         remove_shared(self._groups)
         if self._rendezvous is not None:
             self._rendezvous.close()
+        if self._step_log is not None:
+            self._step_log.close()
+            self._step_log = None
         self._members, self._groups, self._rendezvous = [], [], None
         self._plans.clear()
         self._results.clear()

@@ -19,7 +19,7 @@ from torch import Tensor
 from shoal.core.types import Sampled, SequenceFailure, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch, KVCache
 from shoal.engine.comm.base import Comm, NullComm
-from shoal.engine.context_parallel import local_batch
+from shoal.engine.context_parallel import KeptTokens
 from shoal.engine.grammar_state import GrammarFactory
 from shoal.engine.ops import Ops
 from shoal.engine.sampler import Sampler
@@ -67,6 +67,7 @@ class Runner:
         self._block_tokens = cache.block_size * (1 if context is None else context.size)
         self._peers = peers or NullComm()
         self._context = context or NullComm()
+        self._kept = KeptTokens(cache.block_size, self._context)
         self._draws = draws
         self._sampler = Sampler(num_slots, vocab_size, ops)
         # Zeroed memory costs nothing until it is written: a slot takes up what its longest sequence did. The token
@@ -157,7 +158,6 @@ class Runner:
         self, slots_S: IntArray, starts_S: IntArray, lengths_S: IntArray, ends_S: IntArray
     ) -> tuple[Tensor, Tensor, AttentionBatch]:
         """Input ids (T), positions (T) and the attention metadata of rows [start, end) of their slots."""
-        size = self._block_tokens
         query_starts_S1 = np.zeros(len(slots_S) + 1, dtype=np.int32)
         np.cumsum(lengths_S, out=query_starts_S1[1:])
         # Token t of the batch stands at position t + (start of its row - tokens of the rows before).
@@ -165,25 +165,24 @@ class Runner:
         positions_T += np.arange(len(positions_T))
         slots_T = np.repeat(slots_S, lengths_S)
         ids_T = self._tokens[slots_T, positions_T]
-        if self._context.size > 1:
-            batch = local_batch(
-                lambda at_T: self._blocks[slots_T, at_T],
-                lambda num_blocks: self._blocks[slots_T, :num_blocks],
-                positions_T,
-                self._block_size,
-                self._context,
-                self._to_device,
-            )
-            return self._to_device(ids_T.astype(np.int64)), self._to_device(positions_T), batch
-        blocks_T = self._blocks[slots_T, positions_T // size]
-        max_context_len = int(ends_S.max())
+        kept, size = self._kept, self._block_size
+        seen_T, longest = kept.count(positions_T + 1), max(1, int(kept.count(ends_S).max()))
+        kept_T = np.flatnonzero(kept.has(positions_T))
+        blocks_T = self._blocks[slots_T[kept_T], positions_T[kept_T] // self._block_tokens]
+        is_split = self._context.size > 1
+
+        def kept_before(window: int) -> Tensor:
+            return self._to_device(kept.count(np.maximum(positions_T + 1 - window, 0)).astype(np.int32))
+
         batch = AttentionBatch(
             query_starts_S1=self._to_device(query_starts_S1),
-            context_lens_S=self._to_device(ends_S.astype(np.int32)),
-            block_tables_SB=self._to_device(self._blocks[slots_S, : -(-max_context_len // size)]),
-            slot_mapping_T=self._to_device((blocks_T * size + positions_T % size).astype(np.int32)),
+            seen_T=self._to_device(seen_T.astype(np.int32)),
+            block_tables_SB=self._to_device(self._blocks[slots_S, : -(-longest // size)]),
+            slot_mapping_T=self._to_device((blocks_T * size + positions_T[kept_T] % size).astype(np.int32)),
             max_query_len=int(lengths_S.max()),
-            max_context_len=max_context_len,
+            max_context_len=longest,
+            kept_T=self._to_device(kept_T) if is_split else None,
+            kept_before=kept_before if is_split else None,
         )
         return self._to_device(ids_T.astype(np.int64)), self._to_device(positions_T), batch
 

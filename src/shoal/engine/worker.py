@@ -34,6 +34,7 @@ from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.runner import Runner
+from shoal.engine.step_log import StepLog
 from shoal.engine.weights import open_weights
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Worker:
         self._failure: str | None = None
         self._began = time.monotonic()
         self._load_seconds = 0.0
+        self._step_log = None if config.step_log is None else StepLog(config.step_log, f"rank-{self._seat.rank}")
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
         """Load and warm up. Raises what the checkpoint reader raises, OutOfMemory, or ValueError for the config."""
@@ -157,6 +159,7 @@ class Worker:
             num_blocks=agreed.num_blocks,
             max_len=agreed.max_len,
             weight_bytes=decoder.num_weight_bytes,
+            rank_weight_bytes=decoder.num_weight_bytes,
             kv_bytes=cache.nbytes,
             rank_kv_bytes=cache.nbytes,
             device=str(decoder.device),
@@ -173,12 +176,20 @@ class Worker:
             self._failure = "the worker is not running"
         if self._failure is not None or self._runner is None:
             return WorkerFailure(plan.plan_id, self._failure or "")
+        began, waited = time.monotonic(), self._waited_seconds
         try:
-            return self._runner.step(plan)
+            result = self._runner.step(plan)
         except Exception as error:
             # Slots and KV are now in an unknown state; every later step would compute from it.
             self._failure = f"{type(error).__name__}: {error}"
             return WorkerFailure(plan.plan_id, self._failure)
+        if self._step_log is not None:
+            self._step_log.rank_step(plan, began, time.monotonic(), self._waited_seconds - waited)
+        return result
+
+    @property
+    def _waited_seconds(self) -> float:
+        return 0.0 if self._decoder is None else self._decoder.waited_seconds
 
     @property
     def draws(self) -> bool:
@@ -192,6 +203,8 @@ class Worker:
         ops, self._ops = self._ops, None
         if ops is not None:
             ops.close()
+        if self._step_log is not None:
+            self._step_log.close()
 
     def _warm_up(self, num_tokens: int) -> None:
         """A prompt and a decode, so that the first request does not pay for what is set up on first use.

@@ -168,4 +168,5 @@ def _config_of(config: EngineConfig, number: int) -> EngineConfig:
         first = int(device.partition(":")[2] or 0)
         device = f"cuda:{first + number * layout.ranks}"
     alone = Layout(tp=layout.tp, pp=layout.pp, ep=layout.ep, cp=layout.cp)
-    return msgspec.structs.replace(config, layout=alone, threads=threads, device=device)
+    step_log = None if config.step_log is None else f"{config.step_log}/replica-{number}"
+    return msgspec.structs.replace(config, layout=alone, threads=threads, device=device, step_log=step_log)

@@ -46,7 +46,7 @@ class Case:
             starts.append(starts[-1] + queries)
 
         def batch(mapping: list[int]) -> AttentionBatch:
-            return AttentionBatch(
+            return AttentionBatch.causal(
                 query_starts_S1=torch.tensor(starts, dtype=torch.int32),
                 context_lens_S=torch.tensor([context for context, _ in lens], dtype=torch.int32),
                 # What pads a row is rubbish: a stranger's block, or no block at all.
@@ -55,8 +55,6 @@ class Case:
                     dtype=torch.int32,
                 ),
                 slot_mapping_T=torch.tensor(mapping, dtype=torch.int32),
-                max_query_len=max(queries for _, queries in lens),
-                max_context_len=max(context for context, _ in lens),
             )
 
         self.batch = batch([])
@@ -117,7 +115,7 @@ def test_parts_of_a_context_merge_by_their_log_sum_exp() -> None:
     out, lse = whole.forward()
     near, near_lse = whole.forward(window=window)
     far = Case([(12, 1)])
-    far.batch = replace(far.batch, context_lens_S=torch.tensor([12 - window], dtype=torch.int32))
+    far.batch = replace(far.batch, seen_T=torch.tensor([12 - window], dtype=torch.int32))
     rest, rest_lse = far.forward()
     weights = torch.stack([near_lse, rest_lse]).softmax(0)[..., None]
     torch.testing.assert_close(weights[0] * near + weights[1] * rest, out, atol=2e-6, rtol=0)

@@ -6,7 +6,8 @@ longest block table, N query heads, M key/value heads, D head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """All tensors are on the model's device; integers are int32."""
+    """All tensors are on the model's device; integers are int32 unless it says otherwise."""
 
     query_starts_S1: Tensor
     """First token of each sequence within T, and T at the end."""
-    context_lens_S: Tensor
-    """Tokens of KV that each sequence has once this step's are written: query i of a sequence with q new tokens
-    sees positions [0, context_len - q + i]."""
+    seen_T: Tensor
+    """How many of its sequence's tokens, from the first one that is kept here, each token sees, once this step's are
+    written: never fewer than the token before it in its sequence. Where all are kept that is its position + 1."""
     block_tables_SB: Tensor
-    """Block ids; the row is only meaningful up to ceil(context_len / block_size)."""
+    """Block ids; the row is only meaningful as far as the sequence's last token sees."""
     slot_mapping_T: Tensor
     """Where each token's KV goes: block id * block_size + offset."""
     max_query_len: int
@@ -31,8 +32,28 @@ class AttentionBatch:
     kept_T: Tensor | None = None
     """Context parallelism: int64 indices of the tokens whose KV this rank keeps; `slot_mapping_T` is of those alone.
     None is all."""
-    blind_T: Tensor | None = None
-    """Context parallelism: int64 indices of the tokens that see nothing of what this rank keeps."""
+    kept_before: Callable[[int], Tensor] | None = None
+    """Context parallelism: how many of its sequence's tokens that are kept here lie before each token's window of so
+    many. None is what follows where all are kept."""
+    _unseen: dict[int, Tensor] = field(init=False, default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def causal(
+        cls, query_starts_S1: Tensor, context_lens_S: Tensor, block_tables_SB: Tensor, slot_mapping_T: Tensor
+    ) -> AttentionBatch:
+        """Of sequences whose last tokens are the step's; with them they have `context_lens_S`."""
+        queries_S = query_starts_S1.diff()
+        until_end_T = torch.repeat_interleave(context_lens_S - query_starts_S1[1:], queries_S)
+        seen_T = until_end_T + torch.arange(1, len(until_end_T) + 1, device=until_end_T.device)
+        longest = int(context_lens_S.max()), int(queries_S.max())
+        return cls(query_starts_S1, seen_T.int(), block_tables_SB, slot_mapping_T, longest[1], longest[0])
+
+    def unseen_T(self, window: int) -> Tensor:
+        """How many of the tokens that `seen_T` counts lie before each token's window."""
+        if window not in self._unseen:
+            before_T = (self.seen_T - window).clamp_(min=0) if self.kept_before is None else self.kept_before(window)
+            self._unseen[window] = before_T
+        return self._unseen[window]
 
 
 class KVCache(Protocol):
@@ -74,6 +95,7 @@ class AttentionBackend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Causal attention over the paged KV: output (T, N, D) and, if asked, log-sum-exp (T, N) in float32.
 
-        `window` w: position p sees only positions > p - w. q, k and v may be strided views of one fused tensor: the
+        `window` w: position p sees only positions > p - w. A token that sees nothing, as it may where ranks share a
+        context, gets 0 and a log-sum-exp of minus infinity. q, k and v may be strided views of one fused tensor: the
         last two dimensions are contiguous, the first has any stride.
         """

@@ -126,15 +126,18 @@ class NativeAttention:
             raise ValueError(
                 f"the cache holds {cache.num_kv_heads} heads of {cache.head_dim}, got queries {tuple(q_TND.shape)}"
             )
-        starts, lens, tables = batch.query_starts_S1, batch.context_lens_S, batch.block_tables_SB
-        sequences = lens.shape[0]
-        if starts.shape[0] != sequences + 1 or tables.shape[0] != sequences or tables.stride(1) != 1:
+        starts, seen, tables = batch.query_starts_S1, batch.seen_T, batch.block_tables_SB
+        unseen = None if window is None else batch.unseen_T(window)
+        sequences = starts.shape[0] - 1
+        if seen.shape[0] != tokens or tables.shape[0] != sequences or tables.stride(1) != 1:
             raise ValueError(
-                f"{sequences} context lengths, {starts.shape[0]} query starts and tables {tuple(tables.shape)} "
-                "do not fit each other"
+                f"{sequences + 1} query starts, {seen.shape[0]} tokens that see, {tokens} queries and tables "
+                f"{tuple(tables.shape)} do not fit each other"
             )
-        if not starts.dtype == lens.dtype == tables.dtype == torch.int32:
-            raise ValueError(f"lengths and tables must be int32, got {starts.dtype}, {lens.dtype}, {tables.dtype}")
+        if not starts.dtype == seen.dtype == tables.dtype == torch.int32:
+            raise ValueError(f"lengths and tables must be int32, got {starts.dtype}, {seen.dtype}, {tables.dtype}")
+        if unseen is not None and (unseen.dtype != torch.int32 or unseen.shape != seen.shape):
+            raise ValueError(f"what lies before windows must be {tokens} int32, got {tuple(unseen.shape)}")
         keys, values = cache.addresses[layer]
         out_TND = torch.empty((tokens, heads, head_dim))
         lse_TN = torch.empty((tokens, heads)) if need_lse else None
@@ -144,7 +147,8 @@ class NativeAttention:
             keys,
             values,
             starts.data_ptr(),
-            lens.data_ptr(),
+            seen.data_ptr(),
+            None if unseen is None else unseen.data_ptr(),
             tables.data_ptr(),
             tables.stride(0),
             out_TND.data_ptr(),
@@ -156,10 +160,9 @@ class NativeAttention:
             cache.num_blocks,
             scale,
             soft_cap or 0.0,
-            window or 0,
             cache.is_bfloat16,
             tables.shape[1],
         )
         if self._attention(self.ops.pool, ctypes.addressof(call), sequences, tokens):
-            self.ops.fail("query starts, context lengths or block tables reach beyond the tokens or the cache")
+            self.ops.fail("query starts, what queries see or block tables reach beyond the tokens or the cache")
         return out_TND, lse_TN

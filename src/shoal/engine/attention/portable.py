@@ -32,21 +32,24 @@ class PortableCache:
 class _Group:
     """Sequences with equally many queries, computed in one padded call: all decodes are."""
 
+    first_tokens: list[int]
+    """Row within T of the first query of each."""
     tokens_SQ: Tensor
-    """Their rows within T."""
+    """Rows within T of all."""
     tables_SB: Tensor
-    context_lens_S: Tensor
-    shortest: int
     longest: int
+    """Of what any of them sees."""
 
 
 class PortableAttention:
     name = "portable"
 
     def __init__(self) -> None:
-        # Of the step in progress: every layer asks for the same groups, and finding them waits for the device.
+        # Of the step in progress: every layer asks for the same, and finding it waits for the device.
         self._batch: AttentionBatch | None = None
         self._groups: list[_Group] = []
+        self._seen: list[int] = []
+        self._unseen: dict[int, list[int]] = {}
 
     def allocate(
         self,
@@ -85,23 +88,38 @@ class PortableAttention:
         out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
         lse_TN = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q_TND.device)
         if self._batch is not batch:
-            self._groups = list(_groups(batch, cache))
+            self._seen, self._unseen = batch.seen_T.tolist(), {}
+            self._groups = list(_groups(batch, self._seen, cache))
             self._batch = batch
         for group in self._groups:
             for first, end in _query_tiles(group, num_heads):
                 queries = group.tokens_SQ[:, first:end]
-                keys, values, start = _gather(cache, layer, group, first, end, window)
-                # Position of each query in its sequence: the last of Q stands at context_len - 1.
-                behind_Q = torch.arange(first, end, device=q_TND.device) - group.tokens_SQ.shape[1]
-                at_SQ = group.context_lens_S[:, None] + behind_Q
-                out, lse = _attend(q_TND[queries], keys, values, at_SQ, start, scale, window, soft_cap)
+                start, stop = self._bounds(group, first, end, batch, window)
+                start = start // cache.block_size * cache.block_size
+                seen_SQ = batch.seen_T[queries]
+                unseen_SQ = None if window is None else batch.unseen_T(window)[queries]
+                keys, values = _gather(cache, layer, group, start, stop, seen_SQ[:, -1:])
+                out, lse = _attend(q_TND[queries], keys, values, seen_SQ, unseen_SQ, start, scale, soft_cap)
                 out_TND[queries] = out.to(out_TND.dtype)
                 lse_TN[queries] = lse
         return out_TND, lse_TN if need_lse else None
 
+    def _bounds(
+        self, group: _Group, first: int, end: int, batch: AttentionBatch, window: int | None
+    ) -> tuple[int, int]:
+        """[start, stop) of the positions that any of the queries [first, end) of any sequence sees."""
+        stop = max(self._seen[token + end - 1] for token in group.first_tokens)
+        if window is None:
+            return 0, stop
+        if window not in self._unseen:
+            self._unseen[window] = batch.unseen_T(window).tolist()
+        unseen = self._unseen[window]
+        return min(unseen[token + first] for token in group.first_tokens), stop
 
-def _groups(batch: AttentionBatch, cache: PortableCache) -> Iterator[_Group]:
-    starts, lens = batch.query_starts_S1.tolist(), batch.context_lens_S.tolist()
+
+def _groups(batch: AttentionBatch, seen: list[int], cache: PortableCache) -> Iterator[_Group]:
+    starts = batch.query_starts_S1.tolist()
+    lens = [seen[end - 1] if end > start else 0 for start, end in zip(starts, starts[1:], strict=False)]
     per_position = cache.keys_KPMD[0][0, 0].numel()
     # Sorted, so that a call pads sequences to the length of their likes.
     order = sorted(
@@ -125,17 +143,16 @@ def _queries(starts: list[int], i: int) -> int:
 def _group(
     members: list[int], starts: list[int], lens: list[int], batch: AttentionBatch, cache: PortableCache
 ) -> _Group:
-    device = batch.context_lens_S.device
+    device = batch.seen_T.device
     longest = max(lens[i] for i in members)
     rows = torch.tensor(members, device=device)
     tables_SB = batch.block_tables_SB[rows, : -(-longest // cache.block_size)].long()
     first_tokens_S1 = torch.tensor([[starts[i]] for i in members], device=device)
     return _Group(
+        first_tokens=[starts[i] for i in members],
         tokens_SQ=first_tokens_S1 + torch.arange(_queries(starts, members[0]), device=device),
         # Beyond a sequence's own blocks a table holds anything: any valid block will do, for it is masked.
         tables_SB=tables_SB.clamp(0, cache.num_blocks - 1),
-        context_lens_S=batch.context_lens_S[rows].long(),
-        shortest=min(lens[i] for i in members),
         longest=longest,
     )
 
@@ -143,52 +160,50 @@ def _group(
 def _query_tiles(group: _Group, num_heads: int) -> Iterator[tuple[int, int]]:
     """Ranges of queries whose scores over the whole context stay within the limit."""
     num_sequences, num_queries = group.tokens_SQ.shape
-    step = max(1, _MAX_ELEMENTS // (num_sequences * num_heads * group.longest))
+    step = max(1, _MAX_ELEMENTS // (num_sequences * num_heads * max(1, group.longest)))
     for first in range(0, num_queries, step):
         yield first, min(first + step, num_queries)
 
 
 def _gather(
-    cache: PortableCache, layer: int, group: _Group, first: int, end: int, window: int | None
-) -> tuple[Tensor, Tensor, int]:
-    """Keys and values (S, L, M, D) that queries [first, end) can see, and the position of the first."""
-    num_queries = group.tokens_SQ.shape[1]
-    first_block = 0
-    if window is not None:
-        first_block = max(0, group.shortest - num_queries + first - window + 1) // cache.block_size
-    stop = group.longest - num_queries + end
-    tables = group.tables_SB[:, first_block : -(-stop // cache.block_size)]
-    start = first_block * cache.block_size
+    cache: PortableCache, layer: int, group: _Group, start: int, stop: int, lens_S1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (S, L, M, D) of positions [start, stop), start a block's first; zeros behind a sequence's end."""
+    tables = group.tables_SB[:, start // cache.block_size : -(-stop // cache.block_size)]
     keys = cache.keys_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
     values = cache.values_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
     # A block that pads the table may hold another sequence's NaN, which a weight of 0 would not stop.
-    foreign_SL = torch.arange(start, stop, device=values.device) >= group.context_lens_S[:, None]
-    return keys, values.masked_fill_(foreign_SL[:, :, None, None], 0.0), start
+    foreign_SL = torch.arange(start, stop, device=values.device) >= lens_S1
+    return keys, values.masked_fill_(foreign_SL[:, :, None, None], 0.0)
 
 
 def _attend(
     q_SQND: Tensor,
     k_SLMD: Tensor,
     v_SLMD: Tensor,
-    at_SQ: Tensor,
+    seen_SQ: Tensor,
+    unseen_SQ: Tensor | None,
     start: int,
     scale: float,
-    window: int | None,
     soft_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax in float32. Queries stand at `at_SQ`, keys at `start` and on. Returns (S, Q, N, D) and (S, Q, N)."""
+    """Softmax in float32. Queries see positions [unseen, seen), keys are of `start` and on.
+
+    Returns (S, Q, N, D) and (S, Q, N).
+    """
     sequences, queries, _, head_dim = q_SQND.shape
     q = q_SQND.reshape(sequences, queries, k_SLMD.shape[2], -1, head_dim).float()
     scores = torch.einsum("sqmgd,slmd->smgql", q, k_SLMD.float()) * scale
     if soft_cap is not None:
         scores = torch.tanh(scores / soft_cap) * soft_cap
-    at_SQ1 = at_SQ[:, :, None]
     positions_L = torch.arange(start, start + k_SLMD.shape[1], device=q.device)
-    seen_SQL = positions_L <= at_SQ1
-    if window is not None:
-        seen_SQL &= positions_L > at_SQ1 - window
-    scores = scores.masked_fill(~seen_SQL[:, None, None], float("-inf"))
+    hidden_SQL = positions_L >= seen_SQ[:, :, None]
+    if unseen_SQ is not None:
+        hidden_SQL |= positions_L < unseen_SQ[:, :, None]
+    scores = scores.masked_fill(hidden_SQL[:, None, None], float("-inf"))
     lse_SMGQ = scores.logsumexp(dim=-1)
-    weights = (scores - lse_SMGQ[..., None]).exp()
+    # Minus infinity of a query that sees nothing: its weights are to be 0.
+    shift_SMGQ = lse_SMGQ.masked_fill(lse_SMGQ == float("-inf"), 0.0)
+    weights = (scores - shift_SMGQ[..., None]).exp()
     out = torch.einsum("smgql,slmd->sqmgd", weights, v_SLMD.float())
     return out.flatten(2, 3), lse_SMGQ.permute(0, 3, 1, 2).flatten(2, 3)

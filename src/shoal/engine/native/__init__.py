@@ -81,7 +81,8 @@ class AttentionCall(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("query_starts", ctypes.c_void_p),
-        ("context_lens", ctypes.c_void_p),
+        ("seen", ctypes.c_void_p),
+        ("unseen", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
         ("out", ctypes.c_void_p),
@@ -93,7 +94,6 @@ class AttentionCall(ctypes.Structure):
         ("num_blocks", ctypes.c_int),
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
-        ("window", ctypes.c_int),
         ("kv_bfloat16", ctypes.c_int),
         ("table_length", ctypes.c_int),
     ]

@@ -33,14 +33,14 @@ struct Attention {
   const void* keys;  // of bfloat16 if kv_bfloat16, else of float32
   const void* values;
   const int32_t* query_starts;
-  const int32_t* context_lens;
+  const int32_t* seen;    // of each query: it sees tokens [unseen, seen) of its sequence's, which only grow from one to
+  const int32_t* unseen;  // the next; null: from the first on
   const int32_t* block_tables;
   int64_t table_stride;
   float* out;  // (T, N, D)
   float* lse;  // (T, N) or null
   int heads, kv_heads, head_dim, block_size, num_blocks;
   float scale, soft_cap;
-  int window;  // 0: none
   int kv_bfloat16;
   int table_length;  // blocks that a row of block_tables has room for
 };
@@ -147,7 +147,7 @@ struct Task {
   int sequence, kv_head, first, rows;
   int begin, end;  // positions that any of the rows sees, begin rounded down to a tile
   const int32_t* table;
-  int position[ATTENTION_ROWS];
+  int low[ATTENTION_ROWS], high[ATTENTION_ROWS];  // each row sees positions [low, high)
   alignas(64) float q[ATTENTION_ROWS * MAX_HEAD_DIM];  // times scale
   alignas(64) float scores[ATTENTION_ROWS * TILE];
   alignas(64) float factors[VW];  // a row a lane: what rescales the sums so far to the tile's maximum
@@ -161,8 +161,7 @@ static void soften(const Attention& a, Task& t, Sums& s, int tile_start) {
   store(peaks, set1(-__builtin_inff()));
   for (int r = 0; r < t.rows; ++r) {
     float* scores = t.scores + r * TILE;
-    const int high = t.position[r] + 1 - tile_start;
-    const int low = a.window ? t.position[r] + 1 - a.window - tile_start : 0;
+    const int low = t.low[r] - tile_start, high = t.high[r] - tile_start;
     vf peak = set1(-__builtin_inff());
     for (int v = 0; v < TILE_VECTORS; ++v) {
       vf x = load(scores + v * VW);
@@ -266,20 +265,22 @@ static void merge(Sums& into, const Sums& next, int rows, int head_dim) {
 }
 
 static int num_queries(const Attention& a, int sequence) { return a.query_starts[sequence + 1] - a.query_starts[sequence]; }
-// First position that query 0 of the step sees, and all later ones may see less of.
-static int first_seen(const Attention& a, int position) { return a.window ? std::max(0, position + 1 - a.window) : 0; }
+static int first_seen(const Attention& a, int query) { return a.unseen ? a.unseen[query] : 0; }
+// Of a sequence: where its first query begins to see, and its last one ends.
+static int begin_of(const Attention& a, int sequence) { return first_seen(a, a.query_starts[sequence]); }
+static int end_of(const Attention& a, int sequence) { return a.seen[a.query_starts[sequence + 1] - 1]; }
 
 static void set_rows(const Attention& a, Task& t) {
-  const int group = a.heads / a.kv_heads, start = a.query_starts[t.sequence], queries = num_queries(a, t.sequence);
+  const int group = a.heads / a.kv_heads, start = a.query_starts[t.sequence];
   for (int r = 0; r < t.rows; ++r) {
-    const int query = (t.first + r) / group, head = t.kv_head * group + (t.first + r) % group;
-    const float* q = a.q + (start + query) * a.q_stride + (int64_t)head * a.head_dim;
+    const int query = start + (t.first + r) / group, head = t.kv_head * group + (t.first + r) % group;
+    const float* q = a.q + query * a.q_stride + (int64_t)head * a.head_dim;
     for (int d = 0; d < a.head_dim; ++d) t.q[r * MAX_HEAD_DIM + d] = q[d] * a.scale;
-    t.position[r] = a.context_lens[t.sequence] - queries + query;
+    t.low[r] = first_seen(a, query), t.high[r] = a.seen[query];
   }
   t.table = a.block_tables + t.sequence * a.table_stride;
-  t.begin = first_seen(a, t.position[0]) / TILE * TILE;
-  t.end = t.position[t.rows - 1] + 1;
+  t.begin = t.low[0] / TILE * TILE;
+  t.end = t.high[t.rows - 1];
 }
 
 static void write_rows(const Attention& a, const Task& t, const Sums& s) {
@@ -287,7 +288,7 @@ static void write_rows(const Attention& a, const Task& t, const Sums& s) {
   for (int r = 0; r < t.rows; ++r) {
     const int64_t token = a.query_starts[t.sequence] + (t.first + r) / group;
     const int64_t at = token * a.heads + t.kv_head * group + (t.first + r) % group;
-    const float total = sum(load(s.total + r * VW)), inverse = 1.0f / total;
+    const float total = sum(load(s.total + r * VW)), inverse = total > 0 ? 1.0f / total : 0;  // 0: it saw nothing
     for (int d = 0; d < a.head_dim; ++d) a.out[at * a.head_dim + d] = s.out[r * MAX_HEAD_DIM + d] * inverse;
     if (a.lse) a.lse[at] = s.most[r] + logf(total);
   }
@@ -339,10 +340,16 @@ static void attend_part(const Attention& a, const Share& share, int sequence, in
 static bool is_valid(const Attention& a, int sequences, int tokens) {
   if (a.query_starts[0] != 0 || a.query_starts[sequences] != tokens) return false;
   for (int i = 0; i < sequences; ++i) {
-    const int queries = num_queries(a, i), context = a.context_lens[i];
-    if (queries < 0 || context < queries || (context + a.block_size - 1) / a.block_size > a.table_length) return false;
+    if (num_queries(a, i) < 0) return false;
+    if (num_queries(a, i) == 0) continue;
+    int low = 0, high = 0;
+    for (int query = a.query_starts[i]; query < a.query_starts[i + 1]; ++query) {
+      if (first_seen(a, query) < low || a.seen[query] < high) return false;
+      low = first_seen(a, query), high = a.seen[query];
+    }
+    if ((high + a.block_size - 1) / a.block_size > a.table_length) return false;
     const int32_t* table = a.block_tables + i * a.table_stride;
-    for (int at = first_seen(a, context - queries) / TILE * TILE / a.block_size; at * a.block_size < context; ++at)
+    for (int at = begin_of(a, i) / TILE * TILE / a.block_size; at * a.block_size < high; ++at)
       if (table[at] < 0 || table[at] >= a.num_blocks) return false;
   }
   return true;
@@ -352,7 +359,7 @@ static void attention(Pool& pool, const Attention& a, int sequences) {
   const int group = a.heads / a.kv_heads;
   Share* shares = (Share*)pool.plan(sizeof(Share) * (sequences + 1));
   int64_t work = 0;  // in positions that tasks see, about
-  auto seen = [&](int i) { return a.context_lens[i] - first_seen(a, a.context_lens[i] - num_queries(a, i)); };
+  auto seen = [&](int i) { return num_queries(a, i) ? end_of(a, i) - begin_of(a, i) : 0; };
   for (int i = 0; i < sequences; ++i) {
     shares[i].tiles = Tiles(num_queries(a, i) * group, ATTENTION_ROWS).count;
     work += (int64_t)shares[i].tiles * a.kv_heads * seen(i);
@@ -364,7 +371,7 @@ static void attention(Pool& pool, const Attention& a, int sequences) {
     if (i == sequences) break;
     // A task that is much of all the work would be waited for at the end.
     const bool is_long = pool.size() > 1 && seen(i) > SPLIT && seen(i) > work / (4 * pool.size());
-    share.splits = is_long ? (a.context_lens[i] + SPLIT - 1) / SPLIT : 0;
+    share.splits = is_long ? (end_of(a, i) + SPLIT - 1) / SPLIT : 0;
     parts += share.tiles * a.kv_heads * std::max(1, share.splits);
     tasks += share.tiles * a.kv_heads;
     sums += share.tiles * a.kv_heads * share.splits;
