@@ -144,37 +144,51 @@ def _median_and_p99(values: list[float]) -> str:
     return f"{statistics.median(values):.0f}, p99 {statistics.quantiles(values, n=100)[98]:.0f} ({len(values)} steps)"
 
 
-def dense(model: str, logs: Path, peers: dict[str, peer_builds.Peer], names: list[str]) -> Comparison:
+def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) -> dict[str, Comparison]:
+    """By title. Engines of one comparison run the same weights."""
     cores = machine.num_cores()
     half = max(1, cores // 2)
-    specs = [
-        shoal_spec(f"tp1, {cores} threads", model, cores, logs),
-        shoal_spec(f"tp2, {half} thread each", model, half, logs, tp=2),
-        shoal_spec(f"tp2, {half} thread each, depth 2", model, half, logs, depth=2, tp=2),
-        shoal_spec(f"pp2, {half} thread each", model, half, logs, pp=2),
-        shoal_spec(f"cp2, {half} thread each", model, half, logs, cp=2),
-    ]
+    one, two = f"{cores} threads", f"{half} thread each"
+    peers_model = str(model_files.prepare(models).float32)
+    experts = str(model_files.prepare_random(model_files.EXPERTS, models / "random-experts"))
+    even = str(model_files.prepare_random(model_files.EVEN, models / "random-even"))
+    beside_vllm = [shoal_spec(f"8 heads, tp1, {one}", even, cores, logs)]
+    beside_vllm += [shoal_spec(f"8 heads, tp2, {two}", even, half, logs, tp=2)]
     if "vllm" in peers:
-        specs.append(vllm_spec(model, "float32", peers["vllm"], half, ranks=2))
-    return Comparison(specs, _workloads(names), logs)
+        beside_vllm.append(vllm_spec(even, "float32", peers["vllm"], half, ranks=2))
+    return {
+        "SmolLM2-135M, float32": Comparison(
+            [
+                shoal_spec(f"tp1, {one}", peers_model, cores, logs),
+                shoal_spec(f"tp2, {two}", peers_model, half, logs, tp=2),
+                shoal_spec(f"pp2, {two}", peers_model, half, logs, pp=2),
+            ],
+            _workloads("bc"),
+            logs,
+        ),
+        "Context, SmolLM2-135M, float32": Comparison(
+            [
+                shoal_spec(f"whole context, tp1, {one}", peers_model, cores, logs),
+                shoal_spec(f"cp2, {two}", peers_model, half, logs, cp=2),
+            ],
+            _workloads("bd"),
+            logs,
+        ),
+        "Experts, random weights, float32": Comparison(
+            [
+                shoal_spec(f"experts on 1 rank, {one}", experts, cores, logs),
+                shoal_spec(f"experts, ep2, {two}", experts, half, logs, ep=2),
+                shoal_spec(f"experts, tp2, {two}", experts, half, logs, tp=2),
+            ],
+            _workloads("b"),
+            logs,
+        ),
+        "Beside vLLM: 8 heads, random weights, float32": Comparison(beside_vllm, _workloads("b"), logs),
+    }
 
 
-def experts(model: str, logs: Path) -> Comparison:
-    cores = machine.num_cores()
-    half = max(1, cores // 2)
-    specs = [
-        shoal_spec(f"experts on 1 rank, {cores} threads", model, cores, logs),
-        shoal_spec(f"ep2, {half} thread each", model, half, logs, ep=2),
-        shoal_spec(f"experts, tp2, {half} thread each", model, half, logs, tp=2),
-    ]
-    return Comparison(specs, _workloads(["b"]), logs)
-
-
-def _workloads(names: list[str]) -> list[Workload]:
+def _workloads(names: str) -> list[Workload]:
     every = make_workloads(model_files.VOCAB_SIZE)
-    unknown = [name for name in names if name not in every]
-    if unknown:
-        sys.exit(f"--workloads: {unknown[0]!r} is unknown; there are {', '.join(every)}")
     return [every[name] for name in names]
 
 
@@ -190,7 +204,6 @@ def _peak_of_imports() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What layouts bring on this machine, as Markdown.")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--workloads", default="b,c", help="of peers.py, separated by commas; default b,c")
     parser.add_argument("--no-peers", action="store_true", help="leave vLLM out")
     parser.add_argument("--venvs", type=Path, default=Path("~/.cache/shoal/bench-venvs"), help="where peers are kept")
     parser.add_argument(
@@ -207,12 +220,9 @@ def main() -> None:
     ).stdout
     host = json.loads(measured)["machine"]
     with tempfile.TemporaryDirectory() as folder:
-        paths = model_files.prepare(models)
-        comparisons = {
-            "## Layouts, float32": dense(str(paths.float32), Path(folder), peers, arguments.workloads.split(",")),
-            "## Experts, float32": experts(str(model_files.prepare_experts(models)), Path(folder)),
-        }
-        for comparison in comparisons.values():
+        chosen = comparisons(models, Path(folder), peers)
+        for title, comparison in chosen.items():
+            say(title)
             comparison.run(arguments.rounds, pythons)
         baseline = _peak_of_imports()
         print(f"`{subprocess.list2cmdline(['python', 'benchmarks/layouts.py', *sys.argv[1:]])}`", end="")
@@ -223,8 +233,8 @@ def main() -> None:
         for peer in peers.values():
             print(f"- {peer.version}")
         print(f"- rounds: {arguments.rounds}; medians, the range over rounds in brackets; ratios round by round")
-        for title, comparison in comparisons.items():
-            print(f"\n{title}\n\n{comparison.rates_table()}\n\n{comparison.ranks_table(baseline)}")
+        for title, comparison in chosen.items():
+            print(f"\n## {title}\n\n{comparison.rates_table()}\n\n{comparison.ranks_table(baseline)}")
             for name, problem in comparison.problems.items():
                 print(f"\n{name} could not be measured: {problem}")
 

@@ -81,9 +81,11 @@ class ForeignLoad:
     share: a run with a foreign load is not a result. Includes time that the hypervisor stole.
     """
 
-    def __init__(self, process_group: int | None = None) -> None:
-        """`process_group`: what is measured, beside this process and the children that it has waited for."""
-        self._group = process_group
+    def __init__(self, measured: int | None = None) -> None:
+        """`measured`: a process that counts as the benchmark with all its descendants, as do this process and the
+        children that it has waited for.
+        """
+        self._measured = measured
         self._began = time.monotonic()
         self._foreign_seconds = self._read()
 
@@ -91,7 +93,7 @@ class ForeignLoad:
         return max(0.0, self._read() - self._foreign_seconds) / (time.monotonic() - self._began)
 
     def _read(self) -> float:
-        return _busy_seconds() - sum(os.times()[:4]) - _group_seconds(self._group)
+        return _busy_seconds() - sum(os.times()[:4]) - _tree_seconds(self._measured)
 
 
 def wait_until_quiet(most_cores: float, patience: float, interval: float = 2.0) -> bool:
@@ -114,10 +116,13 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _group_seconds(process_group: int | None) -> float:
-    """CPU seconds of a process group's living members and the children that they have waited for."""
-    ticks = 0
-    for entry in Path("/proc").iterdir() if process_group is not None else ():
+def _tree_seconds(root: int | None) -> float:
+    """CPU seconds of a process and its descendants, and of the children that they have waited for."""
+    if root is None:
+        return 0.0
+    ticks: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
@@ -125,9 +130,14 @@ def _group_seconds(process_group: int | None) -> float:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
-        if int(fields[2]) == process_group:
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+        ticks[int(entry.name)] = sum(map(int, fields[11:15]))
+        children.setdefault(int(fields[1]), []).append(int(entry.name))
+    total, left = 0, [root]
+    while left:
+        process = left.pop()
+        total += ticks.get(process, 0)
+        left += children.get(process, [])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def _proc_fields(path: str) -> dict[str, str]:

@@ -49,6 +49,26 @@ EXPERTS = {
     "torch_dtype": "float32",
 }
 """A mixture of experts with about as many parameters at work on a token as MODEL has in its layers' half."""
+EVEN = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "torch_dtype": "float32",
+}
+"""As large as MODEL, with heads that two ranks can share evenly: vLLM refuses MODEL's nine on two."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +100,12 @@ def prepare(directory: Path) -> ModelPaths:
     return paths
 
 
-def prepare_experts(directory: Path) -> Path:
-    """A checkpoint of EXPERTS with random weights, fixed by seed, unless it is there. A few seconds, 1.1 GB."""
-    target = directory / "random-experts"
+def prepare_random(config: dict[str, Any], target: Path) -> Path:
+    """A checkpoint with random weights, fixed by seed, unless it is there. A few seconds."""
     if not target.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            write_random(EXPERTS, Path(scratch) / "model")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            write_random(config, Path(scratch) / "model")
             shutil.move(Path(scratch) / "model", target)
     return target
 

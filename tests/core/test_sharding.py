@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.core.layout import Layout, refusal
 from shoal.core.model_spec import ModelSpec, RopeSpec
-from shoal.core.sharding import Span, shard_of, split_evenly, split_heads, split_layers, whole
+from shoal.core.sharding import DECODE_TOKENS, Span, shard_of, split_evenly, split_heads, split_layers, whole
 
 SPEC = ModelSpec(
     family="llama",
@@ -69,7 +69,8 @@ def test_the_head_of_a_small_model_is_worth_many_layers() -> None:
 @given(st.integers(1, 30), st.sampled_from([64, 4096, 49152]))
 def test_no_cut_is_better_than_the_one_chosen(stages: int, vocab_size: int) -> None:
     spec = msgspec.structs.replace(SPEC, vocab_size=vocab_size)
-    layer, head = spec.attention_matrices() + spec.mlp_matrices(0), vocab_size * spec.hidden_size
+    kv = 2 * 3 * 64 * DECODE_TOKENS
+    layer, head = spec.attention_matrices() + spec.mlp_matrices(0) + kv, vocab_size * spec.hidden_size
     spans = split_layers(spec, stages)
     assert [span.start for span in spans[1:]] == [span.stop for span in spans[:-1]]
     assert spans[0].start == 0 and spans[-1].stop == 30 and min(map(len, spans)) >= 1

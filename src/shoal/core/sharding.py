@@ -60,6 +60,11 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """Of each of them."""
 
 
+DECODE_TOKENS = 4096
+"""Tokens in the contexts of a batch that decodes, as stages are balanced for: 8 sequences of 512. Of a large model its
+weights outweigh them whatever they are; of a small one they count."""
+
+
 def split_evenly(size: int, parts: int, alignment: int = 1) -> list[Span]:
     """[0, size) in `parts` spans as equal as can be, cut at multiples of `alignment` where each can have one."""
     unit = alignment if size >= alignment * parts else 1
@@ -86,10 +91,11 @@ def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[Heads]:
 def split_layers(spec: ModelSpec, stages: int) -> list[Span]:
     """Stages whose most expensive one costs the least in decode, where every stage waits for it in every step.
 
-    A layer costs its active matrices, the last stage the head too: with a small hidden size and a large vocabulary it
-    outweighs many layers. The embedding is a lookup and costs nothing.
+    A layer costs its active matrices and the KV of DECODE_TOKENS, the last stage the head too: with a small hidden
+    size and a large vocabulary it outweighs many layers. The embedding is a lookup and costs nothing.
     """
-    costs = [spec.attention_matrices() + spec.mlp_matrices(layer, active=True) for layer in range(spec.num_layers)]
+    kv = spec.kv_elements_per_token() // spec.num_layers * DECODE_TOKENS
+    costs = [spec.attention_matrices() + spec.mlp_matrices(layer, active=True) + kv for layer in range(spec.num_layers)]
     costs[-1] += spec.vocab_size * spec.hidden_size
     sums = [0]
     for cost in costs:
