@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism over two hosts whose link gets slower, beside one host: where each stops paying.
+"""Parallelism over two hosts whose link gets slower, beside one host: where tensor, pipeline and context stop paying.
 
     python benchmarks/links.py                   prints a Markdown table (root, Linux, iproute2)
 
@@ -22,12 +22,18 @@ import model_files
 from engines import MAX_LEN
 from hosts import HOSTS, Hosts
 from report import spread
+from shoal.core.model_spec import ModelSpec
 from workloads import make_workloads
 
 RUNNER = Path(__file__).parent / "runners" / "linked_runner.py"
 RATES: list[int | None] = [None, 10_000, 1_000, 200]
 """Mb/s; None is as fast as the kernel copies."""
-LAYOUTS: list[tuple[str, dict[str, int]]] = [("one host", {}), ("tp2", {"tp": 2}), ("pp2", {"pp": 2})]
+LAYOUTS: list[tuple[str, dict[str, int]]] = [
+    ("one host", {}),
+    ("tp2", {"tp": 2}),
+    ("pp2", {"pp": 2}),
+    ("cp2", {"cp": 2}),
+]
 SEQUENCES, PROMPT, OUTPUT = 8, 64, 32
 
 
@@ -59,11 +65,33 @@ def run(hosts: Hosts, layout: dict[str, int], model: str, repeats: int, folder: 
     return found
 
 
+def formula_bytes(layout: dict[str, int], spec: ModelSpec) -> float:
+    """Bytes that reach the rank that is sent most, for a token of this work, as docs/parallelism.md has them."""
+    layers, hidden, heads, kv_heads, d = (
+        spec.num_layers,
+        spec.hidden_size,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_dim,
+    )
+    drawn = OUTPUT / (PROMPT + OUTPUT)
+    """Of all tokens, those that come with logits."""
+    if "tp" in layout:
+        return 4 * ((2 * layers + 1) * hidden + drawn * spec.vocab_size / 2)
+    if "pp" in layout:
+        return 4 * hidden
+    # Half of the tokens are the other rank's.
+    return 4 * (layers * (heads + 2 * kv_heads) * d + layers * heads * (d + 1) + hidden) / 2
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="tp2 and pp2 over a link that gets slower, as Markdown.")
+    parser = argparse.ArgumentParser(description="tp2, pp2 and cp2 over a link that gets slower, as Markdown.")
     parser.add_argument("--repeats", type=int, default=5, help="of each cell; default 5")
     arguments = parser.parse_args()
-    model = str(model_files.prepare(Path("~/.cache/shoal/bench-models").expanduser()).float32)
+    paths = model_files.prepare(Path("~/.cache/shoal/bench-models").expanduser())
+    model = str(paths.float32)
+    tokens = (1 + arguments.repeats) * SEQUENCES * (PROMPT + OUTPUT)
+    traffic = []
     hosts = Hosts()
     lines, reference = [], None
     try:
@@ -75,8 +103,12 @@ def main() -> None:
             name = "not limited" if megabits is None else f"{megabits:,} Mb/s"
             cells, medians = [], {}
             for layout_name, layout in LAYOUTS:
+                before = [hosts.received_bytes(host) for host in range(HOSTS)]
                 with tempfile.TemporaryDirectory() as folder:
                     result = run(hosts, layout, model, arguments.repeats, Path(folder))
+                if megabits is None and layout:
+                    sent = max(hosts.received_bytes(host) - before[host] for host in range(HOSTS)) / tokens
+                    traffic.append([layout_name, f"{formula_bytes(layout, paths.spec):,.0f}", f"{sent:,.0f}"])
                 reference = reference or result["tokens"]
                 if result["tokens"] != reference:
                     sys.exit(f"{layout_name} at {name}: other tokens than one host")
@@ -94,6 +126,9 @@ def main() -> None:
     )
     print(f"{OUTPUT} out, float32, one core a host; medians of {arguments.repeats}, the range in brackets.\n")
     for line in [titles, ["---"] * len(titles), *lines]:
+        print("| " + " | ".join(line) + " |")
+    print("\nBytes a token, prompt and output, that reach the host that is sent most, with everything TCP adds:\n")
+    for line in [["layout", "by the formula", "measured"], ["---"] * 3, *traffic]:
         print("| " + " | ".join(line) + " |")
 
 

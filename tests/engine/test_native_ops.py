@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -259,6 +260,19 @@ def test_argmax(ops: NativeOps, width: int) -> None:
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 1031, 49152])
+def test_draw_is_that_of_torch(ops: NativeOps, width: int) -> None:
+    rows = 9
+    weights = random(rows, width).mul(4).softmax(dim=1)
+    weights[3] *= weights[3] >= weights[3].max()  # all but one of them 0
+    words = [np.arange(rows, dtype=np.uint64) * np.uint64(step) for step in (0x9E3779B97F4A7C15, 1, 1000)]
+    drawn = ops.draw(weights, *words)
+    assert drawn.tolist() == TorchOps(torch.device("cpu")).draw(weights, *words).tolist()
+    assert drawn[3] == weights[3].argmax()
+    # What another layout's rounding does to probabilities draws no other token.
+    assert ops.draw(weights * (1 + 1e-6 * random(rows, width, seed=1)), *words).tolist() == drawn.tolist()
 
 
 def test_wrong_shapes_and_types_are_refused(ops: NativeOps) -> None:

@@ -1,10 +1,14 @@
 """Philox against its published answers; the stream as a pure function with the right distribution."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
-from shoal.engine.random_stream import as_words, philox4x32, uniform, uniform_array
+from shoal.engine.random_stream import as_words, exponentials, philox4x32
 
+CPU = torch.device("cpu")
 # From the known-answer file of Random123, the authors' own library (philox4x32, 10 rounds).
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -17,52 +21,54 @@ KNOWN_ANSWERS = [
 ]
 
 
+def numbers(seed, index, position, vocab_size=8):
+    return exponentials(as_words([seed]), as_words([index]), as_words([position]), vocab_size, CPU)[0].tolist()
+
+
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, expected):
-    words = philox4x32(
-        tuple(np.array([word], dtype=np.uint64) for word in counter),
-        tuple(np.array([word], dtype=np.uint64) for word in key),
-    )
+    words = philox4x32(tuple(torch.tensor([word]) for word in counter), tuple(torch.tensor([word]) for word in key))
     assert tuple(int(word[0]) for word in words) == expected
 
 
-def test_uniform_known_answers():
+def test_known_answers():
     """Fixed for good: another machine that continues a sequence must draw the same."""
-    assert uniform(0, 0, 0) == ((0x6627E8D5 >> 5) * 2**26 + (0xE169C58D >> 6)) / 2**53
-    assert uniform(-1, 0, 5) == 0.4311373818027474
-    assert uniform(42, 1, 100) == 0.5066584693999376
+    expected = [-math.log1p(-(word + 0.5) / 2**32) for word in KNOWN_ANSWERS[0][2]]
+    assert numbers(0, 0, 0)[:4] == pytest.approx(expected, rel=1e-12)
+    words = philox4x32(tuple(map(torch.tensor, (5, 0, 1, 0))), tuple(map(torch.tensor, (0xFFFFFFFF, 0xFFFFFFFF))))
+    assert numbers(-1, 0, 5)[4:] == pytest.approx([-math.log1p(-(int(w) + 0.5) / 2**32) for w in words], rel=1e-12)
 
 
-def test_seed_index_and_position_each_matter_beyond_32_bits():
-    base = (1, 2, 3)
-    for axis in range(3):
-        for change in (1, 1 << 32, 1 << 60):
-            other = list(base)
-            other[axis] += change
-            assert uniform(*base) != uniform(*other)
-    assert uniform(5, 0, 0) == uniform(5 + (1 << 64), 0, 0), "seeds are taken modulo 2^64"
+def test_seed_index_position_and_token_each_matter():
+    base = numbers(1, 2, 3)
+    assert len(set(base)) == 8
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1 + (1 << 32), 2, 3), (1 + (1 << 60), 2, 3)):
+        assert not set(base) & set(numbers(*other))
+    assert numbers(5, 0, 0) == numbers(5 + (1 << 64), 0, 0), "seeds are taken modulo 2^64"
 
 
-def test_array_equals_single_calls_in_any_order():
+def test_rows_equal_single_rows_in_any_order_and_any_vocabulary():
     seeds, indices, positions = as_words([7, -3, 2**63]), as_words([0, 1, 2]), as_words([10, 20, 30])
-    together = uniform_array(seeds, indices, positions)
-    single = [uniform(s, i, p) for s, i, p in zip([7, -3, 2**63], [0, 1, 2], [10, 20, 30], strict=True)]
-    assert together.tolist() == single
-    assert uniform_array(seeds[::-1], indices[::-1], positions[::-1]).tolist() == single[::-1]
+    together = exponentials(seeds, indices, positions, 8, CPU).tolist()
+    assert together == [numbers(s, i, p) for s, i, p in zip([7, -3, 2**63], [0, 1, 2], [10, 20, 30], strict=True)]
+    assert exponentials(seeds[::-1], indices[::-1], positions[::-1], 8, CPU).tolist() == together[::-1]
+    assert exponentials(seeds, indices, positions, 5, CPU).tolist() == [row[:5] for row in together]
 
 
-def test_uniform_over_positions_and_over_neighbouring_seeds():
-    """Chi-square of 64 cells; 63 degrees of freedom, 103.4 is the 0.1% point."""
+def test_exponential_over_positions_tokens_and_neighbouring_seeds():
+    """Chi-square of 64 cells of equal probability; 63 degrees of freedom, 103.4 is the 0.1% point."""
     count = 20_000
-    along = np.arange(count, dtype=np.uint64)
-    fixed = np.full(count, 11, dtype=np.uint64)
+    along, fixed = np.arange(count, dtype=np.uint64), np.full(count, 11, dtype=np.uint64)
+    one = np.full(1, 11, dtype=np.uint64)
     for values in (
-        uniform_array(fixed, fixed, along),
-        uniform_array(along, fixed, fixed),
-        uniform_array(fixed, along, fixed),
+        exponentials(fixed, fixed, along, 1, CPU)[:, 0],
+        exponentials(along, fixed, fixed, 1, CPU)[:, 0],
+        exponentials(fixed, along, fixed, 3, CPU)[:, 2],
+        exponentials(one, one, one, count, CPU)[0],
     ):
-        assert values.min() >= 0 and values.max() < 1
-        observed = np.bincount((values * 64).astype(int), minlength=64)
+        assert values.min() > 0
+        uniform = -np.expm1(-values.numpy())
+        observed = np.bincount((uniform * 64).astype(int), minlength=64)
         assert ((observed - count / 64) ** 2 / (count / 64)).sum() < 103.4
         # Neighbours are not correlated: 4 standard deviations of 1 / sqrt(count).
-        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 4 / np.sqrt(count)
+        assert abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 4 / np.sqrt(count)

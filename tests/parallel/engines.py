@@ -11,28 +11,31 @@ import torch
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.layout import Layout
-from shoal.core.types import Request, Sampling, StepPlan, StepResult
+from shoal.core.types import Request, Row, Sampling, SlotAssignment, StepPlan, StepResult
 from shoal.engine.executor import open_executor
 
 Tokens = dict[str, list[int]]
 
 
 def requests(vocab_size: int, count: int, max_tokens: int) -> list[Request]:
-    """Prompts of growing length; every other one is sampled with a seed, the rest are greedy.
-
-    Sampled among 20 tokens: layouts round differently, in the sixth digit, and a draw inverts the cumulative
-    distribution, where tokens less probable than that would change places.
-    """
+    """Prompts of growing length; every other one is sampled with a seed, the rest are greedy."""
     generator = torch.Generator().manual_seed(3)
     return [
         Request(
             id=f"{i:02}",
             prompt=torch.randint(5, vocab_size, (3 + 11 * i,), generator=generator).tolist(),
             max_tokens=max_tokens,
-            sampling=Sampling(temperature=0.0 if i % 2 == 0 else 0.9, top_k=20, seed=i),
+            sampling=Sampling(temperature=0.0 if i % 2 == 0 else 0.9, seed=i),
         )
         for i in range(count)
     ]
+
+
+def first_plan(plan_id: int) -> StepPlan:
+    """Three tokens of one sequence, for whoever drives an executor by hand."""
+    sampling = Sampling(temperature=0.0)
+    assignment = SlotAssignment(0, "by hand", 0, [7, 8, 9], 3, [0], sampling, 0, [])
+    return StepPlan(plan_id, [], [assignment], [Row(0, 0, 3, True, [])])
 
 
 def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) -> Tokens:

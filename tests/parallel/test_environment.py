@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shoal.core.layout import Layout
+from shoal.core.types import Request, Sampling
 from tests.checkpoints import make_checkpoint
+from tests.parallel.engines import run_layout
 from tests.serve.running import wait_until
 
 SECONDS = 60.0
+PROMPT = [7, 8, 9, 30, 31, 7]
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +111,34 @@ def test_two_ranks_started_by_hand_serve_survive_a_lost_rank_and_end_together(
     assert [process.wait(30) for process in processes] == [0, 0]
 
 
-@pytest.mark.parametrize("flags", [["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"]], ids=str)
-def test_torchrun_starts_the_ranks(
-    checkpoint: Path, secret: Path, processes: list[subprocess.Popen[bytes]], flags: list[str]
+@pytest.mark.parametrize(
+    ("family", "count", "flags"),
+    [
+        ("llama", 4, ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2"]),
+        ("qwen3_moe", 2, ["--expert-parallel", "2"]),
+    ],
+    ids=str,
+)
+def test_torchrun_starts_ranks_that_give_the_tokens_of_one(
+    tmp_path: Path,
+    secret: Path,
+    processes: list[subprocess.Popen[bytes]],
+    family: str,
+    count: int,
+    flags: list[str],
 ) -> None:
-    if shutil.which("torchrun") is None and not Path(sys.executable).with_name("torchrun").exists():
-        pytest.skip("torchrun is not installed")
+    checkpoint = make_checkpoint(family, tmp_path / family)
     port, launch_port, master = free_ports(3)
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(master), "-m"]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(master), "-m"]
     processes.append(start([*torchrun, *command(checkpoint, secret, port, launch_port, *flags)]))
     wait_until_ready(port)
-    assert complete(port)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+    body["ignore_eos"] = True
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=SECONDS).json()
     processes[0].send_signal(signal.SIGTERM)
     processes[0].wait(60)
+    alone = Request(id="alone", prompt=PROMPT, max_tokens=24, sampling=Sampling(temperature=0.0))
+    assert answer["choices"][0]["token_ids"] == run_layout(checkpoint, Layout(), [alone])["alone"]
 
 
 def test_an_agent_whose_driver_never_comes_says_so(checkpoint: Path, tmp_path: Path, secret: Path) -> None:

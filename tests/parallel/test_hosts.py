@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from hosts import HOSTS, Hosts
 from tests.checkpoints import make_checkpoint
+from tests.serve.running import wait_until
 
 SECONDS = 60.0
 
@@ -77,6 +80,51 @@ def test_ranks_on_two_hosts_answer_as_one_rank(
             process.send_signal(signal.SIGTERM)
         for process in processes:
             process.wait(30)
+
+
+def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(hosts: Hosts, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra")
+    settings = tmp_path / "serve.yaml"
+    settings.write_text("engine: {threads: 1, launch: {comm: gloo}}\n")
+    cluster = f"{hosts.addresses[0]}:6399"
+    node = ["-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0", "--disable-usage-stats"]
+    node += [f"--object-store-memory={80 << 20}"]
+    head = ["--head", "--port=6399", "--include-dashboard=false", f"--temp-dir={short_folder()}"]
+    serve = ["-m", "shoal", "serve", str(checkpoint), "--served-model-name", "tiny"]
+    several = ["--config", str(settings), "--launcher", "ray", "--ray-address", cluster]
+    several += ["--launch-host", hosts.addresses[0], "--pipeline-parallel-size", "2"]
+    processes = [hosts.run(0, [*node, *head, f"--node-ip-address={hosts.addresses[0]}"])]
+    try:
+        wait_until(lambda: "True" in probe(hosts, cluster), SECONDS, "the first node of the cluster")
+        processes.append(hosts.run(1, [*node, f"--address={cluster}", f"--node-ip-address={hosts.addresses[1]}"]))
+        processes.append(hosts.run(0, [*serve, *several]))
+        before = hosts.received_bytes(1)
+        answer = ask(hosts)
+        assert hosts.received_bytes(1) - before > 10_000, "the control: it went over the link"
+        end(processes[-1:])
+        processes.append(hosts.run(0, [*serve, "--threads", "1"]))
+        assert ask(hosts) == answer
+    finally:
+        end(processes[::-1])
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait(30)
+
+
+def probe(hosts: Hosts, address: str) -> str:
+    """Whether something listens there, as the first host sees it."""
+    host, port = address.split(":")
+    code = f"import socket; print(socket.socket().connect_ex(('{host}', {port})) == 0)"
+    return hosts.run(0, ["-c", code]).communicate(timeout=SECONDS)[0]
+
+
+def short_folder() -> str:
+    """For Ray, whose sockets' paths would be too long in a test's own folder."""
+    return tempfile.mkdtemp(prefix="ray-")
 
 
 def ask(hosts: Hosts) -> str:

@@ -15,6 +15,7 @@ from shoal.core.layout import Layout, LayoutError
 from shoal.core.types import Request
 from shoal.engine.executor import open_executor
 from shoal.engine.memory import OutOfMemory
+from shoal.engine.step_log import read_ranks, read_submitted
 from shoal.serve.engine_group import EngineGroup
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.parallel.engines import Tokens, requests, run_layout
@@ -126,6 +127,19 @@ def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2
     answers, generated = asyncio.run(run())
     assert dict(zip(expected, answers, strict=True)) == expected
     assert len(generated) == 2 and min(generated) > 0
+
+
+def test_every_rank_writes_down_its_steps_and_the_driver_when_it_sent_them(smollm2: Path, tmp_path: Path) -> None:
+    run_layout(smollm2, Layout(pp=2), SMOLLM2_WORK[:2], step_log=str(tmp_path))
+    ranks, submitted = read_ranks(tmp_path), {entry.plan_id: entry for entry in read_submitted(tmp_path)}
+    plans = [[step.plan_id for step in ranks[rank] if step.plan_id > 0] for rank in (0, 1)]
+    assert plans[0] == plans[1] and len(plans[0]) >= SMOLLM2_WORK[0].max_tokens
+    for first, last in zip(ranks[0], ranks[1], strict=True):
+        assert last.ended > first.began and 0 <= last.waited <= last.ended - last.began
+        assert first.waited == 0  # nobody stands before it
+        if first.plan_id > 0:
+            assert submitted[first.plan_id].began < first.began
+    assert sum(step.waited for step in ranks[1]) > 0
 
 
 def test_nothing_is_left_behind(smollm2: Path) -> None:

@@ -43,6 +43,8 @@ ENGINE_FLAGS = {
     "launch_host": "launch.host",
     "launch_port": "launch.port",
     "secret_file": "launch.secret_file",
+    "ray_address": "launch.ray_address",
+    "step_log": "step_log",
 }
 """The field's names, which users know from other engines, and EngineConfig's."""
 SERVER_FLAGS = ("served_model_name", "host", "port", "api_key", "allow_remote", "drain_seconds", "stall_seconds")
@@ -124,10 +126,15 @@ DataParallelSize = Annotated[
     int | None, typer.Option(min=1, help="Engines beside each other. [default: 1]", rich_help_panel=_PARALLEL)
 ]
 LauncherName = Annotated[
-    Literal["local", "env"] | None,
+    Literal["local", "env", "ray"] | None,
     typer.Option(
-        "--launcher", help="Who starts the ranks: local, or env for torchrun and Slurm.", rich_help_panel=_PARALLEL
+        "--launcher",
+        help="Who starts the ranks: local, ray, or env for torchrun and Slurm. [default: local]",
+        rich_help_panel=_PARALLEL,
     ),
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Of the Ray cluster. [default: the one that runs here]", rich_help_panel=_PARALLEL)
 ]
 LaunchHost = Annotated[
     str | None, typer.Option(help="Address that ranks talk over. [default: 127.0.0.1]", rich_help_panel=_PARALLEL)
@@ -137,6 +144,10 @@ LaunchPort = Annotated[
 ]
 SecretFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="What every rank must know to join.", rich_help_panel=_PARALLEL)
+]
+StepLogDirectory = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Write down when each rank ran each step.", rich_help_panel=_PARALLEL),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -219,6 +230,8 @@ def serve(
     launch_host: LaunchHost = None,
     launch_port: LaunchPort = None,
     secret_file: SecretFile = None,
+    ray_address: RayAddress = None,
+    step_log: StepLogDirectory = None,
 ) -> int:
     """Serve a model over an OpenAI-compatible API.
 

@@ -38,15 +38,17 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class LaunchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the ranks of an engine of more than one come to be, and how long they are waited for (seconds)."""
 
-    launcher: Literal["local", "env"] = "local"
+    launcher: Literal["local", "env", "ray"] = "local"
     """local starts them on this machine; env takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun, srun and
-    LeaderWorkerSet set them: rank 0 drives, the others join it."""
+    LeaderWorkerSet set them: rank 0 drives, the others join it; ray has a Ray cluster place them."""
     host: str = "127.0.0.1"
     """Address of the interface that ranks and driver talk over."""
     port: int = 0
     """Of the driver; 0 is any free one."""
     secret_file: str | None = None
-    """What every rank must know to join. Needed with env; the local launcher draws one."""
+    """What every rank must know to join. Needed with env; the other launchers draw one and hand it out."""
+    ray_address: str | None = None
+    """Of the Ray cluster; None is RAY_ADDRESS, or the one that runs on this machine, or a new one of it alone."""
     join_seconds: float = 60.0
     """Until every rank has joined."""
     silence_seconds: float = 2.0

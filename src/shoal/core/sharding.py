@@ -1,7 +1,7 @@
 """Which part of a model one rank holds: heads, features, vocabulary, layers, experts. Pure arithmetic on a ModelSpec.
 
-Parts need not be equal: 9 heads over 2 ranks are 6 and 3, because key/value heads stay with the queries that share
-them. Only a rank's own parts are uniform.
+Parts need not be equal: 9 heads over 2 ranks are 4 and 5. Of their 3 key/value heads both ranks have the middle one,
+for both have queries that read it.
 """
 
 from __future__ import annotations
@@ -74,18 +74,31 @@ def split_evenly(size: int, parts: int, alignment: int = 1) -> list[Span]:
 
 
 def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[Heads]:
-    """Whole groups of query heads while there are enough; else key/value heads are on several ranks.
+    """Query heads in order, each rank with the key/value heads that its own read; one may be on several ranks.
 
-    Only for layouts that `layout.refusal` lets through.
+    Cut between groups that share a key/value head, or as evenly as can be where that leaves the rank with most to do
+    less: every layer waits for it. Only for layouts that `layout.refusal` lets through.
     """
     group = num_heads // num_kv_heads
-    if ranks <= num_kv_heads:
-        return [Heads(kv.times(group), kv) for kv in split_evenly(num_kv_heads, ranks)]
-    heads = []
-    for kv, owners in enumerate(split_evenly(ranks, num_kv_heads)):
-        for part in split_evenly(group, len(owners)):
-            heads.append(Heads(Span(kv * group + part.start, kv * group + part.stop), Span(kv, kv + 1)))
-    return heads
+
+    def with_kv(query: Span) -> Heads:
+        return Heads(query, Span(query.start // group, -(-query.stop // group)))
+
+    def most(heads: list[Heads]) -> int:
+        """A query head has two matrices, with its output's, and a key/value head has two."""
+        return max(len(head.query) + len(head.kv) for head in heads)
+
+    evenly = [with_kv(query) for query in split_evenly(num_heads, ranks)]
+    if ranks > num_kv_heads:
+        parts = [
+            Span(kv * group + part.start, kv * group + part.stop)
+            for kv, owners in enumerate(split_evenly(ranks, num_kv_heads))
+            for part in split_evenly(group, len(owners))
+        ]
+    else:
+        parts = [kv.times(group) for kv in split_evenly(num_kv_heads, ranks)]
+    by_groups = [with_kv(query) for query in parts]
+    return min(by_groups, evenly, key=most)
 
 
 def split_layers(spec: ModelSpec, stages: int) -> list[Span]:

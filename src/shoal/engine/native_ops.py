@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.core.config import WeightPrecision
 from shoal.engine.native import Packed, load_library, unavailable_reason, variants
 from shoal.engine.ops import Activation
+from shoal.engine.random_stream import UInt64Array
 
 __all__ = ["NativeLinear", "NativeOps", "unavailable_reason"]
 
@@ -242,6 +244,22 @@ class NativeOps:
         _require_floats(x_SV)
         out_S = torch.empty(rows, dtype=torch.int64)
         if self.library.shoal_argmax(self.pool, x_SV.data_ptr(), x_SV.stride(0), rows, width, out_S.data_ptr()):
+            self.fail("the input does not fit")
+        return out_S
+
+    def draw(
+        self, weights_SV: Tensor, seeds_S: UInt64Array, indices_S: UInt64Array, positions_S: UInt64Array
+    ) -> Tensor:
+        rows, width = weights_SV.shape
+        _require_floats(weights_SV)
+        numbers = [np.ascontiguousarray(words) for words in (seeds_S, indices_S, positions_S)]
+        if any(words.dtype != np.uint64 or words.shape != (rows,) for words in numbers):
+            raise ValueError(f"a draw takes a seed, an index and a position, uint64, for each of {rows} rows")
+        out_S = torch.empty(rows, dtype=torch.int64)
+        addresses = [words.ctypes.data for words in numbers]
+        if self.library.shoal_draw(
+            self.pool, weights_SV.data_ptr(), weights_SV.stride(0), rows, width, *addresses, out_S.data_ptr()
+        ):
             self.fail("the input does not fit")
         return out_S
 

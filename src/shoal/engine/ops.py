@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 
 from shoal.core.config import WeightPrecision
+from shoal.engine.random_stream import UInt64Array, exponentials
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -69,6 +70,14 @@ class Ops(Protocol):
 
     def argmax(self, x_SV: Tensor) -> Tensor:
         """Index of the largest element of each row, the lowest such index, int64 (S)."""
+
+    def draw(
+        self, weights_SV: Tensor, seeds_S: UInt64Array, indices_S: UInt64Array, positions_S: UInt64Array
+    ) -> Tensor:
+        """A token of each row, int64 (S), with probabilities in proportion to its weights, which are not negative.
+
+        By an exponential race (see `random_stream` for the numbers): weights that differ by rounding draw the same.
+        """
 
     def close(self) -> None:
         """Give back threads. The object is not used afterwards."""
@@ -165,6 +174,12 @@ class TorchOps:
 
     def argmax(self, x_SV: Tensor) -> Tensor:
         return x_SV.argmax(dim=1)
+
+    def draw(
+        self, weights_SV: Tensor, seeds_S: UInt64Array, indices_S: UInt64Array, positions_S: UInt64Array
+    ) -> Tensor:
+        race_SV = exponentials(seeds_S, indices_S, positions_S, weights_SV.shape[1], weights_SV.device)
+        return (weights_SV / race_SV).argmax(dim=1)
 
     def close(self) -> None:
         """Nothing to give back."""

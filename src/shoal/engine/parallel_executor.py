@@ -58,7 +58,7 @@ class ParallelExecutor:
         self._config = config
         spec = load_spec(resolve(config.model, download=False).path)
         require_possible(config.layout, spec)
-        self._launcher = make_launcher(config.launch)
+        self._launcher = make_launcher(config)
         self._rendezvous: Rendezvous | None = None
         self._members: list[Member] = []
         self._groups: list[Group] = []

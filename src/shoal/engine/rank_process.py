@@ -35,9 +35,10 @@ from shoal.engine.rendezvous import LaunchError, join
 
 
 class Rank:
-    def __init__(self, channel: Channel, rank: int) -> None:
+    def __init__(self, channel: Channel, start: RankStart) -> None:
         self._channel = channel
-        self._rank = rank
+        self._rank = start.rank
+        self._own_device = start.own_device
 
     def run(self) -> int:
         """Until told to stop, or until the driver is gone."""
@@ -49,7 +50,8 @@ class Rank:
             from shoal.engine.worker import Loaded, Seat, Worker
 
             comms = open_groups(load.groups, self._rank, self._channel, load.config.launch)
-            seat = Seat(rank=self._rank, local_rank=load.local_rank, ranks_on_host=load.ranks_on_host)
+            local_rank = 0 if self._own_device else load.local_rank
+            seat = Seat(rank=self._rank, local_rank=local_rank, ranks_on_host=load.ranks_on_host)
             worker = Worker(load.config, seat, comms)
             part = worker.load(self._report)
             self._send(LoadedPart(part.num_blocks, part.max_len))
@@ -108,7 +110,7 @@ def main() -> int:
     except LaunchError as error:
         print(f"shoal: {error}", file=sys.stderr, flush=True)
         return NEVER_JOINED
-    rank = Rank(channel, start.rank)
+    rank = Rank(channel, start)
     rank.beat(start.beat_seconds)
     try:
         status = rank.run()

@@ -10,12 +10,12 @@ The order of operations, as in vLLM; each is skipped for a batch in which nobody
     penalties            repetition (prompt and output), frequency and presence (output)
     temperature          below 1e-5 is greedy: the largest logit, the lowest id among equals
     min_p, top_k, top_p  keep every token at least as probable as a threshold, so equals stay or go together
-    the draw             inverse of the cumulative distribution in order of token ids, at the one uniform number that
-                         belongs to (seed, index, position)
+    the draw             an exponential race: the largest of probability / E, with an exponentially distributed E that
+                         belongs to (seed, index, position, token)
 
 A row's result depends on that row alone. Elementwise operations and the softmax and cumulative sum along a row do not
 see the others; sums over a whole tensor, whose order depends on its shape, are avoided. So a sequence draws the same
-tokens alone and in any batch.
+tokens alone and in any batch. Nor do probabilities that differ by rounding, as another layout's, draw other tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from shoal.core.types import Sampling, TokenLogprobs
 from shoal.engine.grammar_state import GrammarState
 from shoal.engine.ops import Ops
-from shoal.engine.random_stream import as_words, uniform_array
+from shoal.engine.random_stream import as_words
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a division by the temperature would only overflow."""
@@ -269,8 +269,8 @@ class Sampler:
                 )
             # The comparison is written as 0.0 and 1.0: several times as fast as a product with booleans.
             probs_GV *= torch.ge(probs_GV, floor_G[:, None], out=logits_GV)
-        uniform_G = uniform_array(self._seed[slots_G], self._index[slots_G], positions_G.astype(np.uint64))
-        return _invert(probs_GV, torch.from_numpy(uniform_G).to(device)), peak_G1[:, 0]
+        seeds_G, indices_G = self._seed[slots_G], self._index[slots_G]
+        return self._ops.draw(probs_GV, seeds_G, indices_G, positions_G.astype(np.uint64)), peak_G1[:, 0]
 
     # --- extras -----------------------------------------------------------------------------------------------------
 
@@ -432,13 +432,3 @@ def _sort_rows(x_GV: Tensor) -> Tensor:
     if x_GV.device.type == "cpu":
         return torch.from_numpy(np.sort(x_GV.numpy(), axis=1))
     return torch.sort(x_GV, dim=1).values
-
-
-def _invert(weights_GV: Tensor, uniform_G: Tensor) -> Tensor:
-    """The first token (G) at which the running sum of the weights exceeds `uniform` of the total."""
-    sums_GV = weights_GV.cumsum(dim=1)
-    total_G1 = sums_GV[:, -1:]
-    # uniform < 1, but its product with the total may round up to the total, which nothing exceeds.
-    below_G1 = torch.nextafter(total_G1, torch.zeros_like(total_G1))
-    target_G1 = torch.minimum((uniform_G[:, None] * total_G1).to(torch.float32), below_G1)
-    return torch.searchsorted(sums_GV, target_G1, right=True)[:, 0].clamp_(max=weights_GV.shape[1] - 1)

@@ -21,7 +21,7 @@ from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import Shard, shard_of
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
-from shoal.engine.attention.base import AttentionBackend
+from shoal.engine.attention.base import AttentionBackend, HeadSharing
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.comm.base import Comm
@@ -243,29 +243,32 @@ def _arithmetic(
     """Native kernels with the attention that goes with them where they can run this model, else torch."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    reason = _native_unavailable(spec, shard, device, config.block_size)
+    reason = _native_unavailable(spec, device, config.block_size)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    group, heads = spec.num_heads // spec.num_kv_heads, shard.heads
+    sharing = None if spec.mla is not None else HeadSharing(group, heads.query.start - heads.kv.start * group)
     # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
     if config.ops == "torch" or reason is not None:
         torch.set_num_threads(threads)
-        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", PortableAttention())
+        portable = PortableAttention(sharing)
+        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", portable)
     # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
     torch.set_num_threads(1)
     ops = NativeOps(threads=threads)
     # There are no kernels for attention to latents: it is torch's, between the kernels' linear layers.
-    attention = NativeAttention(ops) if spec.mla is None else PortableAttention()
+    attention = NativeAttention(ops, sharing) if spec.mla is None else PortableAttention()
     return cast("Ops", ops), cast("AttentionBackend", attention)
 
 
-def _native_unavailable(spec: ModelSpec, shard: Shard, device: torch.device, block_size: int) -> str | None:
+def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:
     """Why the native kernels cannot run this model here; None if they can."""
     if device.type != "cpu":
         return f"they are for CPUs, and the device is {device}"
     reason = unavailable_reason()
     if reason is not None or spec.mla is not None:
         return reason
-    return NativeAttention.unsupported_reason(len(shard.heads.query), len(shard.heads.kv), spec.head_dim, block_size)
+    return NativeAttention.unsupported_reason(spec.head_dim, block_size)
 
 
 def _num_cores() -> int:

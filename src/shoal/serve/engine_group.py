@@ -145,8 +145,8 @@ async def start_engine(
     """As many engines as the layout's dp says. Raises EngineStartError."""
     if config.layout.dp == 1:
         return await EngineClient.start(config, on_progress, recording=recording)
-    if config.launch.launcher != "local":
-        raise EngineStartError("dp needs the local launcher: elsewhere start one server a replica")
+    if config.launch.launcher == "env":
+        raise EngineStartError("dp does not go with the env launcher: start one server a replica")
     return await EngineGroup.start(config, on_progress, recording=recording)
 
 

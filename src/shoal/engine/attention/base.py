@@ -56,6 +56,22 @@ class AttentionBatch:
         return self._unseen[window]
 
 
+@dataclass(frozen=True)
+class HeadSharing:
+    """Which of a rank's query heads share a key/value head: `group` in a row, as in the whole model.
+
+    Other ranks may have the first `skipped` heads of its first group, and any of its last.
+    """
+
+    group: int
+    skipped: int = 0
+
+    def covers(self, num_heads: int, num_kv_heads: int) -> bool:
+        """Whether each of so many query heads has its key/value head here, and the other way round."""
+        most = num_kv_heads * self.group - self.skipped
+        return 0 <= self.skipped < self.group and most - self.group < num_heads <= most
+
+
 class KVCache(Protocol):
     """Blocks of every layer, in whatever layout their backend reads best."""
 

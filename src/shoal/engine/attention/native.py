@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from shoal.engine.attention.base import AttentionBatch
+from shoal.engine.attention.base import AttentionBatch, HeadSharing
 from shoal.engine.native import AttentionCall
 from shoal.engine.native_ops import NativeOps
 
@@ -38,20 +38,20 @@ class NativeCache:
 class NativeAttention:
     name = "native"
 
-    def __init__(self, ops: NativeOps) -> None:
+    def __init__(self, ops: NativeOps, sharing: HeadSharing | None = None) -> None:
+        """`sharing` None: key/value heads are shared by equally many query heads each."""
         self.ops = ops
+        self._sharing = sharing
         self._write = ops.library.shoal_write_kv
         self._attention = ops.library.shoal_attention
 
     @staticmethod
-    def unsupported_reason(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> str | None:
+    def unsupported_reason(head_dim: int, block_size: int) -> str | None:
         """Why these kernels cannot serve a model of this shape; None if they can."""
         if head_dim % 2 or not 0 < head_dim <= _MAX_HEAD_DIM:
             return f"head size {head_dim} is not an even number up to {_MAX_HEAD_DIM}"
         if block_size < 1 or block_size % _VECTOR:
             return f"block size {block_size} is not a multiple of {_VECTOR}"
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            return f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly"
         return None
 
     def allocate(
@@ -65,7 +65,7 @@ class NativeAttention:
         device: torch.device,
     ) -> NativeCache:
         """Not filled, so that the system gives memory to blocks only as they are used."""
-        reason = self.unsupported_reason(num_kv_heads, num_kv_heads, head_dim, block_size)
+        reason = self.unsupported_reason(head_dim, block_size)
         if reason is not None:
             raise ValueError(f"native attention: {reason}")
         if dtype not in (torch.float32, torch.bfloat16):
@@ -122,7 +122,8 @@ class NativeAttention:
         tokens, heads, head_dim = q_TND.shape
         if q_TND.stride()[1:] != (head_dim, 1) or q_TND.dtype != torch.float32:
             raise ValueError("queries must be float32, the heads of a token contiguous")
-        if head_dim != cache.head_dim or heads % cache.num_kv_heads:
+        sharing = self._sharing or HeadSharing(max(1, heads // cache.num_kv_heads))
+        if head_dim != cache.head_dim or not sharing.covers(heads, cache.num_kv_heads):
             raise ValueError(
                 f"the cache holds {cache.num_kv_heads} heads of {cache.head_dim}, got queries {tuple(q_TND.shape)}"
             )
@@ -162,6 +163,8 @@ class NativeAttention:
             soft_cap or 0.0,
             cache.is_bfloat16,
             tables.shape[1],
+            sharing.group,
+            sharing.skipped,
         )
         if self._attention(self.ops.pool, ctypes.addressof(call), sequences, tokens):
             self.ops.fail("query starts, what queries see or block tables reach beyond the tokens or the cache")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from shoal.engine.attention.base import AttentionBatch
+from shoal.engine.attention.base import AttentionBatch, HeadSharing
 
 _MAX_ELEMENTS = 1 << 25
 """Of one temporary tensor, gathered keys or scores: 128 MiB in float32. Longer work is cut into several."""
@@ -44,7 +45,9 @@ class _Group:
 class PortableAttention:
     name = "portable"
 
-    def __init__(self) -> None:
+    def __init__(self, sharing: HeadSharing | None = None) -> None:
+        """`sharing` None: key/value heads are shared by equally many query heads each."""
+        self._sharing = sharing
         # Of the step in progress: every layer asks for the same, and finding it waits for the device.
         self._batch: AttentionBatch | None = None
         self._groups: list[_Group] = []
@@ -84,6 +87,11 @@ class PortableAttention:
         soft_cap: float | None = None,
         need_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        first, end = 0, q_TND.shape[1]
+        if self._sharing is not None:
+            first, end = self._sharing.skipped, self._sharing.skipped + end
+            whole = cache.keys_KPMD[layer].shape[2] * self._sharing.group
+            q_TND = pad(q_TND, [0, 0, first, whole - end])  # whole groups, of which some heads are thrown away again
         num_tokens, num_heads, head_dim = q_TND.shape
         out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
         lse_TN = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q_TND.device)
@@ -92,9 +100,9 @@ class PortableAttention:
             self._groups = list(_groups(batch, self._seen, cache))
             self._batch = batch
         for group in self._groups:
-            for first, end in _query_tiles(group, num_heads):
-                queries = group.tokens_SQ[:, first:end]
-                start, stop = self._bounds(group, first, end, batch, window)
+            for tile in _query_tiles(group, num_heads):
+                queries = group.tokens_SQ[:, tile]
+                start, stop = self._bounds(group, tile, batch, window)
                 start = start // cache.block_size * cache.block_size
                 seen_SQ = batch.seen_T[queries]
                 unseen_SQ = None if window is None else batch.unseen_T(window)[queries]
@@ -102,19 +110,17 @@ class PortableAttention:
                 out, lse = _attend(q_TND[queries], keys, values, seen_SQ, unseen_SQ, start, scale, soft_cap)
                 out_TND[queries] = out.to(out_TND.dtype)
                 lse_TN[queries] = lse
-        return out_TND, lse_TN if need_lse else None
+        return out_TND[:, first:end], lse_TN[:, first:end] if need_lse else None
 
-    def _bounds(
-        self, group: _Group, first: int, end: int, batch: AttentionBatch, window: int | None
-    ) -> tuple[int, int]:
-        """[start, stop) of the positions that any of the queries [first, end) of any sequence sees."""
-        stop = max(self._seen[token + end - 1] for token in group.first_tokens)
+    def _bounds(self, group: _Group, tile: slice, batch: AttentionBatch, window: int | None) -> tuple[int, int]:
+        """[start, stop) of the positions that any of the tile's queries of any sequence sees."""
+        stop = max(self._seen[token + tile.stop - 1] for token in group.first_tokens)
         if window is None:
             return 0, stop
         if window not in self._unseen:
             self._unseen[window] = batch.unseen_T(window).tolist()
         unseen = self._unseen[window]
-        return min(unseen[token + first] for token in group.first_tokens), stop
+        return min(unseen[token + tile.start] for token in group.first_tokens), stop
 
 
 def _groups(batch: AttentionBatch, seen: list[int], cache: PortableCache) -> Iterator[_Group]:
@@ -157,12 +163,12 @@ def _group(
     )
 
 
-def _query_tiles(group: _Group, num_heads: int) -> Iterator[tuple[int, int]]:
+def _query_tiles(group: _Group, num_heads: int) -> Iterator[slice]:
     """Ranges of queries whose scores over the whole context stay within the limit."""
     num_sequences, num_queries = group.tokens_SQ.shape
     step = max(1, _MAX_ELEMENTS // (num_sequences * num_heads * max(1, group.longest)))
     for first in range(0, num_queries, step):
-        yield first, min(first + step, num_queries)
+        yield slice(first, min(first + step, num_queries))
 
 
 def _gather(

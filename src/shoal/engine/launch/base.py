@@ -25,6 +25,8 @@ class RankStart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     join_seconds: float
     beat_seconds: float
     """Between signs of life."""
+    own_device: bool = False
+    """The process sees one accelerator, its own, whatever others its host has."""
 
 
 class Launcher(Protocol):

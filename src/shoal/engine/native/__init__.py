@@ -96,6 +96,8 @@ class AttentionCall(ctypes.Structure):
         ("soft_cap", ctypes.c_float),
         ("kv_bfloat16", ctypes.c_int),
         ("table_length", ctypes.c_int),
+        ("group", ctypes.c_int),
+        ("skipped", ctypes.c_int),
     ]
 
 
@@ -118,6 +120,7 @@ _SIGNATURES = {  # p pointer, s string, i int, l int64, f float, d double; resul
     "shoal_write_kv": "ippppplpliiiii",
     "shoal_attention": "ippii",
     "shoal_argmax": "ipplii" + "p",
+    "shoal_draw": "ipplii" + "pppp",
     "shoal_comm_create": "isll",
     "shoal_comm_attach": "psiid" + "pl",
     "shoal_comm_close": "-p",

@@ -43,6 +43,7 @@ struct Attention {
   float scale, soft_cap;
   int kv_bfloat16;
   int table_length;  // blocks that a row of block_tables has room for
+  int group, skipped;  // query heads that share a key/value head; of the first group the first so many are not here
 };
 
 static inline int padded(int head_dim) { return (head_dim + PAD - 1) / PAD * PAD; }
@@ -270,10 +271,16 @@ static int first_seen(const Attention& a, int query) { return a.unseen ? a.unsee
 static int begin_of(const Attention& a, int sequence) { return first_seen(a, a.query_starts[sequence]); }
 static int end_of(const Attention& a, int sequence) { return a.seen[a.query_starts[sequence + 1] - 1]; }
 
+// Query heads that read one key/value head.
+static int first_head(const Attention& a, int kv_head) { return std::max(0, kv_head * a.group - a.skipped); }
+static int num_heads(const Attention& a, int kv_head) {
+  return std::min(a.heads, (kv_head + 1) * a.group - a.skipped) - first_head(a, kv_head);
+}
+
 static void set_rows(const Attention& a, Task& t) {
-  const int group = a.heads / a.kv_heads, start = a.query_starts[t.sequence];
+  const int group = num_heads(a, t.kv_head), start = a.query_starts[t.sequence];
   for (int r = 0; r < t.rows; ++r) {
-    const int query = start + (t.first + r) / group, head = t.kv_head * group + (t.first + r) % group;
+    const int query = start + (t.first + r) / group, head = first_head(a, t.kv_head) + (t.first + r) % group;
     const float* q = a.q + query * a.q_stride + (int64_t)head * a.head_dim;
     for (int d = 0; d < a.head_dim; ++d) t.q[r * MAX_HEAD_DIM + d] = q[d] * a.scale;
     t.low[r] = first_seen(a, query), t.high[r] = a.seen[query];
@@ -284,10 +291,10 @@ static void set_rows(const Attention& a, Task& t) {
 }
 
 static void write_rows(const Attention& a, const Task& t, const Sums& s) {
-  const int group = a.heads / a.kv_heads;
+  const int group = num_heads(a, t.kv_head);
   for (int r = 0; r < t.rows; ++r) {
     const int64_t token = a.query_starts[t.sequence] + (t.first + r) / group;
-    const int64_t at = token * a.heads + t.kv_head * group + (t.first + r) % group;
+    const int64_t at = token * a.heads + first_head(a, t.kv_head) + (t.first + r) % group;
     const float total = sum(load(s.total + r * VW)), inverse = total > 0 ? 1.0f / total : 0;  // 0: it saw nothing
     for (int d = 0; d < a.head_dim; ++d) a.out[at * a.head_dim + d] = s.out[r * MAX_HEAD_DIM + d] * inverse;
     if (a.lse) a.lse[at] = s.most[r] + logf(total);
@@ -297,7 +304,7 @@ static void write_rows(const Attention& a, const Task& t, const Sums& s) {
 // How one sequence is handed out: tasks are (tile of rows, key/value head); of a long one each split is a part.
 struct Share {
   int first_part, first_task;
-  int tiles, splits;  // splits is 0 where a part is a whole task
+  int tiles, splits;  // tiles of the key/value head with most query heads; splits is 0 where a part is a whole task
   int first_sums;     // of `splits` for each task
 };
 
@@ -312,9 +319,10 @@ static void attend_part(const Attention& a, const Share& share, int sequence, in
   Task& t = buffers.task;
   const int number = share.splits ? local / share.splits : local;
   // One head after the other: the keys and values that neighbouring parts read are the same.
-  const Tiles tiles(num_queries(a, sequence) * (a.heads / a.kv_heads), ATTENTION_ROWS);
   t.sequence = sequence;
   t.kv_head = number / share.tiles;
+  const Tiles tiles(num_queries(a, sequence) * num_heads(a, t.kv_head), ATTENTION_ROWS);
+  if (number % share.tiles >= tiles.count) return;  // a key/value head with fewer query heads here than others have
   t.first = tiles.begin(number % share.tiles);
   t.rows = tiles.size(number % share.tiles);
   set_rows(a, t);
@@ -356,7 +364,8 @@ static bool is_valid(const Attention& a, int sequences, int tokens) {
 }
 
 static void attention(Pool& pool, const Attention& a, int sequences) {
-  const int group = a.heads / a.kv_heads;
+  int group = 0;  // of the key/value head with most query heads
+  for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head) group = std::max(group, num_heads(a, kv_head));
   Share* shares = (Share*)pool.plan(sizeof(Share) * (sequences + 1));
   int64_t work = 0;  // in positions that tasks see, about
   auto seen = [&](int i) { return num_queries(a, i) ? end_of(a, i) - begin_of(a, i) : 0; };

@@ -7,6 +7,7 @@
 #include "comm.h"
 #include "linear.h"
 #include "linear_int8.h"
+#include "race.h"
 
 using namespace shoal;
 
@@ -287,6 +288,17 @@ int shoal_attention(Pool* pool, const Attention* a, int sequences, int tokens) {
 int shoal_argmax(Pool* pool, const float* x, int64_t ldx, int rows, int n, int64_t* out) {
   return with(pool, [&] {
     pool->run(rows, [&](int row, int) { out[row] = argmax_row(x + row * ldx, n); });
+    return true;
+  });
+}
+
+// seeds, indices and positions of each row, 64 bits wide; see race.h.
+int shoal_draw(Pool* pool, const float* weights, int64_t stride, int rows, int n, const uint64_t* seeds,
+               const uint64_t* indices, const uint64_t* positions, int64_t* out) {
+  return with(pool, [&] {
+    pool->run(rows, [&](int row, int) {
+      out[row] = race_row(weights + row * stride, n, seeds[row], (uint32_t)indices[row], (uint32_t)positions[row]);
+    });
     return true;
   });
 }

@@ -1,0 +1,38 @@
+"""Everything about parallelism on this machine: collectives, layouts, slowed links, cold start, in one report.
+
+    python benchmarks/parallel.py                             an hour and a half; root and iproute2 for the links
+    python benchmarks/parallel.py --only collectives,links
+
+Each part is a program of its own with more options; see benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+PARTS = ["collectives", "layouts", "links", "cold_start"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every benchmark of parallelism, one after the other, as Markdown.")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas; default: all")
+    chosen = parser.parse_args().only.split(",")
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        parser.error(f"--only: {unknown[0]!r} is unknown; there are {', '.join(PARTS)}")
+    failed = []
+    for part in chosen:
+        print(f"# {part.replace('_', ' ').capitalize()}\n", flush=True)
+        done = subprocess.run([sys.executable, str(Path(__file__).parent / f"{part}.py")], check=False)
+        print(flush=True)
+        if done.returncode:
+            failed.append(part)
+    if failed:
+        sys.exit(f"these parts failed, what they said is above: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
