@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -93,19 +95,33 @@ def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(hosts: Hosts, check
     serve = ["-m", "shoal", "serve", str(checkpoint), "--served-model-name", "tiny"]
     several = ["--config", str(settings), "--launcher", "ray", "--ray-address", cluster]
     several += ["--launch-host", hosts.addresses[0], "--pipeline-parallel-size", "2"]
-    processes = [hosts.run(0, [*node, *head, f"--node-ip-address={hosts.addresses[0]}"])]
+    # Rays of late ask for a token by default; who joins has to know it.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
+    processes = [hosts.run(0, [*node, *head, f"--node-ip-address={hosts.addresses[0]}"], **token)]
     try:
         wait_until(lambda: "True" in probe(hosts, cluster), SECONDS, "the first node of the cluster")
-        processes.append(hosts.run(1, [*node, f"--address={cluster}", f"--node-ip-address={hosts.addresses[1]}"]))
-        processes.append(hosts.run(0, [*serve, *several]))
-        before = hosts.received_bytes(1)
+        joining = [f"--address={cluster}", f"--node-ip-address={hosts.addresses[1]}"]
+        processes.append(hosts.run(1, [*node, *joining], **token))
+        processes.append(hosts.run(0, [*serve, *several], **token))
         answer = ask(hosts)
-        assert hosts.received_bytes(1) - before > 10_000, "the control: it went over the link"
+        assert [rank_processes(hosts, host) for host in range(HOSTS)] == [1, 1], "the control: one on each host"
         end(processes[-1:])
         processes.append(hosts.run(0, [*serve, "--threads", "1"]))
         assert ask(hosts) == answer
     finally:
         end(processes[::-1])
+
+
+def rank_processes(hosts: Hosts, host: int) -> int:
+    """How many of them are in a host's namespace."""
+    code = "import os; print(os.readlink('/proc/self/ns/net'))"
+    namespace = hosts.run(host, ["-c", code]).communicate(timeout=SECONDS)[0].strip()
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_rank = b"shoal.engine.rank_process" in (process / "cmdline").read_bytes()
+            count += is_rank and os.readlink(process / "ns/net") == namespace
+    return count
 
 
 def end(processes: list[subprocess.Popen[str]]) -> None:

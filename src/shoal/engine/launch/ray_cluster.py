@@ -13,6 +13,7 @@ import ipaddress
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,23 +24,30 @@ from shoal.engine.launch.base import RankStart
 from shoal.engine.launch.local import describe_exit, end_process, start_rank_process
 from shoal.engine.rendezvous import LaunchError
 
+_OBJECT_STORE_BYTES = 80 << 20
+"""Of a cluster of our own, about the least that Ray takes: what ranks send each other does not go through Ray."""
 _STOP_SECONDS = 3.0
 """For an actor to end its rank's process and say so; it is killed afterwards in any case."""
 
 
 class RankHolder:
-    """The actor. `ended` waits in a thread of its own, so that `stop` is heard meanwhile."""
+    """The actor. Its two methods run on a thread each, so that `stop` is heard while `run` waits."""
 
-    def __init__(self, start: str) -> None:
-        """`start` is a RankStart as JSON: nothing that Ray would have to pickle."""
-        self._process = start_rank_process(msgspec.json.decode(start, type=RankStart))
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def ended(self) -> str:
-        """How the process ended, once it has."""
-        return f"(process {self._process.pid} on {socket.gethostname()}) {describe_exit(self._process.wait())}"
+    def run(self, start: str) -> str:
+        """Start the rank's process and wait for its end; returns how that was. `start` is a RankStart as JSON.
+
+        The process dies with the thread that started it (PDEATHSIG is of threads), which is this one.
+        """
+        self._process = process = start_rank_process(msgspec.json.decode(start, type=RankStart))
+        return f"(process {process.pid} on {socket.gethostname()}) {describe_exit(process.wait())}"
 
     def stop(self) -> None:
-        end_process(self._process)
+        """Nothing is left of the process when it returns."""
+        if self._process is not None:
+            end_process(self._process)
 
 
 class RayLauncher:
@@ -50,8 +58,11 @@ class RayLauncher:
         self._ray = _import_ray()
         self._groups: list[Any] = []
         self._actors: list[Any] = []
-        self._endings: dict[Any, int] = {}
-        """What each actor's `ended` will give, and its rank."""
+        self._runs: dict[Any, int] = {}
+        """What each actor's `run` will return, and its rank."""
+        self._is_connected = False
+        """By this launcher, which then disconnects too."""
+        self._cpus_per_rank = float(config.threads or 1)
 
     def launch(self, address: str, secret: bytes, world_size: int) -> None:
         """Connect, reserve places for all ranks, start them. Raises LaunchError."""
@@ -70,24 +81,26 @@ class RayLauncher:
                 beat_seconds=launch.silence_seconds / 4,
                 own_device="GPU" in bundle,
             )
-            self._actors.append(self._place(rank, start, bundle))
-        self._endings = {actor.ended.remote(): rank for rank, actor in enumerate(self._actors)}
+            holder = self._place(rank, bundle)
+            self._actors.append(holder)
+            # The argument of a call goes to the actor alone; a constructor's would be kept by Ray's head.
+            self._runs[holder.run.remote(msgspec.json.encode(start).decode())] = rank
 
     def ended(self) -> str | None:
-        if not self._endings:
+        if not self._runs:
             return None
-        done, _ = self._ray.wait(list(self._endings), timeout=0)
+        done, _ = self._ray.wait(list(self._runs), timeout=0)
         if not done:
             return None
         try:
             how = self._ray.get(done[0])
         except self._ray.exceptions.RayError as error:
             how = f"is lost with its Ray actor: {str(error).splitlines()[0]}"
-        return f"rank {self._endings[done[0]]} {how}"
+        return f"rank {self._runs[done[0]]} {how}"
 
     def wait(self, seconds: float) -> None:
-        if self._endings:
-            self._ray.wait(list(self._endings), num_returns=len(self._endings), timeout=seconds)
+        if self._runs:
+            self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=seconds)
 
     def kill(self) -> None:
         """Also of a cluster that has gone away meanwhile."""
@@ -99,22 +112,42 @@ class RayLauncher:
         for group in self._groups:
             with contextlib.suppress(Exception):
                 self._ray.util.remove_placement_group(group)
-        self._actors, self._groups, self._endings = [], [], {}
+        self._actors, self._groups, self._runs = [], [], {}
+        if self._is_connected:
+            self._is_connected = False
+            with _kept_signals(), contextlib.suppress(Exception):
+                self._ray.shutdown()  # ends a cluster that was started here, and no other
 
     # --- the cluster ------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        """To the cluster that is asked for or runs here; with none, a new one of this machine alone, on loopback."""
-        ray, address = self._ray, self._config.launch.ray_address
+        """To the cluster that is named, or that `ray start` made this machine a node of, or to a new one of ours."""
+        ray, layout = self._ray, self._config.layout
+        named = self._config.launch.ray_address or os.environ.get("RAY_ADDRESS")
         if ray.is_initialized():
             return
+        own = {
+            "num_cpus": self._cpus_per_rank * layout.ranks,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
         with _kept_signals():
             try:
-                ray.init(address=address or "auto", log_to_driver=True, logging_level="ERROR")
-            except ConnectionError as error:
-                if address is not None or "RAY_ADDRESS" in os.environ:
-                    raise LaunchError(f"there is no Ray cluster at {address or os.environ['RAY_ADDRESS']}") from error
-                ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, logging_level="ERROR")
+                if named is not None:
+                    ray.init(address=named, logging_level="ERROR")
+                else:
+                    try:
+                        ray.init(logging_level="ERROR", **own)
+                    except ValueError:  # there is a cluster here, which has its own resources
+                        ray.init(logging_level="ERROR")
+            except Exception as error:  # Ray raises what it comes by
+                raise LaunchError(
+                    f"the Ray cluster {f'at {named}' if named else 'here'} cannot be used: "
+                    f"{(str(error) or type(error).__name__).splitlines()[0]}; this machine has to be a node of it "
+                    "(`ray start --address HOST:PORT`), and to have its token if it asks for one"
+                ) from None
+        self._is_connected = True
 
     def _require_reachable(self, address: str) -> None:
         host = address.rpartition(":")[0]
@@ -131,8 +164,8 @@ class RayLauncher:
         device = self._config.device
         gpus = self._ray.cluster_resources().get("GPU", 0)
         if device.startswith("cuda") or (device == "auto" and gpus >= world_size):
-            return {"GPU": 1.0, "CPU": 1.0}
-        return {"CPU": 1.0}
+            return {"GPU": 1.0, "CPU": self._cpus_per_rank}
+        return {"CPU": self._cpus_per_rank}
 
     def _reserve(self, bundle: dict[str, float], world_size: int) -> None:
         size, seconds = self._config.layout.tensor_ranks, self._config.launch.join_seconds
@@ -154,7 +187,7 @@ class RayLauncher:
         total = self._ray.cluster_resources()
         return {name: total.get(name, 0.0) for name in bundle}
 
-    def _place(self, rank: int, start: RankStart, bundle: dict[str, float]) -> Any:
+    def _place(self, rank: int, bundle: dict[str, float]) -> Any:
         group, place = divmod(rank, self._config.layout.tensor_ranks)
         strategy = importlib.import_module("ray.util.scheduling_strategies").PlacementGroupSchedulingStrategy
         holder = self._ray.remote(RankHolder).options(
@@ -164,15 +197,14 @@ class RayLauncher:
             max_restarts=0,  # a rank alone is of no use: the driver builds the engine anew
             scheduling_strategy=strategy(self._groups[group], placement_group_bundle_index=place),
         )
-        return holder.remote(msgspec.json.encode(start).decode())
+        return holder.remote()
 
 
 def _import_ray() -> Any:
     """Raises LaunchError where Ray is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # what later Rays do: leave CUDA_VISIBLE_DEVICES be
+    # Leave CUDA_VISIBLE_DEVICES be where no GPU was asked for, as later Rays do.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return importlib.import_module("ray")
     except ImportError:
