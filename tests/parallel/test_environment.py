@@ -136,7 +136,7 @@ def test_torchrun_starts_ranks_that_give_the_tokens_of_one(
     body["ignore_eos"] = True
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=SECONDS).json()
     processes[0].send_signal(signal.SIGTERM)
-    processes[0].wait(60)
+    processes[0].wait(20)  # after 30 s torchrun would kill ranks that do not end
     alone = Request(id="alone", prompt=PROMPT, max_tokens=24, sampling=Sampling(temperature=0.0))
     assert answer["choices"][0]["token_ids"] == run_layout(checkpoint, Layout(), [alone])["alone"]
 

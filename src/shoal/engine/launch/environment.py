@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import msgspec
 
@@ -100,7 +101,14 @@ class Agent:
     def run(self) -> int:
         """Until the engine is stopped, the driver stays away, or this process is told to end."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._end)
+            signal.signal(number, _exit)
+        try:
+            return self._keep_running()
+        finally:
+            if self._process is not None:
+                end_process(self._process)
+
+    def _keep_running(self) -> int:
         while True:
             self._process = start_rank_process(self._start)
             status = self._process.wait()
@@ -114,7 +122,7 @@ class Agent:
                 flush=True,
             )
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        if self._process is not None:
-            end_process(self._process)
-        sys.exit(0)
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    # Nothing else here: what this interrupts may hold the lock of the process that is to be ended.
+    sys.exit(0)
