@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.layout import Layout
 from shoal.core.types import Request, Sampling, StepPlan, StepResult
-from shoal.engine.executor import open_executor
+from shoal.engine.executor import Executor, open_executor
 
 Tokens = dict[str, list[int]]
 
@@ -35,8 +36,14 @@ def requests(vocab_size: int, count: int, max_tokens: int) -> list[Request]:
     ]
 
 
-def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) -> Tokens:
-    """Output tokens by request. `options` are EngineConfig's."""
+def run_layout(
+    path: Path,
+    layout: Layout,
+    work: list[Request],
+    at_end: Callable[[Executor], object] = lambda executor: None,
+    **options: Any,
+) -> Tokens:
+    """Output tokens by request. `options` are EngineConfig's; `at_end` is called when all is done."""
     options = {"kv_cache_bytes": 64 << 20, "max_len": 512} | options
     config = EngineConfig(model=str(path), layout=layout, **options)
     executor = open_executor(config)
@@ -68,6 +75,7 @@ def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) 
                 assert output.error is None
                 tokens[output.request_id] += output.token_ids
             core.check()
+        at_end(executor)
         return tokens
     finally:
         executor.stop()

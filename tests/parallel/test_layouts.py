@@ -93,6 +93,20 @@ def test_experts(family: str, layout: Layout, tmp_path: Path) -> None:
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
+@pytest.mark.parametrize(
+    ("family", "layout", "dispatch"),
+    [
+        ("mixtral", Layout(ep=2), "all_gather"),
+        ("qwen3_moe", Layout(ep=2, pp=2), "all_to_all"),
+        ("deepseek_v3", Layout(tp=2, ep=2), "all_to_all"),
+    ],
+    ids=str,
+)
+def test_tokens_split_between_attentions(family: str, layout: Layout, dispatch: str, tmp_path: Path) -> None:
+    path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
+    assert run_layout(path, layout, TINY_WORK, expert_dispatch=dispatch) == run_layout(path, Layout(), TINY_WORK)
+
+
 def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path) -> None:
     long = requests(49152, count=1, max_tokens=8)[0]
     long = msgspec.structs.replace(long, prompt=[7 + i % 4000 for i in range(300)])
