@@ -144,6 +144,17 @@ def test_copies_of_busy_experts_spread_the_load(checkpoint: Path, tmp_path: Path
     assert spread.rank_imbalance < imbalance([[round(load) for load in placement.load(rows)]]) + 0.1
 
 
+def test_contributions_of_experts_in_any_order_add_up_to_the_whole(checkpoint: Path, tmp_path: Path) -> None:
+    placement = Placement(((1, 2, 4), (0, 3, 5, 6, 7)))
+
+    def body(comm: Comm) -> Tensor:
+        return comm.all_reduce_(load(checkpoint, Layout(ep=2), comm, placement=placement).forward(tokens(40)))
+
+    expected = load(checkpoint, Layout()).forward(tokens(40))
+    for result in together(tmp_path, 2, body):
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_weighted_sum() -> None:
     y_TKH, weights_TK = torch.randn(5, 3, 64), torch.rand(5, 3)
     torch.testing.assert_close(weighted_sum(y_TKH, weights_TK), torch.einsum("tkh,tk->th", y_TKH, weights_TK))
