@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
+from shoal.core.expert_load import ExpertLoad, merged
 from shoal.core.layout import Layout
 from shoal.core.types import Request, Sampling, StepPlan, StepResult
 from shoal.engine.executor import Executor, open_executor
@@ -79,3 +81,27 @@ def run_layout(
         return tokens
     finally:
         executor.stop()
+
+
+class Counts:
+    """For `at_end`: waits until every rank has said what its experts computed, which must be each row of `work` once.
+
+    `num_visits` is how many experts a token visits, `num_layers` counts those that have experts.
+    """
+
+    def __init__(
+        self, work: list[Request], places: int, *, num_visits: int, num_layers: int, num_experts: int = 8
+    ) -> None:
+        # The last token of a sequence is never computed.
+        self._expected = [num_visits * sum(len(r.prompt) + r.max_tokens - 1 for r in work)] * num_layers
+        self._num_experts = num_experts
+        self._places = places
+        self.load: ExpertLoad
+
+    def __call__(self, executor: Executor) -> None:
+        deadline, counted = time.monotonic() + 20, [0]
+        while counted != self._expected:
+            assert time.monotonic() < deadline and executor.failure() is None, (counted, self._expected)
+            time.sleep(0.01)
+            self.load = merged(executor.expert_rows(), self._num_experts, self._places)
+            counted = [sum(layer.experts) for layer in self.load.layers]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from shoal.core.config import EngineConfig
-from shoal.core.expert_load import BadExpertLoad, ExpertLoad, ExpertReport, merged
+from shoal.core.expert_load import BadExpertLoad, ExpertReport
 from shoal.core.layout import Layout, LayoutError
-from shoal.engine.executor import Executor, open_executor
+from shoal.engine.executor import open_executor
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.parallel.engines import requests, run_layout
+from tests.parallel.engines import Counts, requests, run_layout
 
 WORK = requests(VOCAB, count=6, max_tokens=32)
-NUM_EXPERTS = 8
-VISITS = 3 * sum(len(request.prompt) + 31 for request in WORK)
-"""Rows of one layer: the last token of a sequence is never computed."""
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +22,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("checkpoint"))
 
 
-class Counts:
-    """Called at the end of a run: what its executor says once every rank has answered."""
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self.load: ExpertLoad
-
-    def __call__(self, executor: Executor) -> None:
-        deadline = time.monotonic() + 20
-        while True:
-            self.load = merged(executor.expert_rows(), NUM_EXPERTS, self._places)
-            if [sum(layer.experts) for layer in self.load.layers] == [VISITS] * 3:
-                return
-            assert time.monotonic() < deadline and executor.failure() is None, self.load
-            time.sleep(0.01)
+def counts(places: int) -> Counts:
+    return Counts(WORK, places, num_visits=3, num_layers=3)
 
 
 def test_copies_of_the_busiest_experts_even_out_the_ranks(checkpoint: Path, tmp_path: Path) -> None:
-    whole, alone, copied = Counts(1), Counts(4), Counts(4)
+    whole, alone, copied = counts(1), counts(4), counts(4)
     expected = run_layout(checkpoint, Layout(), WORK, whole)
     assert whole.load.rank_imbalance == 1.0 < whole.load.expert_imbalance
     layout, report = Layout(ep=4), tmp_path / "load.json"
