@@ -15,7 +15,7 @@ from shoal.core.layout import Layout
 from shoal.core.model_config import spec_from_config
 from shoal.core.model_spec import ModelSpec, MoESpec
 from shoal.core.sharding import shard_of
-from shoal.engine.moe import DenseMLP, MoEBlock, Router, load_mlp, weighted_sum
+from shoal.engine.moe import DenseMLP, MoEBlock, Router, load_mlp
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import TorchOps
@@ -53,7 +53,7 @@ def load(
     layout, spec = layout or Layout(), spec_of(path)
     source = open_weights(path)
     reader = WeightReader(source, ops, precision, device=CPU, dtype=torch.float32)
-    block = load_mlp(reader, spec, number, shard_of(spec, layout, rank), rank, layout.tensor_ranks)
+    block = load_mlp(reader, spec, number, shard_of(spec, layout, rank))
     source.close()
     return cast("MoEBlock", block)
 
@@ -164,6 +164,9 @@ def test_rows_that_each_expert_computed_are_counted(checkpoint: Path, ops: Any) 
         block.forward(x_TH)
     assert block.experts.load_E.tolist() == [chosen.count(number) for number in range(num_experts)]
     assert block.experts.load_E.dtype == torch.int64
+    assert block.experts.rows() == block.experts.load_E.tolist()
+    block.experts.start_counting()
+    assert not any(block.experts.rows())
 
 
 @pytest.mark.parametrize(
@@ -218,9 +221,3 @@ def test_layers_before_the_first_with_experts_are_dense(tmp_path: Path) -> None:
     path = make_checkpoint("deepseek_v3", tmp_path)
     assert isinstance(load(path, TorchOps(CPU), number=0), DenseMLP)
     assert isinstance(load(path, TorchOps(CPU), number=1), MoEBlock)
-
-
-def test_weighted_sum() -> None:
-    y_TKH, weights_TK = torch.randn(5, 3, 64), torch.rand(5, 3)
-    torch.testing.assert_close(weighted_sum(y_TKH, weights_TK), torch.einsum("tkh,tk->th", y_TKH, weights_TK))
-    assert weighted_sum(y_TKH.bfloat16(), weights_TK).dtype == torch.bfloat16

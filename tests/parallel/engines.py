@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import torch
 
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
+from shoal.core.expert_load import ExpertLoad, merged
 from shoal.core.layout import Layout
 from shoal.core.types import Request, Row, Sampling, SlotAssignment, StepPlan, StepResult
-from shoal.engine.executor import open_executor
+from shoal.engine.executor import Executor, open_executor
 
 Tokens = dict[str, list[int]]
 
@@ -38,8 +41,14 @@ def first_plan(plan_id: int) -> StepPlan:
     return StepPlan(plan_id, [], [assignment], [Row(0, 0, 3, True, [])])
 
 
-def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) -> Tokens:
-    """Output tokens by request. `options` are EngineConfig's."""
+def run_layout(
+    path: Path,
+    layout: Layout,
+    work: list[Request],
+    at_end: Callable[[Executor], object] = lambda executor: None,
+    **options: Any,
+) -> Tokens:
+    """Output tokens by request. `options` are EngineConfig's; `at_end` is called when all is done."""
     options = {"kv_cache_bytes": 64 << 20, "max_len": 512} | options
     config = EngineConfig(model=str(path), layout=layout, **options)
     executor = open_executor(config)
@@ -71,6 +80,31 @@ def run_layout(path: Path, layout: Layout, work: list[Request], **options: Any) 
                 assert output.error is None
                 tokens[output.request_id] += output.token_ids
             core.check()
+        at_end(executor)
         return tokens
     finally:
         executor.stop()
+
+
+class Counts:
+    """For `at_end`: waits until every rank has said what its experts computed, which must be each row of `work` once.
+
+    `num_visits` is how many experts a token visits, `num_layers` counts those that have experts.
+    """
+
+    def __init__(
+        self, work: list[Request], places: int, *, num_visits: int, num_layers: int, num_experts: int = 8
+    ) -> None:
+        # The last token of a sequence is never computed.
+        self._expected = [num_visits * sum(len(r.prompt) + r.max_tokens - 1 for r in work)] * num_layers
+        self._num_experts = num_experts
+        self._places = places
+        self.load: ExpertLoad
+
+    def __call__(self, executor: Executor) -> None:
+        deadline, counted = time.monotonic() + 20, [0]
+        while counted != self._expected:
+            assert time.monotonic() < deadline and executor.failure() is None, (counted, self._expected)
+            time.sleep(0.01)
+            self.load = merged(executor.expert_rows(), self._num_experts, self._places)
+            counted = [sum(layer.experts) for layer in self.load.layers]

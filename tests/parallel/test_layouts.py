@@ -18,7 +18,7 @@ from shoal.engine.memory import OutOfMemory
 from shoal.engine.step_log import read_ranks, read_submitted
 from shoal.serve.engine_group import EngineGroup
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.parallel.engines import Tokens, requests, run_layout
+from tests.parallel.engines import Counts, Tokens, requests, run_layout
 
 LAYOUTS = [
     Layout(tp=2),
@@ -98,6 +98,25 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
 def test_experts(family: str, layout: Layout, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "dispatch", "num_visits", "num_layers"),
+    [
+        ("mixtral", Layout(ep=2), "all_gather", 2, 3),
+        ("qwen3_moe", Layout(ep=2, pp=2), "all_to_all", 3, 3),
+        ("deepseek_v3", Layout(tp=2, ep=2), "all_to_all", 3, 2),
+    ],
+    ids=str,
+)
+def test_tokens_split_between_attentions_are_computed_once(
+    family: str, layout: Layout, dispatch: str, num_visits: int, num_layers: int, tmp_path: Path
+) -> None:
+    path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
+    counts = Counts(TINY_WORK, layout.ep, num_visits=num_visits, num_layers=num_layers)
+    found = run_layout(path, layout, TINY_WORK, counts, expert_dispatch=dispatch)
+    assert found == run_layout(path, Layout(), TINY_WORK)
+    assert counts.load.expert_imbalance > counts.load.rank_imbalance > 1
 
 
 def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path) -> None:

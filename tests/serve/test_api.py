@@ -251,3 +251,9 @@ def test_metrics_are_prometheus_text_and_count(server: RunningServer) -> None:
         assert after[count] == before[count] + 1 and after[total] > before[total]
     assert after["shoal:engine_progress_age_seconds"] < 5
     assert {"shoal:num_requests_waiting", "shoal:num_preemptions_total", "shoal:kv_cache_usage_perc"} <= set(after)
+
+
+def test_a_model_without_experts_has_no_report_of_them(server: RunningServer) -> None:
+    answer = server.client.get("/v1/experts")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "no_experts"
+    assert "shoal:expert_imbalance" not in server.client.get("/metrics").text

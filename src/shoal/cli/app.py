@@ -39,6 +39,9 @@ ENGINE_FLAGS = {
     "expert_parallel": "layout.ep",
     "context_parallel_size": "layout.cp",
     "data_parallel_size": "layout.dp",
+    "expert_dispatch": "expert_dispatch",
+    "expert_load": "expert_load",
+    "redundant_experts": "redundant_experts",
     "launcher": "launch.launcher",
     "launch_host": "launch.host",
     "launch_port": "launch.port",
@@ -136,6 +139,18 @@ LauncherName = Annotated[
 RayAddress = Annotated[
     str | None, typer.Option(help="Of the Ray cluster. [default: the one that runs here]", rich_help_panel=_PARALLEL)
 ]
+ExpertDispatch = Annotated[
+    Literal["replicate", "all_gather", "all_to_all"] | None,
+    typer.Option(help="How tokens reach experts on other ranks. [default: replicate]", rich_help_panel=_PARALLEL),
+]
+ExpertLoad = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="What /v1/experts said: spread that load.", rich_help_panel=_PARALLEL),
+]
+RedundantExperts = Annotated[
+    int | None,
+    typer.Option(min=0, help="Copies of busy experts on a rank. [default: 0]", rich_help_panel=_PARALLEL),
+]
 LaunchHost = Annotated[
     str | None, typer.Option(help="Address that ranks talk over. [default: 127.0.0.1]", rich_help_panel=_PARALLEL)
 ]
@@ -226,6 +241,9 @@ def serve(
     expert_parallel: ExpertParallel = None,
     context_parallel_size: ContextParallelSize = None,
     data_parallel_size: DataParallelSize = None,
+    expert_dispatch: ExpertDispatch = None,
+    expert_load: ExpertLoad = None,
+    redundant_experts: RedundantExperts = None,
     launcher: LauncherName = None,
     launch_host: LaunchHost = None,
     launch_port: LaunchPort = None,

@@ -9,6 +9,7 @@ import msgspec
 from shoal.core.layout import Layout
 
 WeightPrecision = Literal["float32", "bfloat16", "int8"]
+ExpertDispatchKind = Literal["replicate", "all_gather", "all_to_all"]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +85,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     layout: Layout = Layout()
     """Ranks along each parallel axis."""
     launch: LaunchConfig = LaunchConfig()
+    expert_dispatch: ExpertDispatchKind = "replicate"
+    """How tokens reach experts on other ranks. replicate: every rank has all tokens all the time; all_gather: each has
+    its share between attentions, and all of them for the experts; all_to_all: each sends the rows of its share to the
+    ranks of their experts."""
+    expert_load: str | None = None
+    """File with what GET /v1/experts answered, on the machine of the driver: experts are placed to spread that load."""
+    redundant_experts: int = 0
+    """Further experts of every layer that a rank has room for, copies of those with the most rows in `expert_load`."""
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
     step_log: str | None = None

@@ -36,6 +36,12 @@ GENERATED_TOKENS = Metric("shoal:generation_tokens", "counter", "Tokens generate
 PREEMPTIONS = Metric("shoal:num_preemptions", "counter", "Sequences preempted because KV blocks ran out")
 STEPS = Metric("shoal:engine_steps", "counter", "Forward passes")
 FAILURES = Metric("shoal:engine_failures", "counter", "Steps lost to a worker failure")
+EXPERT_IMBALANCE = Metric(
+    "shoal:expert_imbalance",
+    "gauge",
+    "Rows of the busiest over the mean since the start, over experts and over ranks that hold them; 1 is even",
+    ("engine", "over"),
+)
 REQUESTS = Metric("shoal:request_success", "counter", "Finished sequences by reason", ("finished_reason",))
 REJECTED = Metric("shoal:request_rejected", "counter", "Requests refused, by HTTP status", ("status",))
 TTFT = Metric(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal.core.config import ExpertDispatchKind
+from shoal.core.expert_placement import Placement, contiguous
 from shoal.core.layout import Layout
 from shoal.core.model_spec import ModelSpec
 
@@ -54,10 +56,19 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     """Has the last norm and the head."""
     adds_bias: bool
     """Exactly one rank adds what is added once: the bias behind a sum over ranks."""
-    experts: Span
-    """Routed experts."""
+    expert_dispatch: ExpertDispatchKind
+    expert_place: int
+    """Along the expert axis."""
+    placements: tuple[Placement, ...]
+    """Of the routed experts of each layer of the model."""
     expert_features: Span
-    """Of each of them."""
+    """Of each routed expert."""
+    shared_features: Span
+    """Of the shared experts, which are one MLP."""
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """Routed experts that this rank holds."""
+        return self.placements[layer].held[self.expert_place]
 
 
 DECODE_TOKENS = 4096
@@ -127,11 +138,22 @@ def split_layers(spec: ModelSpec, stages: int) -> list[Span]:
     return [Span(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
-def shard_of(spec: ModelSpec, layout: Layout, rank: int) -> Shard:
-    """Only for layouts that `layout.refusal` lets through."""
+def shard_of(
+    spec: ModelSpec,
+    layout: Layout,
+    rank: int,
+    expert_dispatch: ExpertDispatchKind = "replicate",
+    placements: tuple[Placement, ...] | None = None,
+) -> Shard:
+    """Only for layouts that `layout.refusal` lets through. `placements` None: experts in order, no copies."""
     place = layout.place(rank)
     ranks, index = layout.tensor_ranks, place.ep * layout.tp + place.tp
     moe = spec.moe
+    num_experts, features, shared = (
+        (moe.num_experts, moe.expert_intermediate_size, moe.shared_size) if moe is not None else (0, 0, 0)
+    )
+    # With all_to_all a rank has its own tokens only, which visit no other rank for the shared experts.
+    all_shared = expert_dispatch == "all_to_all"
     kv_heads = spec.num_heads if spec.mla is not None else spec.num_kv_heads  # latent KV is shared by all heads
     return Shard(
         heads=split_heads(spec.num_heads, kv_heads, ranks)[index],
@@ -141,8 +163,11 @@ def shard_of(spec: ModelSpec, layout: Layout, rank: int) -> Shard:
         is_first=place.pp == 0,
         is_last=place.pp == layout.pp - 1,
         adds_bias=index == 0,
-        experts=split_evenly(moe.num_experts if moe else 0, layout.ep)[place.ep],
-        expert_features=split_evenly(moe.expert_intermediate_size if moe else 0, layout.tp, ALIGNMENT)[place.tp],
+        expert_dispatch=expert_dispatch,
+        expert_place=place.ep,
+        placements=placements or (contiguous(num_experts, layout.ep),) * spec.num_layers,
+        expert_features=split_evenly(features, layout.tp, ALIGNMENT)[place.tp],
+        shared_features=Span(0, shared) if all_shared else split_evenly(shared, ranks, ALIGNMENT)[index],
     )
 
 

@@ -20,6 +20,8 @@ from typing import Protocol
 import msgspec
 
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import HeldRows
+from shoal.core.expert_placement import require_dispatch
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 
@@ -65,6 +67,11 @@ class Executor(Protocol):
         `timeout` None waits as long as it takes.
         """
 
+    def expert_rows(self) -> list[HeldRows]:
+        """What each rank's experts had computed when it was last heard of; ranks elsewhere are asked anew, so the next
+        call knows more. Empty for a model without experts, and before any rank has answered.
+        """
+
     def failure(self) -> str | None:
         """Why no step can be run any more; None while all is well. For a driver with nothing queued, now and then."""
 
@@ -73,7 +80,8 @@ class Executor(Protocol):
 
 
 def open_executor(config: EngineConfig) -> Executor:
-    """The one for this layout. Raises LayoutError for what cannot work."""
+    """The one for this layout. Raises LayoutError for what cannot work, BadExpertLoad for a wrong `expert_load`."""
+    require_dispatch(config)
     if config.layout.ranks == 1:
         from shoal.engine.in_process import InProcExecutor  # brings torch
 

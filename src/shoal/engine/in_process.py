@@ -7,6 +7,7 @@ import threading
 from collections import deque
 
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import HeldRows
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.worker import Worker
@@ -35,6 +36,9 @@ class InProcExecutor:
             self._thread = threading.Thread(target=self._run_steps, name="shoal-worker", daemon=True)
             self._thread.start()
         return info
+
+    def expert_rows(self) -> list[HeldRows]:
+        return self._worker.expert_rows()
 
     def failure(self) -> str | None:
         return None  # a worker in this process fails only in a step

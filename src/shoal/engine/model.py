@@ -2,11 +2,11 @@
 
 Of a part the shapes are the same words for fewer: N and M are the rank's heads. Ranks of one stage hold parts of the
 same layers and add up what each computed, once behind attention and once behind the MLP; stages hand on the residual
-stream.
+stream. Between attentions a rank has the tokens that are its own: all, or its share (`token_split`).
 
-Shapes: T tokens of the batch, P of this rank's share of them, S rows that need logits, H hidden, A fused
-query/key/value features, N query heads, M key/value heads, D head size, V vocabulary. Where ranks split no context, P
-is T.
+Shapes: T tokens of the batch, P of this rank's share of a context's, O own tokens of this rank, S rows that need
+logits, H hidden, A fused query/key/value features, N query heads, M key/value heads, D head size, V vocabulary. Where
+ranks split no context, P is T; where they split no tokens, O is P.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import TokenShares
 from shoal.engine.latent_attention import LatentAttention, LatentCache
-from shoal.engine.moe import MLP, load_mlp
+from shoal.engine.moe import MLP, Experts, MoEBlock, Summed, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
 from shoal.engine.rope import cos_sin_table
+from shoal.engine.token_split import token_split
 from shoal.engine.weight_reader import WeightReader
 from shoal.engine.weights import WeightSource
 
@@ -103,6 +104,8 @@ class Decoder:
         self.kv_dtype = kv_dtype or dtype
         self.max_len = min(max_len or spec.max_len, spec.max_len)
         self.layers: list[Layer] = []
+        self.experts: dict[int, Experts] = {}
+        """Routed ones of this rank, by the number of the layer in the model."""
         self.num_weight_bytes = 0
         self.waited_seconds = 0.0
         """For the stage before this one, since the start."""
@@ -110,6 +113,7 @@ class Decoder:
         self.tensor = tensor or NullComm()
         self.context = context or NullComm()
         self.stages = stages or NullComm()
+        self.tokens = token_split(self.shard.expert_dispatch, self.tensor)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -122,6 +126,7 @@ class Decoder:
         spec = self.spec
         check_shapes(source, spec)
         self.layers.clear()
+        self.experts.clear()
         reader = WeightReader(
             source,
             self.ops,
@@ -157,7 +162,10 @@ class Decoder:
         else:
             portable = cast("PortableAttention", self.attention)
             layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, portable, cos_sin_PD)
-        layer.mlp = load_mlp(reader, spec, number, self.shard, self.tensor.rank, self.tensor.size)
+        mlp = load_mlp(reader, spec, number, self.shard, self.tensor)
+        layer.mlp = Summed(mlp, self.tokens) if mlp.contributes else mlp
+        if isinstance(mlp, MoEBlock):
+            self.experts[number] = mlp.experts
         layer.input_norm_H = reader.norm(prefix + "input_layernorm.weight")
         after_attention = reader.norm(prefix + "post_attention_layernorm.weight")
         if spec.sandwich_norms:
@@ -218,25 +226,27 @@ class Decoder:
         spec, ops, layers = self.spec, self.ops, self.layers
         eps = spec.norm_eps
         shares = TokenShares(len(ids_T), self.context)
-        positions_T = shares.own(positions_T)
-        residual_TH = self._embed(shares.own(ids_T)) if self.shard.is_first else self._from_stage_before(shares.size)
-        x_TH = ops.rms_norm(residual_TH, layers[0].input_norm_H, eps)
+        positions_P, num_own = shares.own(positions_T), self.tokens.begin(shares.size)
+        residual_OH = self._embed(shares.own(ids_T)) if self.shard.is_first else self._from_stage_before(num_own)
+        x_OH = ops.rms_norm(residual_OH, layers[0].input_norm_H, eps)
         for number, layer in enumerate(layers):
-            x_TH = self._attend(layer, number, x_TH, positions_T, shares, batch, cache)
+            x_PH = self._attend(layer, number, self.tokens.gather(x_OH), positions_P, shares, batch, cache)
+            x_OH = self.tokens.sum(x_PH)
             if layer.post_attention_norm_H is not None:
-                x_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, eps)
-            x_TH = ops.add_rms_norm_(x_TH, residual_TH, layer.mlp_norm_H, eps)
-            x_TH = self.tensor.all_reduce_(layer.mlp.forward(x_TH))
+                x_OH = ops.rms_norm(x_OH, layer.post_attention_norm_H, eps)
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps)
+            x_OH = layer.mlp.forward(x_OH)
             if layer.post_mlp_norm_H is not None:
-                x_TH = ops.rms_norm(x_TH, layer.post_mlp_norm_H, eps)
+                x_OH = ops.rms_norm(x_OH, layer.post_mlp_norm_H, eps)
             if number + 1 < len(layers):
-                x_TH = ops.add_rms_norm_(x_TH, residual_TH, layers[number + 1].input_norm_H, eps)
+                x_OH = ops.add_rms_norm_(x_OH, residual_OH, layers[number + 1].input_norm_H, eps)
         if self.shard.is_last:
-            return shares.all(ops.add_rms_norm_(x_TH, residual_TH, self.final_norm_H, eps))
-        self.stages.send(residual_TH.add_(x_TH), self.stages.rank + 1)
+            return shares.all(self.tokens.gather(ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps)))
+        self.stages.send(residual_OH.add_(x_OH), self.stages.rank + 1)
         return None
 
     def _embed(self, ids_T: Tensor) -> Tensor:
+        """Of this rank's own tokens, (O, H)."""
         vocab = self.shard.vocab
         if len(vocab) == self.spec.vocab_size:
             x_TH = self.ops.embedding(ids_T, self.embedding)
@@ -244,15 +254,16 @@ class Decoder:
             rows_T = ids_T - vocab.start
             foreign_T = (rows_T < 0) | (rows_T >= len(vocab))
             x_TH = self.ops.embedding(rows_T.masked_fill(foreign_T, 0), self.embedding)
-            x_TH = self.tensor.all_reduce_(x_TH.masked_fill_(foreign_T[:, None], 0.0))
+            x_TH = self.tokens.sum(x_TH.masked_fill_(foreign_T[:, None], 0.0))
         return x_TH if self.spec.embedding_scale == 1.0 else x_TH.mul_(self.spec.embedding_scale)
 
-    def _from_stage_before(self, num_tokens: int) -> Tensor:
-        residual_TH = torch.empty((num_tokens, self.spec.hidden_size), dtype=self.dtype, device=self.device)
+    def _from_stage_before(self, num_own: int) -> Tensor:
+        """The residual stream of this rank's own tokens: the ranks of both stages have the same ones."""
+        residual_OH = torch.empty((num_own, self.spec.hidden_size), dtype=self.dtype, device=self.device)
         began = time.monotonic()
-        self.stages.receive_(residual_TH, self.stages.rank - 1)
+        self.stages.receive_(residual_OH, self.stages.rank - 1)
         self.waited_seconds += time.monotonic() - began
-        return residual_TH
+        return residual_OH
 
     def _attend(
         self,
@@ -264,9 +275,10 @@ class Decoder:
         batch: AttentionBatch,
         cache: KVCache,
     ) -> Tensor:
+        """This rank's contribution to its share, (P, H)."""
         if layer.latent is not None:
             latents = cast("LatentCache", cache)
-            return self.tensor.all_reduce_(layer.latent.forward(x_PH, positions_P, shares, batch, latents, number))
+            return layer.latent.forward(x_PH, positions_P, shares, batch, latents, number)
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_PA = self.ops.linear(x_PH, layer.qkv)
@@ -287,7 +299,7 @@ class Decoder:
             need_lse=self.context.size > 1,
         )
         out_PND = shares.merge(out_TND, lse_TN)
-        return self.tensor.all_reduce_(self.ops.linear(out_PND.view(-1, n * d), layer.output))
+        return self.ops.linear(out_PND.view(-1, n * d), layer.output)
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """(S, V) in float32, on every rank of the last stage."""

@@ -1,7 +1,8 @@
 """What follows attention in a layer: a dense MLP, or a mixture of experts, which is a router, experts and a dispatch.
 
-What either returns is its rank's contribution. Where ranks split features or experts among them, all have the same
-tokens, and the sum over the ranks is the layer's result; the Decoder adds up.
+Where ranks split features or experts among them, what either returns is its rank's contribution to tokens that all of
+them have; `Summed` around it gathers tokens and adds up. Only a mixture that sends rows to the ranks of their experts
+has a rank's own tokens, and all of their result.
 
 Shapes: T tokens, H hidden, E experts of the model, K experts that a token visits, R rows, each a token on its way to
 one expert, G groups of experts, J experts of a group.
@@ -15,17 +16,38 @@ import torch
 from torch import Tensor
 
 from shoal.core.model_spec import ModelSpec, MoESpec
-from shoal.core.sharding import ALIGNMENT, Shard, split_evenly
+from shoal.core.sharding import Shard
+from shoal.engine.comm.base import Comm, NullComm
+from shoal.engine.expert_dispatch import AllToAllDispatch, ExpertDispatch, LocalDispatch
 from shoal.engine.ops import Activation, Ops, PackedLinear
+from shoal.engine.token_split import TokenSplit
 from shoal.engine.weight_reader import WeightReader
 
 
 class MLP(Protocol):
+    contributes: bool
+    """The result is summed over ranks, which all have the same tokens."""
+
     def forward(self, x_TH: Tensor) -> Tensor:
-        """This rank's contribution, a new tensor (T, H)."""
+        """A new tensor (T, H)."""
+
+
+class Summed:
+    """An MLP to which every rank contributes for all tokens, as one that takes and gives the rank's own."""
+
+    contributes = False
+
+    def __init__(self, mlp: MLP, tokens: TokenSplit) -> None:
+        self.mlp = mlp
+        self._tokens = tokens
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self._tokens.sum(self.mlp.forward(self._tokens.gather(x_TH)))
 
 
 class DenseMLP:
+    contributes = True
+
     def __init__(self, ops: Ops, activation: Activation, gate_up: PackedLinear, down: PackedLinear) -> None:
         self._ops = ops
         self._activation = activation
@@ -68,7 +90,8 @@ class Router:
 
     def _of_best_groups(self, ranked_TE: Tensor) -> Tensor:
         """The same with -inf for experts of other groups. A group is as good as its two best experts together."""
-        ranked_TGJ = ranked_TE.view(len(ranked_TE), self._spec.num_groups, -1)
+        num_groups = self._spec.num_groups
+        ranked_TGJ = ranked_TE.view(len(ranked_TE), num_groups, ranked_TE.shape[1] // num_groups)
         groups_TG = _sum_in_order(ranked_TGJ.topk(2, dim=2).values).squeeze(2)
         best = groups_TG.topk(self._spec.num_groups_per_token, dim=1).indices
         is_other_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, best, False)
@@ -110,6 +133,7 @@ class Experts:
         """`held` are numbers in a model of `num_experts`; `mlps` their gated pairs and down matrices, in that order."""
         self._ops = ops
         self._mlps = [DenseMLP(ops, activation, gate_up, down) for gate_up, down in mlps]
+        self.held = held
         self._held = torch.tensor(held, dtype=torch.int64)
         self.holds_all = len(held) == num_experts
         local_E = torch.full((num_experts,), -1, dtype=torch.int64)
@@ -117,7 +141,14 @@ class Experts:
         self.local_E = local_E.to(device)
         """Local number of each expert, -1 for one that is elsewhere."""
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
-        """Rows that each expert has computed here so far, on the CPU. Whoever reports it takes differences."""
+        """Rows that each expert has computed here, on the CPU, since `start_counting`."""
+
+    def start_counting(self) -> None:
+        self.load_E.zero_()
+
+    def rows(self) -> list[int]:
+        """Of each expert that is held, how many it has computed since counting started."""
+        return [int(count) for count in self.load_E[self._held].tolist()]
 
     def forward(self, x_RH: Tensor, local_R: Tensor) -> Tensor:
         """Each row by the expert with the local number beside it: (R, H), in the rows' order.
@@ -138,44 +169,11 @@ class Experts:
         return y_RH
 
 
-class ExpertDispatch(Protocol):
-    """How tokens reach the experts that they were routed to, and what these made of them comes back."""
-
-    def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
-        """This rank's contribution to every token's weighted sum over its experts, a new tensor (T, H)."""
-
-
-class LocalDispatch:
-    """Nothing moves: tokens visit those of their experts that are here, which on one rank are all."""
-
-    def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
-        num_tokens, num_visits = ids_TK.shape
-        local_R = experts.local_E[ids_TK].flatten()
-        x_RH = x_TH.repeat_interleave(num_visits, dim=0)
-        if experts.holds_all:
-            y_RH = experts.forward(x_RH, local_R)
-        else:
-            here = (local_R >= 0).nonzero()[:, 0]
-            y_RH = torch.zeros_like(x_RH)
-            y_RH[here] = experts.forward(x_RH[here], local_R[here])
-        return weighted_sum(y_RH.view(num_tokens, num_visits, -1), weights_TK)
-
-
-def weighted_sum(y_TKH: Tensor, weights_TK: Tensor) -> Tensor:
-    """Over each token's experts, in the order in which its router named them, whatever else is in the batch: (T, H).
-
-    Added up in float32, returned in y's precision.
-    """
-    total_TH = y_TKH[:, 0].float() * weights_TK[:, :1]
-    for k in range(1, weights_TK.shape[1]):
-        total_TH += y_TKH[:, k].float() * weights_TK[:, k : k + 1]
-    return total_TH.to(y_TKH.dtype)
-
-
 class MoEBlock:
     """A mixture of experts: the routed ones, and the shared ones that every token visits."""
 
     def __init__(self, router: Router, experts: Experts, dispatch: ExpertDispatch, shared: DenseMLP | None) -> None:
+        self.contributes = dispatch.contributes
         self.router = router
         self.experts = experts
         self.dispatch = dispatch
@@ -232,11 +230,11 @@ def mlp_shapes(spec: ModelSpec, number: int) -> dict[str, tuple[int, ...]]:
 
 
 def load_mlp(
-    reader: WeightReader, spec: ModelSpec, number: int, shard: Shard, tensor_rank: int = 0, tensor_ranks: int = 1
-) -> MLP:
+    reader: WeightReader, spec: ModelSpec, number: int, shard: Shard, tensor: Comm | None = None
+) -> DenseMLP | MoEBlock:
     """Layer `number`'s MLP or mixture of experts, or the part of it that this rank holds.
 
-    `tensor_ranks` split the features of shared experts among them, as they do those of a dense MLP.
+    `tensor` joins the ranks that hold the other parts.
     """
     prefix, moe = f"model.layers.{number}.", spec.moe
     if moe is None or not spec.has_experts(number):
@@ -248,20 +246,22 @@ def load_mlp(
     # int8 would choose other experts.
     weight = reader.linear([(block + "gate.weight", None)], precision="float32")
     correction_E = reader.vector(block + "gate.e_score_correction_bias") if moe.router_bias else None
-    held = list(range(shard.experts.start, shard.experts.stop))
-    features, mlps = shard.expert_features, []
+    held, features, mlps = list(shard.experts(number)), shard.expert_features, []
     for expert in held:
         gate, up, down = names.expert(prefix, expert)
         mlps.append((reader.gated(gate, up, features), reader.linear([(down, None)], columns=features)))
     shared = None
-    part = split_evenly(moe.shared_size, tensor_ranks, ALIGNMENT)[tensor_rank]
+    part = shard.shared_features
     if len(part):
         gate, up, down = names.mlp(block + "shared_experts.")
         gate_up = reader.gated(gate, up, part)
         shared = DenseMLP(reader.ops, spec.activation, gate_up, reader.linear([(down, None)], columns=part))
+    dispatch: ExpertDispatch = LocalDispatch()
+    if shard.expert_dispatch == "all_to_all":
+        dispatch = AllToAllDispatch(tensor or NullComm(), shard.placements[number], moe.num_experts, reader.device)
     return MoEBlock(
         Router(reader.ops, moe, weight, correction_E),
         Experts(reader.ops, spec.activation, moe.num_experts, held, mlps, reader.device),
-        LocalDispatch(),
+        dispatch,
         shared,
     )

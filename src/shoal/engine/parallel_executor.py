@@ -20,13 +20,17 @@ import msgspec
 
 from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import BadExpertLoad, HeldRows, rows_of
 from shoal.core.layout import Axis, require_possible
+from shoal.core.model_spec import ModelSpec
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.channel import ChannelClosed
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.launch import make_launcher, shared_secret
 from shoal.engine.rank_messages import (
     Allocate,
+    Count,
+    Counted,
     Done,
     Group,
     Load,
@@ -52,12 +56,13 @@ _LAST_WORDS_SECONDS = 0.3
 
 
 class ParallelExecutor:
-    """Raises LayoutError where the model cannot be run in the layout of `config`."""
+    """Raises LayoutError where the model cannot be run in the layout of `config`, BadExpertLoad for a wrong file."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         spec = load_spec(resolve(config.model, download=False).path)
         require_possible(config.layout, spec)
+        self._expert_rows = {} if config.expert_load is None else _read_expert_load(Path(config.expert_load), spec)
         self._launcher = make_launcher(config)
         self._rendezvous: Rendezvous | None = None
         self._members: list[Member] = []
@@ -70,6 +75,8 @@ class ParallelExecutor:
         self._results: deque[StepResult] = deque()
         self._failure: str | None = None
         self._step_log = None if config.step_log is None else StepLog(config.step_log, "driver")
+        self._counted: dict[int, list[HeldRows]] = {}
+        """What each rank's experts have computed, as it last said."""
         self._store: dict[str, bytes] = {}
         self._wanted: dict[str, list[int]] = {}
         """Keys that nobody has set yet, and the ranks that wait for them."""
@@ -148,6 +155,7 @@ class ParallelExecutor:
                 local_rank=seen[member.host],
                 ranks_on_host=on_host[member.host],
                 groups=own,
+                expert_rows=self._expert_rows,
             )
             seen[member.host] += 1
             member.channel.send(encode(load))
@@ -192,6 +200,11 @@ class ParallelExecutor:
             self._attend(0.25 if left is None else min(left, 0.25))
         return None
 
+    def expert_rows(self) -> list[HeldRows]:
+        if self._failure is None:
+            self._broadcast(encode(Count()))
+        return [rows for rank in sorted(self._counted) for rows in self._counted[rank]]
+
     def failure(self) -> str | None:
         if self._failure is None and self._watching_silence:
             self._attend(0.0)
@@ -225,16 +238,18 @@ class ParallelExecutor:
 
     def _attend(self, timeout: float) -> None:
         """Take in what the ranks have to say, for at most `timeout` seconds, and notice those that say nothing."""
-        for _, message in self._receive(timeout):
-            self._take(message)
+        for rank, message in self._receive(timeout):
+            self._take(rank, message)
         silence = self._config.launch.silence_seconds
         now = time.monotonic()
         for member, heard_at in zip(self._members, self._heard_at, strict=True):
             if self._watching_silence and now - heard_at > silence:
                 self._fail(f"rank {member.rank} (process {member.pid}) has said nothing for {now - heard_at:.1f} s")
 
-    def _take(self, message: object) -> None:
-        if isinstance(message, Done):
+    def _take(self, rank: int, message: object) -> None:
+        if isinstance(message, Counted):
+            self._counted[rank] = message.rows
+        elif isinstance(message, Done):
             if isinstance(message.result, WorkerFailure):
                 self._last_words(message.result.message)
             elif self._failure is None:
@@ -284,6 +299,15 @@ class ParallelExecutor:
         if value is not None:
             for rank in self._wanted.pop(message.key, []):
                 self._members[rank].channel.send(encode(StoreReply(value)))
+
+
+def _read_expert_load(path: Path, spec: ModelSpec) -> dict[int, list[int]]:
+    try:
+        return rows_of(path.read_bytes(), spec)
+    except OSError as error:
+        raise BadExpertLoad(f"{path}: {error.strerror or error}") from None
+    except BadExpertLoad as error:
+        raise BadExpertLoad(f"{path}: {error}") from None
 
 
 def remove_shared(groups: list[Group]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import HeldRows
 from shoal.core.layout import Axis
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.executor import WorkerInfo
@@ -56,6 +57,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_f
     local_rank: int
     ranks_on_host: int
     groups: list[Group]
+    expert_rows: dict[int, list[int]] = {}
+    """By layer, for each expert: what `config.expert_load` says."""
 
 
 class Allocate(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -67,6 +70,10 @@ class Allocate(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 class Run(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     plan: StepPlan
+
+
+class Count(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Say what your experts have computed."""
 
 
 class StoreReply(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -109,6 +116,10 @@ class Done(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     result: StepResult | WorkerFailure
 
 
+class Counted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    rows: list[HeldRows]
+
+
 class Beat(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The rank lives."""
 
@@ -119,8 +130,8 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
     message: str
 
 
-ToRank = Challenge | Welcome | Refused | Load | Allocate | Run | StoreReply | Stop
-ToDriver = Join | Progressed | StoreSet | StoreGet | LoadedPart | Ready | Done | Beat | RankFailed
+ToRank = Challenge | Welcome | Refused | Load | Allocate | Run | Count | StoreReply | Stop
+ToDriver = Join | Progressed | StoreSet | StoreGet | LoadedPart | Ready | Done | Counted | Beat | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

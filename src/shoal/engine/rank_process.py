@@ -20,6 +20,8 @@ from shoal.engine.launch.base import LOST, NEVER_JOINED, STOPPED, RankStart
 from shoal.engine.rank_messages import (
     Allocate,
     Beat,
+    Count,
+    Counted,
     Done,
     Load,
     LoadedPart,
@@ -52,7 +54,7 @@ class Rank:
             comms = open_groups(load.groups, self._rank, self._channel, load.config.launch)
             local_rank = 0 if self._own_device else load.local_rank
             seat = Seat(rank=self._rank, local_rank=local_rank, ranks_on_host=load.ranks_on_host)
-            worker = Worker(load.config, seat, comms)
+            worker = Worker(load.config, seat, comms, load.expert_rows)
             part = worker.load(self._report)
             self._send(LoadedPart(part.num_blocks, part.max_len))
             agreed = self._next()
@@ -65,7 +67,10 @@ class Rank:
             self._send(RankFailed(plain(error)))
             return LOST
         draws = worker.draws
-        while isinstance(message := self._next(), Run):
+        while isinstance(message := self._next(), Run | Count):
+            if isinstance(message, Count):
+                self._send(Counted(worker.expert_rows()))
+                continue
             result = worker.step(message.plan)
             if draws or isinstance(result, WorkerFailure):
                 self._send(Done(result))

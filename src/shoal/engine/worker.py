@@ -17,6 +17,7 @@ import torch
 
 from shoal.checkpoint.resolve import load_spec, resolve
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import HeldRows, placements
 from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import Shard, shard_of
@@ -62,10 +63,18 @@ class Loaded(msgspec.Struct, frozen=True):
 
 class Worker:
     def __init__(
-        self, config: EngineConfig, seat: Seat | None = None, comms: Mapping[Axis, Comm] | None = None
+        self,
+        config: EngineConfig,
+        seat: Seat | None = None,
+        comms: Mapping[Axis, Comm] | None = None,
+        expert_rows: dict[int, list[int]] | None = None,
     ) -> None:
-        """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out."""
+        """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out.
+
+        `expert_rows` is what `config.expert_load` says, by layer, for each expert: the same on all ranks.
+        """
         self._config = config
+        self._expert_rows = expert_rows or {}
         self._seat = seat or Seat()
         self._comms = comms or {}
         self._decoder: Decoder | None = None
@@ -94,7 +103,8 @@ class Worker:
         if max_len > spec.max_len:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
         require_possible(config.layout, spec)
-        shard = shard_of(spec, config.layout, seat.rank)
+        placed = placements(spec, config.layout.ep, self._expert_rows, config.redundant_experts)
+        shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
         device = _device(config.device, seat.local_rank)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
@@ -152,6 +162,8 @@ class Worker:
         if progress is not None:
             progress("warming up", 0.0)
         self._warm_up(min(_WARM_UP_TOKENS, agreed.max_len - 1))
+        for experts in decoder.experts.values():
+            experts.start_counting()
         if progress is not None:
             progress("ready", 1.0)
         return WorkerInfo(
@@ -196,6 +208,14 @@ class Worker:
         """Whether this rank's results are the engine's: it draws the tokens."""
         decoder = self._decoder
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
+
+    def expert_rows(self) -> list[HeldRows]:
+        """What this rank's experts have computed since warm-up; nothing where another rank counts the same rows."""
+        place = self._config.layout.place(self._seat.rank)
+        if self._decoder is None or place.tp:
+            return []
+        layers = self._decoder.experts.items()
+        return [HeldRows(layer, place.ep, experts.held, experts.rows()) for layer, experts in layers]
 
     def close(self) -> None:
         """Free model, cache and threads. May be called more than once."""

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import ExpertLoad
 from shoal.core.types import EngineLoad, Output, Rejected, Request
 from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, Stop, encode, from_engine
 
@@ -53,6 +54,8 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self.info: EngineInfo
         self.load: EngineLoad | None = None
+        self.experts: list[ExpertLoad] = []
+        """What its experts have computed, once it has said so; of a group, an entry for each engine."""
         self.progress_at = time.monotonic()
         """Monotonic second of the engine's last sign of progress."""
         self.lost: str | None = None
@@ -157,6 +160,8 @@ class EngineClient:
             if not isinstance(message, Step):
                 continue
             self.load = message.load
+            if message.experts is not None:
+                self.experts = [message.experts]
             self.progress_at = message.progress_at
             for rejected in message.rejected:
                 self._put(rejected.request_id, RequestRejected(rejected))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from shoal.core.config import EngineConfig
+from shoal.core.expert_load import ExpertLoad
 from shoal.core.layout import Layout
 from shoal.core.types import EngineLoad, Output, Request
 from shoal.serve.engine_client import EngineClient, EngineLost, EngineStartError, Progress
@@ -74,6 +75,10 @@ class EngineGroup:
             return None
         names = EngineLoad.__struct_fields__
         return EngineLoad(**{name: sum(getattr(load, name) for load in loads) for name in names})
+
+    @property
+    def experts(self) -> list[ExpertLoad]:
+        return [load for engine in self._engines for load in engine.experts]
 
     @property
     def lost(self) -> str | None:

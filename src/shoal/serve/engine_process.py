@@ -17,6 +17,7 @@ import zmq
 
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
+from shoal.core.expert_load import ExpertLoad, merged
 from shoal.core.replay import RecordingCore
 from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
 from shoal.engine.child import bind_to_parent, first_line, plain
@@ -48,6 +49,8 @@ class EngineLoop:
         # A worker that is made anew must be as large as the scheduler thinks, however much memory is free by then.
         self._config = msgspec.structs.replace(config, kv_cache_bytes=info.rank_kv_bytes, max_len=info.max_len)
         self._num_blocks = info.num_blocks
+        self._num_experts = 0 if info.spec.moe is None else info.spec.moe.num_experts
+        self._experts_due = time.monotonic()
         scheduler = SchedulerConfig(
             num_blocks=info.num_blocks,
             max_len=info.max_len,
@@ -156,8 +159,17 @@ class EngineLoop:
             raise WorkerLost(f"the new worker has {num_blocks} KV blocks, the scheduler {self._num_blocks}")
 
     def _send_step(self) -> None:
-        self._send(Step(self._outputs, self._rejected, self._core.load(), self._progress_at))
+        self._send(Step(self._outputs, self._rejected, self._core.load(), self._progress_at, self._expert_load()))
         self._outputs, self._rejected = [], []
+
+    def _expert_load(self) -> ExpertLoad | None:
+        """What experts have computed; None less than half a heartbeat after the last, and of other models."""
+        now = time.monotonic()
+        if not self._num_experts or now < self._experts_due:
+            return None
+        self._experts_due = now + HEARTBEAT_SECONDS / 2
+        counts = self._executor.expert_rows()
+        return merged(counts, self._num_experts, self._config.layout.ep) if counts else None
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
+from shoal.core.expert_load import ExpertReport
 from shoal.serve.engine_group import Engine
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.generation import Generator, Job, Piece
@@ -57,6 +58,7 @@ class Server:
         self._routes = [
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
+            Route("/v1/experts", self._guarded(self.experts), methods=get),
             Route("/v1/chat/completions", self._guarded(self.chat), methods=post),
             Route("/v1/completions", self._guarded(self.completions), methods=post),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
@@ -253,6 +255,11 @@ class Server:
             "owned_by": "shoal",
             "max_model_len": self.generator.max_len,
         }
+
+    async def experts(self, request: Request) -> Response:
+        if self.engine.info.spec.moe is None:
+            raise ApiError(404, f"{self.model!r} has no experts", code="no_experts")
+        return _json(ExpertReport(engines=self.engine.experts))
 
     async def tokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), TokenizeRequest, self.limits)

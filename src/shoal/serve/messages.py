@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal.core.expert_load import ExpertLoad
 from shoal.core.model_spec import ModelSpec
 from shoal.core.types import EngineLoad, Output, Rejected, Request
 
@@ -67,6 +68,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     load: EngineLoad
     progress_at: float
     """Monotonic second of the last committed step, or of this message if there was nothing to do."""
+    experts: ExpertLoad | None = None
+    """Now and then, of a model with experts."""
 
 
 FromEngine = Starting | Started | StartFailed | Step

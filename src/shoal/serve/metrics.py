@@ -111,3 +111,14 @@ class _EngineCollector:
             (defined.FAILURES, load.failures),
         ):
             yield CounterMetricFamily(metric.name, metric.help, count)
+        yield from self._imbalance()
+
+    def _imbalance(self) -> Iterator[GaugeMetricFamily]:
+        metric, loads = defined.EXPERT_IMBALANCE, self._engine.experts
+        if not loads:
+            return
+        family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for number, load in enumerate(loads):
+            family.add_metric([str(number), "experts"], load.expert_imbalance)
+            family.add_metric([str(number), "ranks"], load.rank_imbalance)
+        yield family
