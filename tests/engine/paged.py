@@ -47,4 +47,6 @@ class PagedRun:
         at = torch.tensor(positions, device=self.decoder.device)
         with torch.inference_mode():
             logits = self.decoder.logits(self.decoder.forward(ids, at, batch, self.cache))
+        if logits is None:
+            return {}  # another rank has them
         return {i: logits[starts[k] : starts[k + 1]].cpu() for k, i in enumerate(members)}

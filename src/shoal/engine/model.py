@@ -301,15 +301,15 @@ class Decoder:
         out_PND = shares.merge(out_TND, lse_TN)
         return self.ops.linear(out_PND.view(-1, n * d), layer.output)
 
-    def logits(self, hidden_SH: Tensor) -> Tensor:
-        """(S, V) in float32, on every rank of the last stage."""
-        logits_SV = self.ops.linear(hidden_SH, self.head).float()
+    def logits(self, hidden_SH: Tensor) -> Tensor | None:
+        """(S, V) in float32 on the first of the ranks that split the vocabulary, who draws; None on the others."""
+        part_SV = self.ops.linear(hidden_SH, self.head).float()
         if self.tensor.size == 1:
-            return logits_SV
-        # Ranks may have a row of the vocabulary more or less than others; those that pad are cut off at the end.
-        spans = split_evenly(self.spec.vocab_size, self.tensor.size, ALIGNMENT)
-        widest = max(len(span) for span in spans)
-        if logits_SV.shape[1] < widest:
-            logits_SV = torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1]))
-        parts_RSV = self.tensor.all_gather(logits_SV)
-        return torch.cat([part_SV[:, : len(span)] for part_SV, span in zip(parts_RSV, spans, strict=True)], dim=1)
+            return part_SV
+        if self.tensor.rank:
+            self.tensor.send(part_SV, 0)
+            return None
+        parts = [part_SV]
+        for rank, span in enumerate(split_evenly(self.spec.vocab_size, self.tensor.size, ALIGNMENT)[1:], 1):
+            parts.append(self.tensor.receive_(part_SV.new_empty((len(hidden_SH), len(span))), rank))
+        return torch.cat(parts, dim=1)

@@ -36,8 +36,8 @@ class Model(Protocol):
         Writes the step's keys and values into `cache`.
         """
 
-    def logits(self, hidden_SH: Tensor) -> Tensor:
-        """float32 (S, V)."""
+    def logits(self, hidden_SH: Tensor) -> Tensor | None:
+        """float32 (S, V), of ranks that draw."""
 
 
 class Runner:
@@ -146,7 +146,7 @@ class Runner:
                 last_S = np.cumsum(lengths_S)[samples_S] - 1
                 hidden_TH = hidden_TH[self._to_device(last_S)]
             logits_SV = self._model.logits(hidden_TH)
-            if self._draws:
+            if self._draws and logits_SV is not None:
                 draws = self._sample(logits_SV, slots_S[samples_S], ends_S[samples_S])
             self._share_tokens(slots_S[samples_S], ends_S[samples_S])
         if not self._broken:

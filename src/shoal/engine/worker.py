@@ -210,7 +210,7 @@ class Worker:
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
 
     def expert_rows(self) -> list[HeldRows]:
-        """What this rank's experts have computed since warm-up; nothing where another rank counts the same rows."""
+        """Rows of this rank's experts since warm-up. Of the `tp` ranks with slices of them the first counts."""
         place = self._config.layout.place(self._seat.rank)
         if self._decoder is None or place.tp:
             return []
