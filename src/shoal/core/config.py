@@ -82,6 +82,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     layout: Layout = Layout()
     """Ranks along each parallel axis."""
     launch: LaunchConfig = LaunchConfig()
+    warm_spares: int = 0
+    """Further sets of ranks that are kept loaded, to take over when a rank fails. Each takes as much memory again."""
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
     check: bool = False

@@ -18,6 +18,8 @@ from torch import Tensor
 from shoal.checkpoint.errors import CheckpointError
 from shoal.checkpoint.gguf_file import GGUFFile, TensorEntry
 from shoal.core.sharding import Span
+from shoal.engine.read_ahead import Extent
+from shoal.engine.weights import Part, read_part
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -102,18 +104,27 @@ class GGUFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][0].shape
 
-    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        """A new float32 tensor, in the row order of Hugging Face checkpoints. Only the part asked for is dequantised.
+    def extent(self, part: Part) -> Extent:
+        entry, _ = self._entries[part.name]
+        offset, length = entry.offset, _num_bytes(entry)
+        if part.rows is not None:
+            row_bytes = length // entry.shape[0]
+            offset, length = offset + part.rows.start * row_bytes, len(part.rows) * row_bytes
+        return Extent(self.path, self._file.descriptor, offset, length)
+
+    def decoded(self, part: Part, data: Tensor) -> Tensor:
+        """A new float32 tensor, in the row order of Hugging Face checkpoints. Only the columns asked for are
+        dequantised.
 
         Rows of a permuted tensor (llama's queries and keys) are cut between heads.
         """
-        entry, heads = self._entries[name]
-        raw = np.frombuffer(self._file.data, np.uint8, _num_bytes(entry), entry.offset)
+        entry, heads = self._entries[part.name]
         per_block, block_bytes = _block(entry)
-        blocks = raw.reshape(*entry.shape[:-1], entry.shape[-1] // per_block, block_bytes)
-        if rows is not None:
-            blocks = blocks[rows.start : rows.stop]
-            heads = heads * len(rows) // entry.shape[0]
+        shape, columns = entry.shape, part.columns
+        if part.rows is not None:
+            heads = heads * len(part.rows) // shape[0]
+            shape = (len(part.rows), *shape[1:])
+        blocks = data.numpy().reshape(*shape[:-1], shape[-1] // per_block, block_bytes)
         first = 0
         if columns is not None:
             # Whole blocks that cover the columns; what sticks out is cut off below.
@@ -123,6 +134,9 @@ class GGUFWeights:
         if columns is not None:
             tensor = tensor[:, columns.start - first : columns.stop - first].contiguous()
         return _unpermute(tensor, heads) if heads else tensor
+
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        return read_part(self, Part(name, rows, columns))
 
     def close(self) -> None:
         self._file.close()

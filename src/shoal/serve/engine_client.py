@@ -16,10 +16,11 @@ import zmq
 import zmq.asyncio
 
 from shoal.core.config import EngineConfig
+from shoal.core.start_report import StartProgress
 from shoal.core.types import EngineLoad, Output, Rejected, Request
 from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, Stop, encode, from_engine
 
-Progress = Callable[[str, float], None]
+Progress = Callable[[StartProgress], None]
 
 
 class EngineStartError(Exception):
@@ -55,6 +56,8 @@ class EngineClient:
         self.load: EngineLoad | None = None
         self.progress_at = time.monotonic()
         """Monotonic second of the engine's last sign of progress."""
+        self.num_spares = 0
+        """Warm ones that are ready."""
         self.lost: str | None = None
         """Why the engine is gone; None while it runs."""
 
@@ -80,7 +83,7 @@ class EngineClient:
             if process.stdin is None:
                 raise EngineStartError("the engine process has no standard input")
             process.stdin.write(msgspec.json.encode(config) + b"\n")
-            started = await client._wait_until_started(on_progress or (lambda what, fraction: None))
+            started = await client._wait_until_started(on_progress or (lambda progress: None))
             client.info, client.load = started.info, started.load
             client.progress_at = time.monotonic()
         except BaseException:
@@ -113,7 +116,7 @@ class EngineClient:
                 if isinstance(message, Started):
                     return message
                 if isinstance(message, Starting):
-                    on_progress(message.what, message.fraction)
+                    on_progress(message.progress)
         finally:
             ended.cancel()
 
@@ -158,6 +161,7 @@ class EngineClient:
                 continue
             self.load = message.load
             self.progress_at = message.progress_at
+            self.num_spares = message.num_spares
             for rejected in message.rejected:
                 self._put(rejected.request_id, RequestRejected(rejected))
             for output in message.outputs:
