@@ -22,7 +22,7 @@ RINGS: dict[str, tuple[str, ...]] = {
     "engine": ("core", "checkpoint"),
     "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
     "config": (),
-    "cli": ("core", "checkpoint", "engine.memory", "engine.launch", "serve", "config", "__version__"),
+    "cli": ("core", "checkpoint", "engine.child", "engine.memory", "engine.launch", "serve", "config", "__version__"),
     "__main__": ("cli",),
     "__init__": (),
 }

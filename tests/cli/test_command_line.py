@@ -12,12 +12,14 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal import __version__
 from shoal.checkpoint.resolve import load_spec
 from shoal.cli import main
 from shoal.cli.models import fit
+from shoal.core.start_report import StartReport
 from tests.cli.conftest import SHOAL, run_shoal
 
 COMMANDS = ("serve", "generate", "chat", "pull", "models", "info")
@@ -186,6 +188,34 @@ def test_serve_until_sigterm(tmp_path: Path, checkpoint: Path) -> None:
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
     assert recording.stat().st_size > 0
+
+
+def test_the_load_report_accounts_for_the_whole_start(tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "start.json"
+    command = [*SHOAL, "serve", str(checkpoint), "--port", "0", "--kv-cache-memory", "8MiB", "--api-key", "secret"]
+    command += ["--tensor-parallel-size", "2", "--threads", "1", "--load-report", "--load-report-json", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        while not any("converted s" in line for line in lines):
+            lines.append(process.stdout.readline())
+            assert lines[-1], "the server ended"
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    report = msgspec.json.decode(file.read_bytes(), type=StartReport)
+    phases = [(phase.where.split()[0], phase.name) for phase in report.phases]
+    assert phases == (
+        [("command", "import"), ("command", "resolve")]
+        + [("engine", name) for name in ("import", "spawn", "rendezvous")]
+        + [("rank", name) for name in ("import", "rendezvous", "open", "read", "convert", "allocate", "warm-up")]
+        + [("command", "listen"), ("command", "first token")]
+    )
+    assert all(phase.seconds >= 0 for phase in report.phases)
+    assert 0 <= report.other_seconds < 0.25 * report.total_seconds
+    assert [rank.rank for rank in report.ranks] == [0, 1] and all(rank.bytes_read for rank in report.ranks)
+    text = "".join(lines) + rest
+    assert all(name in text for _, name in phases) and f"{report.total_seconds:.2f}" in text
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -124,14 +124,15 @@ def test_quantised_checkpoints_are_refused_as_such(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_plain"])
-def test_progress_counts_every_parameter_and_loading_again_replaces(family: str, tmp_path: Path) -> None:
+def test_progress_counts_every_byte_and_loading_again_replaces(family: str, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path)
     decoder = load(path)
     size, layers = decoder.num_weight_bytes, len(decoder.layers)
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     source = open_weights(path)
-    decoder.load(source, seen.append)
-    assert seen == sorted(seen) and seen[-1] == decoder.spec.num_parameters()
+    figures = decoder.load(source, lambda *counts: seen.append(counts))
+    stored = 4 * decoder.spec.num_parameters()
+    assert seen == sorted(seen) and seen[-1] == (stored, stored) and figures.bytes_read == stored
     assert (decoder.num_weight_bytes, len(decoder.layers)) == (size, layers)
     assert size == 4 * decoder.spec.num_parameters()
 

@@ -5,6 +5,7 @@ import torch
 
 from shoal.checkpoint.errors import CheckpointError, ModelNotFound
 from shoal.core.config import EngineConfig
+from shoal.core.start_report import StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.memory import OutOfMemory
 from shoal.engine.worker import Worker
@@ -40,16 +41,21 @@ def first_step(tokens, sampling=None):
 def test_info_and_progress(checkpoint):
     seen = []
     worker = Worker(config(checkpoint))
-    info = worker.start(lambda what, fraction: seen.append((what, fraction)))
+    info = worker.start(seen.append)
     assert info.num_blocks == 10**6 // (16 * KV_BYTES_PER_TOKEN)
     assert info.kv_bytes == info.num_blocks * 16 * KV_BYTES_PER_TOKEN
     assert info.max_len == info.spec.max_len == 512
     assert info.weight_bytes == pytest.approx(4 * info.spec.num_parameters(), rel=0.01)
     assert (info.device, info.ops, info.dtype) == ("cpu", "torch", "float32")
-    assert 0 < info.load_seconds <= info.start_seconds
-    assert seen[0] == ("reading the checkpoint", 0.0) and seen[-1] == ("ready", 1.0)
-    loading = [fraction for what, fraction in seen if what == "loading the weights"]
-    assert loading == sorted(loading) and loading[-1] == pytest.approx(1.0)
+    assert [phase.name for phase in info.start.phases] == ["open", "read", "convert", "allocate", "warm-up"]
+    assert all(phase.where == "rank 0" and phase.seconds > 0 for phase in info.start.phases)
+    (rank,) = info.start.ranks
+    assert rank.bytes_read == 4 * info.spec.num_parameters() and rank.gigabytes_per_second > 0
+    assert rank.read_seconds + rank.convert_seconds < info.start.total_seconds
+    assert seen[0].what == "reading the checkpoint" and seen[-1] == StartProgress("ready", 1.0)
+    loading = [progress.fraction for progress in seen if progress.what == "loading the weights"]
+    assert loading == sorted(loading) and loading[-1] == 1.0 and len(loading) > 5
+    assert {progress.bytes_total for progress in seen if progress.bytes_read} == {rank.bytes_read}
     worker.close()
 
 

@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class TensorEntry(msgspec.Struct, frozen=True):
 
 
 class GGUFFile:
-    """Metadata, tensor index, and the mapped bytes. Raises CheckpointError for what is not a whole GGUF file."""
+    """Metadata, tensor index, and the file, open and mapped. Raises CheckpointError for what is not a whole one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -60,6 +61,8 @@ class GGUFFile:
         try:
             with open(self.path, "rb") as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.descriptor = os.dup(file.fileno())
+                """For who reads the tensors by other means than the map."""
         except FileNotFoundError:
             raise CheckpointError(self.path, "no such file") from None
         except (OSError, ValueError) as error:
@@ -75,7 +78,10 @@ class GGUFFile:
             raise
 
     def close(self) -> None:
-        self.data.close()
+        """May be called more than once."""
+        if not self.data.closed:
+            self.data.close()
+            os.close(self.descriptor)
 
     def _parse(self) -> None:
         if self.data[:4] != b"GGUF":

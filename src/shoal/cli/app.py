@@ -34,6 +34,7 @@ ENGINE_FLAGS = {
     "kv_cache_dtype": "kv_dtype",
     "prefix_caching": "prefix_caching",
     "depth": "depth",
+    "warm_spares": "warm_spares",
     "tensor_parallel_size": "layout.tp",
     "pipeline_parallel_size": "layout.pp",
     "expert_parallel": "layout.ep",
@@ -164,6 +165,10 @@ StepLogDirectory = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Write down when each rank ran each step.", rich_help_panel=_PARALLEL),
 ]
+WarmSpares = Annotated[
+    int | None,
+    typer.Option(min=0, help="Loaded ranks that wait for others to fail. [default: 0]", rich_help_panel=_PARALLEL),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -225,6 +230,13 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Write what the scheduler saw, to replay it.", rich_help_panel=_SERVER),
     ] = None,
+    load_report: Annotated[
+        bool,
+        typer.Option("--load-report", help="Print where the time to the first token went.", rich_help_panel=_SERVER),
+    ] = False,
+    load_report_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write that as JSON.", rich_help_panel=_SERVER)
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     threads: Threads = None,
@@ -244,6 +256,7 @@ def serve(
     expert_dispatch: ExpertDispatch = None,
     expert_load: ExpertLoad = None,
     redundant_experts: RedundantExperts = None,
+    warm_spares: WarmSpares = None,
     launcher: LauncherName = None,
     launch_host: LaunchHost = None,
     launch_port: LaunchPort = None,
@@ -265,7 +278,7 @@ def serve(
 
     engine = {f"engine.{key}": value for key, value in _engine_flags(context).items()}
     flags = engine | {key: context.params[key] for key in SERVER_FLAGS}
-    return run_server(model, config, flags, record)
+    return run_server(model, config, flags, record, load_report=load_report, load_report_json=load_report_json)
 
 
 @app.command()

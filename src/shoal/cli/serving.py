@@ -11,6 +11,7 @@ import uvloop
 from rich.console import Console
 from rich.markup import escape
 
+from shoal.cli.load_report import LoadReport
 from shoal.cli.terminal import StartBar, error_console, format_bytes, resolve_with_progress
 from shoal.config import load_config
 from shoal.core.config import EngineConfig
@@ -18,9 +19,18 @@ from shoal.serve.engine_group import Engine
 from shoal.serve.server import ServeConfig, listen, serve
 
 
-def run_server(model: str, file: Path | None, flags: Mapping[str, Any], recording: Path | None) -> int:
+def run_server(
+    model: str,
+    file: Path | None,
+    flags: Mapping[str, Any],
+    recording: Path | None,
+    *,
+    load_report: bool = False,
+    load_report_json: Path | None = None,
+) -> int:
     """Until it is told to stop; returns the exit status. `flags` are ServeConfig's keys, dotted."""
     errors, console = error_console(), Console(highlight=False)
+    report = LoadReport(console if load_report else None, load_report_json, errors)
     config = load_config(ServeConfig, file, flags)
     if recording is not None:
         recording.open("wb").close()  # a path that cannot be written is the user's to know before the model loads
@@ -28,12 +38,14 @@ def run_server(model: str, file: Path | None, flags: Mapping[str, Any], recordin
         return run_agent(config.engine)
     listener = listen(config)
     files = resolve_with_progress(model, errors)
+    report.end("resolve")
     name = config.served_model_name or files.name
     with StartBar(name, errors) as bar:
 
         def ready(url: str, engine: Engine) -> None:
             bar.close()
             _announce(console, name, url, engine)
+            report.ready(engine.info.start, url, config.api_key)
 
         running = serve(
             config,
@@ -73,7 +85,7 @@ def _announce(console: Console, name: str, url: str, engine: Engine) -> None:
     console.print(
         f"{info.dtype} weights ({format_bytes(info.weight_bytes)}) on {info.device} with {info.ops} kernels; "
         f"KV cache of {info.num_blocks * info.block_size:,} tokens ({format_bytes(info.kv_bytes)}); "
-        f"sequences of up to {info.max_len:,} tokens; started in {info.start_seconds:.1f} s",
+        f"sequences of up to {info.max_len:,} tokens; started in {info.start.total_seconds:.1f} s",
         style="dim",
         soft_wrap=True,
     )

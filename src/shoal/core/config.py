@@ -93,6 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File with what GET /v1/experts answered, on the machine of the driver: experts are placed to spread that load."""
     redundant_experts: int = 0
     """Further experts of every layer that a rank has room for, copies of those with the most rows in `expert_load`."""
+    warm_spares: int = 0
+    """Further sets of ranks that are kept loaded, to take over when a rank fails. Each takes as much memory again."""
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
     step_log: str | None = None

@@ -29,6 +29,7 @@ KV_FILL = Metric("shoal:kv_cache_fill_ratio", "gauge", "Share of held KV entries
 PROGRESS_AGE = Metric(
     "shoal:engine_progress_age_seconds", "gauge", "Time since the engine last made a step or was idle"
 )
+WARM_SPARES = Metric("shoal:warm_spares", "gauge", "Sets of ranks that are loaded and wait for one to fail")
 PROMPT_TOKENS = Metric("shoal:prompt_tokens", "counter", "Prompt tokens computed, without those found in the cache")
 CACHE_QUERIES = Metric("shoal:prefix_cache_queries", "counter", "Prompt tokens looked up in the prefix cache")
 CACHE_HITS = Metric("shoal:prefix_cache_hits", "counter", "Prompt tokens found in the prefix cache")

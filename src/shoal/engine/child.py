@@ -1,4 +1,4 @@
-"""What a process does to be the child of one that may be killed: it never outlives it."""
+"""What a process does to be the child of one that may be killed: it never outlives it. And how old it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -40,3 +42,16 @@ def plain(error: Exception) -> str:
     module = type(error).__module__
     expected = module.startswith("shoal.") or isinstance(error, ValueError | OSError)
     return str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+
+
+def process_age() -> float:
+    """Seconds since this process was started, to a hundredth: its interpreter and its imports are in it.
+
+    From /proc/self/stat (proc(5), field 22: clock ticks from boot to start); where there is none, the CPU time so far.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError):
+        return time.process_time()

@@ -23,10 +23,12 @@ from shoal.core.config import EngineConfig
 from shoal.core.expert_load import HeldRows
 from shoal.core.expert_placement import require_dispatch
 from shoal.core.model_spec import ModelSpec
+from shoal.core.start_report import StartProgress, StartReport
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of it, 0 to 1."""
+Progress = Callable[[StartProgress], None]
+"""Called when there is something new, and by an executor that waits for others every now and then. What it raises ends
+the start."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,10 +50,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention: str
     dtype: str
     """Of the stored weights."""
-    load_seconds: float
-    """Reading and packing the weights."""
-    start_seconds: float
-    """All of `start`, warm-up included."""
+    start: StartReport
+    """Where the time of `start` went."""
 
 
 class Executor(Protocol):

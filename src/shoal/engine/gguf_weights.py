@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,9 +17,13 @@ from torch import Tensor
 from shoal.checkpoint.errors import CheckpointError
 from shoal.checkpoint.gguf_file import GGUFFile, TensorEntry
 from shoal.core.sharding import Span
+from shoal.engine.read_ahead import Extent
+from shoal.engine.weights import Part, read_part
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
+_ELEMENTS_AT_ONCE = 1 << 17
+"""What is made of them on the way stays in a core's second-level cache."""
 _GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_q": "self_attn.q_proj",
@@ -102,18 +105,27 @@ class GGUFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][0].shape
 
-    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        """A new float32 tensor, in the row order of Hugging Face checkpoints. Only the part asked for is dequantised.
+    def extent(self, part: Part) -> Extent:
+        entry, _ = self._entries[part.name]
+        offset, length = entry.offset, _num_bytes(entry)
+        if part.rows is not None:
+            row_bytes = length // entry.shape[0]
+            offset, length = offset + part.rows.start * row_bytes, len(part.rows) * row_bytes
+        return Extent(self.path, self._file.descriptor, offset, length)
+
+    def decoded(self, part: Part, data: Tensor) -> Tensor:
+        """A new float32 tensor, in the row order of Hugging Face checkpoints. Only the columns asked for are
+        dequantised.
 
         Rows of a permuted tensor (llama's queries and keys) are cut between heads.
         """
-        entry, heads = self._entries[name]
-        raw = np.frombuffer(self._file.data, np.uint8, _num_bytes(entry), entry.offset)
+        entry, heads = self._entries[part.name]
         per_block, block_bytes = _block(entry)
-        blocks = raw.reshape(*entry.shape[:-1], entry.shape[-1] // per_block, block_bytes)
-        if rows is not None:
-            blocks = blocks[rows.start : rows.stop]
-            heads = heads * len(rows) // entry.shape[0]
+        shape, columns = entry.shape, part.columns
+        if part.rows is not None:
+            heads = heads * len(part.rows) // shape[0]
+            shape = (len(part.rows), *shape[1:])
+        blocks = data.numpy().reshape(*shape[:-1], shape[-1] // per_block, block_bytes)
         first = 0
         if columns is not None:
             # Whole blocks that cover the columns; what sticks out is cut off below.
@@ -123,6 +135,9 @@ class GGUFWeights:
         if columns is not None:
             tensor = tensor[:, columns.start - first : columns.stop - first].contiguous()
         return _unpermute(tensor, heads) if heads else tensor
+
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        return read_part(self, Part(name, rows, columns))
 
     def close(self) -> None:
         self._file.close()
@@ -134,12 +149,20 @@ def _dequantised(blocks: NDArray[np.uint8], entry: TensorEntry) -> NDArray[np.fl
     from gguf.quants import dequantize
 
     kind = GGMLQuantizationType(entry.kind)
-    flat = np.ascontiguousarray(blocks).reshape(*blocks.shape[:-2], -1)
+    per_block, block_bytes = _block(entry)
+    flat = np.ascontiguousarray(blocks).reshape(-1)
+    shape = (*blocks.shape[:-2], blocks.shape[-2] * per_block)
     if kind == GGMLQuantizationType.F32:
-        return flat.view(np.float32).copy()
+        return flat.view(np.float32).reshape(shape).copy()
     if kind == GGMLQuantizationType.F16:
-        return flat.view(np.float16).astype(np.float32)
-    return cast("NDArray[np.float32]", dequantize(flat, kind))
+        return flat.view(np.float16).reshape(shape).astype(np.float32)
+    values = np.empty(flat.size // block_bytes * per_block, np.float32)
+    # The library itself takes 16 rows at a time: rows may be so short that most of its time went into the calls.
+    step = _ELEMENTS_AT_ONCE // per_block
+    for first in range(0, flat.size // block_bytes, step):
+        part = flat[first * block_bytes : (first + step) * block_bytes]
+        values[first * per_block : (first + step) * per_block] = dequantize(part.reshape(1, -1), kind)[0]
+    return values.reshape(shape)
 
 
 def _unpermute(rows: Tensor, num_heads: int) -> Tensor:

@@ -29,10 +29,12 @@ from shoal.engine.context_parallel import TokenShares
 from shoal.engine.latent_attention import LatentAttention, LatentCache
 from shoal.engine.moe import MLP, Experts, MoEBlock, Summed, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
+from shoal.engine.read_ahead import ReadAhead, ReadFigures
 from shoal.engine.rope import cos_sin_table
 from shoal.engine.token_split import token_split
-from shoal.engine.weight_reader import WeightReader
-from shoal.engine.weights import WeightSource
+from shoal.engine.weight_plan import WeightPlan
+from shoal.engine.weight_reader import Fetch, WeightReader
+from shoal.engine.weights import Part, WeightSource
 
 
 class Layer:
@@ -117,28 +119,49 @@ class Decoder:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def load(self, source: WeightSource, progress: Callable[[int], None] | None = None) -> None:
-        """Read, convert and pack, a layer at a time. `progress` is called with the parameters read so far.
+    def load(self, source: WeightSource, progress: Callable[[int, int], None] | None = None) -> ReadFigures:
+        """Read ahead, convert and pack, a layer at a time. `progress` is called with the bytes taken so far and all.
 
         Raises CheckpointError for a missing tensor, a wrong shape or a tensor that the model has no place for before
         anything is read.
         """
+        check_shapes(source, self.spec)
+        plan = WeightPlan(source)
+        tables = self._angles()
+        self._build(self._reader(source, cast("Ops", plan.ops), torch.device("meta"), plan.fetch), tables)
+        extents = [[source.extent(part) for part in parts] for parts in plan.groups]
+        with ReadAhead(extents, progress=progress) as ahead:
+            planned = iter(plan.groups)
+
+            def fetch(parts: list[Part]) -> list[Tensor]:
+                if parts != next(planned):
+                    raise RuntimeError(f"the model asks for other weights than it had planned: {parts}")
+                return [source.decoded(part, data) for part, data in zip(parts, ahead.take(), strict=True)]
+
+            reader = self._reader(source, self.ops, self.device, fetch)
+            self._build(reader, tables)
+            self.num_weight_bytes = reader.num_bytes
+        return ahead.figures
+
+    def _angles(self) -> dict[int | None, Tensor]:
+        """Rotary tables by the window of the layers that use them; None is of all that have no table of their own."""
         spec = self.spec
-        check_shapes(source, spec)
-        self.layers.clear()
-        self.experts.clear()
-        reader = WeightReader(
-            source,
-            self.ops,
-            self.precision,
-            device=self.device,
-            dtype=self.dtype,
-            norm_plus_one=spec.norm_plus_one,
-            progress=progress,
-        )
         tables: dict[int | None, Tensor] = {None: cos_sin_table(spec.rope, spec.rope_dim, self.max_len).to(self.device)}
         if spec.rope_local is not None:
             tables[spec.window] = cos_sin_table(spec.rope_local, spec.rope_dim, self.max_len).to(self.device)
+        return tables
+
+    def _reader(self, source: WeightSource, ops: Ops, device: torch.device, fetch: Fetch) -> WeightReader:
+        plus_one = self.spec.norm_plus_one
+        return WeightReader(
+            source, ops, self.precision, device=device, dtype=self.dtype, norm_plus_one=plus_one, fetch=fetch
+        )
+
+    def _build(self, reader: WeightReader, tables: dict[int | None, Tensor]) -> None:
+        """Everything that the reader's weights make. What it asks for, and in which order, does not depend on them."""
+        spec = self.spec
+        self.layers.clear()
+        self.experts.clear()
         shard = self.shard
         embedding, head = "model.embed_tokens.weight", "lm_head.weight"
         if shard.is_first or (shard.is_last and spec.tied_embeddings):
@@ -151,7 +174,6 @@ class Decoder:
             layer = self._load_layer(reader, number, tables.get(window, tables[None]))
             layer.window = window
             self.layers.append(layer)
-        self.num_weight_bytes = reader.num_bytes
 
     def _load_layer(self, reader: WeightReader, number: int, cos_sin_PD: Tensor) -> Layer:
         spec, layer, prefix = self.spec, Layer(), f"model.layers.{number}."

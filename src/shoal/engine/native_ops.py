@@ -21,7 +21,7 @@ __all__ = ["NativeLinear", "NativeOps", "unavailable_reason"]
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-_ROWS_AT_A_TIME = 2048
+_ROWS_AT_A_TIME = 512
 """Rows widened to float32 at once while packing, to keep the peak memory near one copy."""
 
 

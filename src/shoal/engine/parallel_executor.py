@@ -23,6 +23,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.expert_load import BadExpertLoad, HeldRows, rows_of
 from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
+from shoal.core.start_report import Laps, StartProgress, slowest
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.channel import ChannelClosed
 from shoal.engine.executor import Progress, WorkerInfo
@@ -80,20 +81,23 @@ class ParallelExecutor:
         self._store: dict[str, bytes] = {}
         self._wanted: dict[str, list[int]] = {}
         """Keys that nobody has set yet, and the ranks that wait for them."""
+        self._progress = [StartProgress("starting the ranks", 0.0)] * config.layout.ranks
+        """Of each rank, as far as it has said."""
 
     # --- start ------------------------------------------------------------------------------------------------------
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
         """Raises LaunchError where ranks do not come together or one cannot load its part."""
-        began = time.monotonic()
-        report = progress or (lambda what, fraction: None)
+        began, laps = time.monotonic(), Laps("engine", time.monotonic())
+        report = progress or (lambda progress: None)
         launch, ranks = self._config.launch, self._config.layout.ranks
         secret = shared_secret(launch)
         try:
-            report("starting the ranks", 0.0)
             self._rendezvous = Rendezvous(launch.host, self._port(), secret, ranks)
             self._launcher.launch(self._rendezvous.address, secret, ranks)
-            self._members = self._rendezvous.wait(launch.join_seconds, self._launcher.ended)
+            self._members = self._rendezvous.wait(launch.join_seconds, lambda: self._ended(report))
+            laps.end("spawn", min(member.joined_at for member in self._members))
+            laps.end("rendezvous", time.monotonic())
             self._heard_at = [time.monotonic()] * ranks
             for member in self._members:
                 self._poll.register(member.channel, select.POLLIN)
@@ -114,9 +118,12 @@ class ParallelExecutor:
             kv_bytes=sum(info.kv_bytes for info in infos),
             rank_kv_bytes=max(info.kv_bytes for info in infos),
             device=_count_alike([info.device for info in infos]),
-            load_seconds=max(info.load_seconds for info in infos),
-            start_seconds=time.monotonic() - began,
+            start=slowest([info.start for info in infos]).inside(laps.phases, [], time.monotonic() - began),
         )
+
+    def _ended(self, report: Progress) -> str | None:
+        report(_together(self._progress))
+        return self._launcher.ended()
 
     def _port(self) -> int:
         return self._launcher.driver_port or self._config.launch.port
@@ -170,7 +177,8 @@ class ParallelExecutor:
                 elif isinstance(message, RankFailed):
                     raise LaunchError(message.message)
                 elif isinstance(message, Progressed):
-                    report(message.what, message.fraction)
+                    self._progress[rank] = message.progress
+            report(_together(self._progress))
             if self._failure is not None:
                 raise LaunchError(self._failure)
         return [answers[rank] for rank in range(len(self._members))]
@@ -321,3 +329,14 @@ def remove_shared(groups: list[Group]) -> None:
 def _count_alike(names: list[str]) -> str:
     """cpu x 2."""
     return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in Counter(names).items())
+
+
+def _together(ranks: list[StartProgress]) -> StartProgress:
+    """What the rank that is furthest behind does, and what all have read."""
+    last = min(ranks, key=lambda progress: progress.fraction)
+    return StartProgress(
+        last.what,
+        last.fraction,
+        sum(progress.bytes_read for progress in ranks),
+        sum(progress.bytes_total for progress in ranks),
+    )

@@ -7,6 +7,7 @@ import msgspec
 from shoal.core.config import EngineConfig
 from shoal.core.expert_load import HeldRows
 from shoal.core.layout import Axis
+from shoal.core.start_report import StartProgress
 from shoal.core.types import StepPlan, StepResult, WorkerFailure
 from shoal.engine.executor import WorkerInfo
 
@@ -88,8 +89,8 @@ class Stop(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Progressed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    what: str
-    fraction: float
+    progress: StartProgress
+    """Of this rank alone."""
 
 
 class StoreSet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

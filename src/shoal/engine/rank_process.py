@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from typing import NoReturn
 
 import msgspec
 
+from shoal.core.start_report import Laps, StartProgress
 from shoal.core.types import WorkerFailure
 from shoal.engine.channel import Channel, ChannelClosed
 from shoal.engine.child import bind_to_parent, first_line, plain
@@ -48,13 +50,16 @@ class Rank:
         if not isinstance(load, Load):
             return STOPPED
         try:
+            laps = Laps(f"rank {self._rank}", time.monotonic())
             from shoal.engine.groups import open_groups  # brings torch
             from shoal.engine.worker import Loaded, Seat, Worker
 
+            laps.end("import", time.monotonic())
             comms = open_groups(load.groups, self._rank, self._channel, load.config.launch)
+            laps.end("rendezvous", time.monotonic())
             local_rank = 0 if self._own_device else load.local_rank
             seat = Seat(rank=self._rank, local_rank=local_rank, ranks_on_host=load.ranks_on_host)
-            worker = Worker(load.config, seat, comms, load.expert_rows)
+            worker = Worker(load.config, seat, comms, load.expert_rows, laps)
             part = worker.load(self._report)
             self._send(LoadedPart(part.num_blocks, part.max_len))
             agreed = self._next()
@@ -90,9 +95,8 @@ class Rank:
 
         threading.Thread(target=run, name="heartbeat", daemon=True).start()
 
-    def _report(self, what: str, fraction: float) -> None:
-        if self._rank == 0:
-            self._send(Progressed(what, fraction))
+    def _report(self, progress: StartProgress) -> None:
+        self._send(Progressed(progress))
 
     def _next(self) -> object:
         received = self._channel.receive()

@@ -31,6 +31,8 @@ class Member(msgspec.Struct, frozen=True):
     rank: int
     pid: int
     host: str
+    joined_at: float
+    """Monotonic second of the driver."""
 
 
 class Rendezvous:
@@ -125,7 +127,7 @@ class Rendezvous:
             raise ChannelClosed(reason)
         channel.send(encode(Welcome(proof(self._secret, "driver", join.nonce, nonce))))
         channel.max_frame = MAX_FRAME
-        return {join.rank: Member(channel, join.rank, join.pid, join.host)}
+        return {join.rank: Member(channel, join.rank, join.pid, join.host, time.monotonic())}
 
 
 def join(address: str, secret: bytes, rank: int, world_size: int, seconds: float) -> Channel:

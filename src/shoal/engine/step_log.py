@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -36,12 +36,11 @@ class Submitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepLog:
-    """One writer's file. Made anew with each engine that is started."""
+    """One writer's file. Made anew by the first step of each engine that runs: a warm spare writes nothing."""
 
     def __init__(self, directory: str, writer: str) -> None:
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        self._file = (path / f"{writer}.jsonl").open("wb", buffering=0)
+        self._path = Path(directory) / f"{writer}.jsonl"
+        self._file: BinaryIO | None = None
         self._encoder = msgspec.json.Encoder()
 
     def rank_step(self, plan: StepPlan, began: float, ended: float, waited: float) -> None:
@@ -53,9 +52,13 @@ class StepLog:
         self._write(Submitted(plan.plan_id, began, ended))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, entry: msgspec.Struct) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb", buffering=0)
         self._file.write(self._encoder.encode(entry) + b"\n")
 
 

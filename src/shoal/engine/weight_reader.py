@@ -13,10 +13,12 @@ from torch import Tensor
 from shoal.core.config import WeightPrecision
 from shoal.core.sharding import Span
 from shoal.engine.ops import Ops, PackedLinear
-from shoal.engine.weights import WeightSource
+from shoal.engine.weights import Part, WeightSource, read_part
 
 NamedRows = tuple[str, Span | None]
 """A tensor of the checkpoint, and which of its rows; None is all."""
+Fetch = Callable[[list[Part]], list[Tensor]]
+"""Tensors of the checkpoint, which may be overwritten when the next ones are asked for."""
 
 
 class WeightReader:
@@ -29,34 +31,32 @@ class WeightReader:
         device: torch.device,
         dtype: torch.dtype,
         norm_plus_one: bool = False,
-        progress: Callable[[int], None] | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
-        """`dtype` is of activations. `norm_plus_one`: the file holds norm weights minus one. `progress` is called with
-        the parameters read so far.
+        """`dtype` is of activations. `norm_plus_one`: the file holds norm weights minus one. `fetch` None reads each
+        tensor from the source when it is asked for.
         """
         self.ops = ops
-        self.num_read = 0
-        """Parameters."""
         self.num_bytes = 0
-        """Of what was made of them."""
+        """Of what was made."""
         self._source = source
+        self._fetch = fetch or (lambda parts: [read_part(source, part) for part in parts])
         self._precision = precision
         self.device = device
         self._dtype = dtype
         self._norm_plus_one = norm_plus_one
-        self._progress = progress
 
-    def _read(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        shape = self._source.shape(name)
+    def _read(self, parts: list[Part]) -> list[Tensor]:
+        return self._fetch([self._least(part) for part in parts])
+
+    def _least(self, part: Part) -> Part:
+        """All rows or all columns of a tensor are no part of it: they need not be cut out."""
+        shape, (name, rows, columns) = self._source.shape(part.name), part
         if rows is not None and len(rows) == shape[0]:
-            rows = None  # all of it can be mapped instead of copied
+            rows = None
         if columns is not None and len(columns) == shape[1]:
             columns = None
-        tensor = self._source.tensor(name, rows, columns)
-        self.num_read += tensor.numel()
-        if self._progress is not None:
-            self._progress(self.num_read)
-        return tensor
+        return Part(name, rows, columns)
 
     def linear(
         self,
@@ -69,33 +69,37 @@ class WeightReader:
 
         `precision` is the model's unless it is given.
         """
-        parts = [self._read(name, rows, columns) for name, rows in weights]
-        weight_NK = parts[0] if len(parts) == 1 else torch.cat(parts)
-        bias_N = torch.cat([self._read(name, rows).float() for name, rows in biases]) if biases else None
+        parts = [Part(name, rows, columns) for name, rows in weights]
+        tensors = self._read(parts + [Part(name, rows) for name, rows in biases or []])
+        matrices, vectors = tensors[: len(weights)], tensors[len(weights) :]
+        weight_NK = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        bias_N = torch.cat([vector.float() for vector in vectors]) if vectors else None
         packed = self.ops.pack(weight_NK, bias_N, precision or self._precision)
         self.num_bytes += packed.nbytes
         return packed
 
     def gated(self, gate: str, up: str, rows: Span) -> PackedLinear:
-        packed = self.ops.pack_gated(self._read(gate, rows), self._read(up, rows), self._precision)
+        gate_NK, up_NK = self._read([Part(gate, rows), Part(up, rows)])
+        packed = self.ops.pack_gated(gate_NK, up_NK, self._precision)
         self.num_bytes += packed.nbytes
         return packed
 
     def matrix(self, name: str, rows: Span | None = None) -> Tensor:
         """(N, K) as torch keeps it, in the activations' precision, on the device."""
-        return self._copy(self._read(name, rows), self._dtype)
+        return self._copy(Part(name, rows), self._dtype)
 
     def vector(self, name: str) -> Tensor:
         """(H) in float32 on the device."""
-        return self._copy(self._read(name), torch.float32)
+        return self._copy(Part(name), torch.float32)
 
     def norm(self, name: str) -> Tensor:
         """What normed values are multiplied by, (H) in float32 on the device."""
         weight_H = self.vector(name)
         return weight_H + 1.0 if self._norm_plus_one else weight_H
 
-    def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        # A copy even where nothing changes: what was read may be a memory map that is closed soon.
+    def _copy(self, part: Part, dtype: torch.dtype) -> Tensor:
+        # A copy even where nothing changes: what was read is overwritten soon.
+        (tensor,) = self._read([part])
         copied = tensor.to(self.device, dtype, copy=True)
         self.num_bytes += copied.nbytes
         return copied

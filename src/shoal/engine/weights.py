@@ -6,21 +6,32 @@ Everything that can be wrong with the files is found when they are opened, befor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import msgspec
+import torch
 from torch import Tensor
 
 from shoal.checkpoint.errors import CheckpointError
+from shoal.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from shoal.core.sharding import Span
+from shoal.engine.read_ahead import Extent, read_extent
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
 """How multimodal checkpoints of both generations of transformers name the parts of their text model."""
+
+
+class Part(NamedTuple):
+    """A tensor of the checkpoint, or the rows of its first dimension and the columns of its second that are wanted."""
+
+    name: str
+    rows: Span | None = None
+    columns: Span | None = None
 
 
 class WeightSource(Protocol):
@@ -31,13 +42,21 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises CheckpointError if the tensor's element type cannot be read, so that this is known beforehand."""
 
-    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        """A float tensor in whatever precision it is stored; the caller may keep it only for a moment (memory map).
+    def extent(self, part: Part) -> Extent:
+        """The bytes to read for it. Of columns that is all that lies between the first and the last of them."""
 
-        Of a part only that part is read: `rows` of the first dimension, `columns` of the second.
-        """
+    def decoded(self, part: Part, data: Tensor) -> Tensor:
+        """A float tensor in whatever precision it is stored, of the bytes of its extent: a view of them or new."""
+
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """Read it now, by itself. Raises CheckpointError."""
 
     def close(self) -> None: ...
+
+
+def read_part(source: WeightSource, part: Part) -> Tensor:
+    """In memory of its own."""
+    return source.decoded(part, read_extent(source.extent(part)))
 
 
 class SafetensorsWeights:
@@ -45,41 +64,49 @@ class SafetensorsWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files: dict[str, Any] = {}
-        self._place: dict[str, tuple[str, str]] = {}
-        """By name: the shard, and the name within it."""
+        self._files: list[SafetensorsFile] = []
+        self._places: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
         try:
             for shard in _shards(path):
-                handle = _open(path / shard)
-                self._files[shard] = handle
-                self._place.update({_text_name(key): (shard, key) for key in handle.keys()})  # noqa: SIM118
+                file = SafetensorsFile(path / shard)
+                self._files.append(file)
+                self._places.update({_text_name(key): (file, stored) for key, stored in file.tensors.items()})
         except BaseException:
             self.close()
             raise
 
     def names(self) -> list[str]:
-        return list(self._place)
+        return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shard, key = self._place[name]
-        header = self._files[shard].get_slice(key)
-        if header.get_dtype() not in _FLOATS:
+        file, stored = self._places[name]
+        if stored.dtype not in _FLOATS:
             raise CheckpointError(
-                self.path / shard,
-                f"tensor {key} is {header.get_dtype()}: quantised checkpoints are not read, only {', '.join(_FLOATS)}",
+                file.path,
+                f"tensor {name} is {stored.dtype}: quantised checkpoints are not read, only {', '.join(_FLOATS)}",
             )
-        return tuple(header.get_shape())
+        return stored.shape
+
+    def extent(self, part: Part) -> Extent:
+        file, stored = self._places[part.name]
+        if part.rows is None:
+            return Extent(file.path, file.descriptor, stored.offset, stored.length)
+        row_bytes = stored.length // stored.shape[0] if stored.shape[0] else 0
+        offset = stored.offset + part.rows.start * row_bytes
+        return Extent(file.path, file.descriptor, offset, len(part.rows) * row_bytes)
+
+    def decoded(self, part: Part, data: Tensor) -> Tensor:
+        _, stored = self._places[part.name]
+        num_rows = stored.shape[:1] if part.rows is None else (len(part.rows),)
+        tensor = data.view(_FLOATS[stored.dtype]).view((*num_rows, *stored.shape[1:]))
+        return tensor if part.columns is None else tensor[:, part.columns.slice]
 
     def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        shard, key = self._place[name]
-        if rows is None and columns is None:
-            return cast("Tensor", self._files[shard].get_tensor(key))
-        part = self._files[shard].get_slice(key)
-        at_rows = slice(None) if rows is None else rows.slice
-        return cast("Tensor", part[at_rows] if columns is None else part[at_rows, columns.slice])
+        return read_part(self, Part(name, rows, columns))
 
     def close(self) -> None:
-        self._files.clear()
+        for file in self._files:
+            file.close()
 
 
 def _text_name(key: str) -> str:
@@ -111,15 +138,6 @@ def _shards(path: Path) -> list[str]:
     if list(path.glob("*.bin")) or list(path.glob("*.pth")):
         raise CheckpointError(path, "holds pickled weights only, which shoal does not load: convert to safetensors")
     raise CheckpointError(path, "holds neither model.safetensors nor model.safetensors.index.json")
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(path, f"cannot be read as safetensors (truncated or corrupt?): {error}") from None
 
 
 def open_weights(path: str | Path) -> WeightSource:

@@ -21,6 +21,7 @@ from shoal.core.expert_load import HeldRows, placements
 from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import Shard, shard_of
+from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.attention.base import AttentionBackend, HeadSharing
 from shoal.engine.attention.native import NativeAttention
@@ -34,6 +35,7 @@ from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
+from shoal.engine.read_ahead import ReadFigures
 from shoal.engine.runner import Runner
 from shoal.engine.step_log import StepLog
 from shoal.engine.weights import open_weights
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     import xgrammar
 
 _WARM_UP_TOKENS = 32
+_REPORTED_FRACTION = 0.005
+"""Of the weights, between two reports: for a model of thousands of tensors nobody needs one of each."""
 
 
 class Seat(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,10 +72,12 @@ class Worker:
         seat: Seat | None = None,
         comms: Mapping[Axis, Comm] | None = None,
         expert_rows: dict[int, list[int]] | None = None,
+        laps: Laps | None = None,
     ) -> None:
         """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out.
 
-        `expert_rows` is what `config.expert_load` says, by layer, for each expert: the same on all ranks.
+        `expert_rows` is what `config.expert_load` says, by layer, for each expert: the same on all ranks. `laps` holds
+        what was done for this start before there was a worker.
         """
         self._config = config
         self._expert_rows = expert_rows or {}
@@ -82,8 +88,8 @@ class Worker:
         self._runner: Runner | None = None
         self._ops: Ops | None = None
         self._failure: str | None = None
-        self._began = time.monotonic()
-        self._load_seconds = 0.0
+        self._laps = laps or Laps(f"rank {self._seat.rank}", time.monotonic())
+        self._figures = ReadFigures(0, 0.0, 0.0)
         self._step_log = None if config.step_log is None else StepLog(config.step_log, f"rank-{self._seat.rank}")
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
@@ -93,10 +99,10 @@ class Worker:
 
     def load(self, progress: Progress | None = None) -> Loaded:
         """Read this rank's part of the weights; then see how much KV there is room for."""
-        self._began = time.monotonic()
-        config, seat = self._config, self._seat
-        report = progress or (lambda what, fraction: None)
-        report("reading the checkpoint", 0.0)
+        laps, config, seat = self._laps, self._config, self._seat
+        laps.resume(time.monotonic())
+        report = progress or (lambda progress: None)
+        report(StartProgress("reading the checkpoint", 0.0))
         self._path = resolve(config.model, download=False).path
         spec = load_spec(self._path)
         max_len = config.max_len or spec.max_len
@@ -127,9 +133,9 @@ class Worker:
             context=self._comms.get("context"),
             stages=self._comms.get("pipeline"),
         )
-        load_began = time.monotonic()
-        _load(decoder, self._path, report)
-        self._load_seconds = time.monotonic() - load_began
+        laps.end("open", time.monotonic())
+        self._figures = _load(decoder, self._path, report)
+        laps.end_two("read", self._figures.waited_seconds, "convert", time.monotonic())
         on_cpu = device.type == "cpu"
         num_blocks = plan_blocks(
             config,
@@ -145,6 +151,8 @@ class Worker:
         decoder, path, config = self._decoder, self._path, self._config
         if decoder is None or path is None:
             raise RuntimeError("allocate comes after load")
+        laps = self._laps
+        laps.resume(time.monotonic())  # between the two all ranks were waited for
         cache = decoder.new_cache(agreed.num_blocks, config.block_size)
         self._runner = Runner(
             decoder,
@@ -159,13 +167,15 @@ class Worker:
             context=decoder.context,
             draws=self.draws,
         )
+        laps.end("allocate", time.monotonic())
         if progress is not None:
-            progress("warming up", 0.0)
+            progress(StartProgress("warming up", 0.0))
         self._warm_up(min(_WARM_UP_TOKENS, agreed.max_len - 1))
         for experts in decoder.experts.values():
             experts.start_counting()
+        laps.end("warm-up", time.monotonic())
         if progress is not None:
-            progress("ready", 1.0)
+            progress(StartProgress("ready", 1.0))
         return WorkerInfo(
             spec=decoder.spec,
             num_blocks=agreed.num_blocks,
@@ -178,8 +188,18 @@ class Worker:
             ops=decoder.ops.name,
             attention=decoder.attention.name,
             dtype=config.dtype,
-            load_seconds=self._load_seconds,
-            start_seconds=time.monotonic() - self._began,
+            start=laps.report([self._rank_load()]),
+        )
+
+    def _rank_load(self) -> RankLoad:
+        figures = self._figures
+        convert = sum(phase.seconds for phase in self._laps.phases if phase.name == "convert")
+        return RankLoad(
+            rank=self._seat.rank,
+            bytes_read=figures.bytes_read,
+            read_seconds=figures.waited_seconds,
+            convert_seconds=convert,
+            reading_seconds=figures.reading_seconds,
         )
 
     def step(self, plan: StepPlan) -> StepResult | WorkerFailure:
@@ -296,11 +316,18 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(decoder: Decoder, path: Path, report: Progress) -> None:
-    num_parameters = decoder.spec.num_parameters()
+def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
+    reported = -1.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reported
+        if done == total or done / total >= reported + _REPORTED_FRACTION:
+            reported = done / total
+            report(StartProgress("loading the weights", reported, done, total))
+
     source = open_weights(path)
     try:
-        decoder.load(source, lambda num_read: report("loading the weights", min(1.0, num_read / num_parameters)))
+        return decoder.load(source, progress)
     finally:
         source.close()
 

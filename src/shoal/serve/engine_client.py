@@ -17,10 +17,11 @@ import zmq.asyncio
 
 from shoal.core.config import EngineConfig
 from shoal.core.expert_load import ExpertLoad
+from shoal.core.start_report import StartProgress
 from shoal.core.types import EngineLoad, Output, Rejected, Request
 from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, Stop, encode, from_engine
 
-Progress = Callable[[str, float], None]
+Progress = Callable[[StartProgress], None]
 
 
 class EngineStartError(Exception):
@@ -58,6 +59,8 @@ class EngineClient:
         """What its experts have computed, once it has said so; of a group, an entry for each engine."""
         self.progress_at = time.monotonic()
         """Monotonic second of the engine's last sign of progress."""
+        self.num_spares = 0
+        """Warm ones that are ready."""
         self.lost: str | None = None
         """Why the engine is gone; None while it runs."""
 
@@ -83,7 +86,7 @@ class EngineClient:
             if process.stdin is None:
                 raise EngineStartError("the engine process has no standard input")
             process.stdin.write(msgspec.json.encode(config) + b"\n")
-            started = await client._wait_until_started(on_progress or (lambda what, fraction: None))
+            started = await client._wait_until_started(on_progress or (lambda progress: None))
             client.info, client.load = started.info, started.load
             client.progress_at = time.monotonic()
         except BaseException:
@@ -116,7 +119,7 @@ class EngineClient:
                 if isinstance(message, Started):
                     return message
                 if isinstance(message, Starting):
-                    on_progress(message.what, message.fraction)
+                    on_progress(message.progress)
         finally:
             ended.cancel()
 
@@ -163,6 +166,7 @@ class EngineClient:
             if message.experts is not None:
                 self.experts = [message.experts]
             self.progress_at = message.progress_at
+            self.num_spares = message.num_spares
             for rejected in message.rejected:
                 self._put(rejected.request_id, RequestRejected(rejected))
             for output in message.outputs:

@@ -12,6 +12,7 @@ import msgspec
 from shoal.core.config import EngineConfig
 from shoal.core.expert_load import ExpertLoad
 from shoal.core.layout import Layout
+from shoal.core.start_report import slowest
 from shoal.core.types import EngineLoad, Output, Request
 from shoal.serve.engine_client import EngineClient, EngineLost, EngineStartError, Progress
 from shoal.serve.messages import EngineInfo, Step
@@ -64,7 +65,7 @@ class EngineGroup:
             max_len=min(info.max_len for info in infos),
             weight_bytes=sum(info.weight_bytes for info in infos),
             kv_bytes=sum(info.kv_bytes for info in infos),
-            start_seconds=max(info.start_seconds for info in infos),
+            start=slowest([info.start for info in infos]),
         )
 
     @property
@@ -94,6 +95,10 @@ class EngineGroup:
     @property
     def num_streams(self) -> int:
         return sum(engine.num_streams for engine in self._engines)
+
+    @property
+    def num_spares(self) -> int:
+        return sum(engine.num_spares for engine in self._engines)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """As EngineClient.generate, on the engine with the least to do."""

@@ -19,8 +19,9 @@ from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.engine_core import EngineCore
 from shoal.core.expert_load import ExpertLoad, merged
 from shoal.core.replay import RecordingCore
+from shoal.core.start_report import Phase, StartProgress
 from shoal.core.types import Output, Rejected, StepPlan, StepResult, WorkerFailure
-from shoal.engine.child import bind_to_parent, first_line, plain
+from shoal.engine.child import bind_to_parent, first_line, plain, process_age
 from shoal.engine.executor import open_executor
 from shoal.serve.messages import (
     HEARTBEAT_SECONDS,
@@ -34,6 +35,7 @@ from shoal.serve.messages import (
     encode,
     to_engine,
 )
+from shoal.serve.warm_spares import WarmSpares, require_possible_spares
 
 
 class WorkerLost(Exception):
@@ -44,7 +46,9 @@ class EngineLoop:
     def __init__(self, config: EngineConfig, socket: zmq.Socket[bytes], recording: BinaryIO | None) -> None:
         self._config = config
         self._socket = socket
+        require_possible_spares(config)
         self._executor = open_executor(config)
+        imported = Phase("engine", "import", process_age())  # one rank's executor brings torch
         info = self._executor.start(self._report_start)
         # A worker that is made anew must be as large as the scheduler thinks, however much memory is free by then.
         self._config = msgspec.structs.replace(config, kv_cache_bytes=info.rank_kv_bytes, max_len=info.max_len)
@@ -82,22 +86,27 @@ class EngineLoop:
                     ops=info.ops,
                     attention=info.attention,
                     dtype=info.dtype,
-                    start_seconds=info.start_seconds,
+                    start=info.start.inside([imported], [], process_age()),
                 ),
                 self._core.load(),
             )
         )
+        self._spares = WarmSpares(self._config, info.num_blocks)
 
     def run(self) -> None:
-        """Until told to stop."""
-        while self._drain_inbox():
-            self._fill_pipeline()
-            if self._plans:
-                self._finish_oldest()
-            self._send_step()
+        """Until told to stop. Nothing of the engine is left then, however it ends."""
+        try:
+            while self._drain_inbox():
+                self._fill_pipeline()
+                if self._plans:
+                    self._finish_oldest()
+                self._send_step()
+        finally:
+            self._executor.stop()
+            self._spares.close()
 
-    def _report_start(self, what: str, fraction: float) -> None:
-        self._send(Starting(what, fraction))
+    def _report_start(self, progress: StartProgress) -> None:
+        self._send(Starting(progress))
 
     def _send(self, message: msgspec.Struct) -> None:
         self._socket.send(encode(message))
@@ -107,9 +116,6 @@ class EngineLoop:
         idle = not self._core.has_work()
         if idle:
             self._progress_at = time.monotonic()
-            if (failure := self._executor.failure()) is not None:
-                self._outputs += self._core.fail(failure, time.monotonic())
-                self._rebuild(failure)
         wait_ms = int(HEARTBEAT_SECONDS * 1000) if idle else 0
         while self._socket.poll(wait_ms):
             wait_ms = 0
@@ -122,8 +128,11 @@ class EngineLoop:
             elif isinstance(message, Abort):
                 self._core.abort(message.request_id, now, message.index)
             else:
-                self._executor.stop()
                 return False
+        if idle and (failure := self._executor.failure()) is not None:
+            # After the inbox: a request that has just come waits for the new workers, and is not sent to the lost ones.
+            self._outputs += self._core.fail(failure, time.monotonic())
+            self._rebuild(failure)
         return True
 
     def _fill_pipeline(self) -> None:
@@ -146,10 +155,15 @@ class EngineLoop:
 
     def _rebuild(self, failure: str) -> None:
         """What ran has ended with an error; what waits goes on with new workers."""
-        print(f"shoal engine: {failure}; starting new workers", file=sys.stderr, flush=True)
         self._plans.clear()
         self._send_step()
         self._executor.stop()
+        spare = self._spares.take()
+        then = "starting new workers" if spare is None else "a warm spare takes over"
+        print(f"shoal engine: {failure}; {then}", file=sys.stderr, flush=True)
+        if spare is not None:
+            self._executor = spare
+            return
         self._executor = open_executor(self._config)
         try:
             num_blocks = self._executor.start().num_blocks
@@ -159,7 +173,8 @@ class EngineLoop:
             raise WorkerLost(f"the new worker has {num_blocks} KV blocks, the scheduler {self._num_blocks}")
 
     def _send_step(self) -> None:
-        self._send(Step(self._outputs, self._rejected, self._core.load(), self._progress_at, self._expert_load()))
+        load, spares, experts = self._core.load(), self._spares.num_ready, self._expert_load()
+        self._send(Step(self._outputs, self._rejected, load, self._progress_at, spares, experts))
         self._outputs, self._rejected = [], []
 
     def _expert_load(self) -> ExpertLoad | None:

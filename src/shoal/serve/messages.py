@@ -6,6 +6,7 @@ import msgspec
 
 from shoal.core.expert_load import ExpertLoad
 from shoal.core.model_spec import ModelSpec
+from shoal.core.start_report import StartProgress, StartReport
 from shoal.core.types import EngineLoad, Output, Rejected, Request
 
 HEARTBEAT_SECONDS = 1.0
@@ -42,12 +43,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ops: str
     attention: str
     dtype: str
-    start_seconds: float
+    start: StartReport
+    """From the start of the engine process."""
 
 
 class Starting(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    what: str
-    fraction: float
+    progress: StartProgress
 
 
 class Started(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -68,6 +69,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     load: EngineLoad
     progress_at: float
     """Monotonic second of the last committed step, or of this message if there was nothing to do."""
+    num_spares: int
+    """Warm ones that are ready."""
     experts: ExpertLoad | None = None
     """Now and then, of a model with experts."""
 

@@ -99,6 +99,7 @@ class _EngineCollector:
             (defined.KV_USAGE, held / load.num_blocks),
             (defined.KV_FILL, load.num_live_tokens / capacity if capacity else 1.0),
             (defined.PROGRESS_AGE, time.monotonic() - self._engine.progress_at),
+            (defined.WARM_SPARES, self._engine.num_spares),
         ):
             yield GaugeMetricFamily(metric.name, metric.help, value)
         for metric, count in (

@@ -14,6 +14,7 @@ import uvicorn
 
 from shoal.checkpoint.resolve import ModelFiles
 from shoal.core.config import EngineConfig
+from shoal.serve.engine_client import Progress
 from shoal.serve.engine_group import Engine
 from shoal.serve.generation import Generator
 from shoal.serve.http import Server
@@ -69,7 +70,7 @@ async def serve(
     files: ModelFiles,
     listener: socket.socket,
     *,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: Progress | None = None,
     on_ready: Callable[[str, Engine], None] | None = None,
     recording: str | None = None,
 ) -> int:

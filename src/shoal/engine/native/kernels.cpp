@@ -77,25 +77,38 @@ void write_kv(Pool& pool, KV* keys, KV* values, const float* k, const float* v, 
   });
 }
 
-// One row of a weight matrix to its column of a panel. `half` is 1 for the ups of a gated pair.
-void pack_feature(const Packed& w, const float* row, int feature, int half) {
+constexpr int PACK_BLOCK = 64;  // of k: a panel's share of it is 8 KiB of floats, which stay in the first-level cache
+
+// Rows of a weight matrix, all of one panel, to its columns: `feature` is the first one's, `half` 1 for the ups of a gated
+// pair. All rows write to the same lines, so they take turns every few k.
+void pack_features(const Packed& w, const float* rows, int64_t stride, int feature, int count, int half) {
   const int width = w.gated ? NR / 2 : NR;
   const int64_t panel = feature / width, column = feature % width + half * width;
-  if (w.precision == FLOAT32) {
-    float* to = (float*)w.weights + panel * w.k * NR + column;
-    for (int k = 0; k < w.k; ++k) to[(int64_t)k * NR] = row[k];
-  } else if (w.precision == BFLOAT16) {
-    uint16_t* to = (uint16_t*)w.weights + panel * w.k * NR + column;
-    for (int k = 0; k < w.k; ++k) to[(int64_t)k * NR] = to_bf16(row[k]);
-  } else {
+  float inverse[NR];
+  for (int i = 0; w.precision == INT8 && i < count; ++i) {
     float most = 0;
-    for (int k = 0; k < w.k; ++k) most = std::max(most, fabsf(row[k]));
-    const float inverse = inverse_step(most);
-    w.scales[panel * NR + column] = most / 127.0f;
-    uint8_t* to = (uint8_t*)w.weights + panel * w.k_padded * NR;
-    for (int k = 0; k < w.k_padded; ++k) {
-      const int q = k < w.k ? (int)nearbyintf(row[k] * inverse) : 0;
-      to[((int64_t)(k / 4) * NR + column) * 4 + k % 4] = (uint8_t)(q + 128);
+    for (int k = 0; k < w.k; ++k) most = std::max(most, fabsf(rows[i * stride + k]));
+    inverse[i] = inverse_step(most);
+    w.scales[panel * NR + column + i] = most / 127.0f;
+  }
+  const int depth = w.precision == INT8 ? w.k_padded : w.k;
+  for (int begin = 0; begin < depth; begin += PACK_BLOCK) {
+    const int end = std::min(depth, begin + PACK_BLOCK);
+    for (int i = 0; i < count; ++i) {
+      const float* row = rows + i * stride;
+      if (w.precision == FLOAT32) {
+        float* to = (float*)w.weights + panel * w.k * NR + column + i;
+        for (int k = begin; k < end; ++k) to[(int64_t)k * NR] = row[k];
+      } else if (w.precision == BFLOAT16) {
+        uint16_t* to = (uint16_t*)w.weights + panel * w.k * NR + column + i;
+        for (int k = begin; k < end; ++k) to[(int64_t)k * NR] = to_bf16(row[k]);
+      } else {
+        uint8_t* to = (uint8_t*)w.weights + panel * w.k_padded * NR;
+        for (int k = begin; k < end; ++k) {
+          const int q = k < w.k ? (int)nearbyintf(row[k] * inverse[i]) : 0;
+          to[((int64_t)(k / 4) * NR + column + i) * 4 + k % 4] = (uint8_t)(q + 128);
+        }
+      }
     }
   }
 }
@@ -195,7 +208,13 @@ int64_t shoal_weight_bytes(const Packed* w) {
 // Pack features [first, first + count) of half `half` (0 but for the ups of a gated pair) from rows of floats.
 int shoal_pack(Pool* pool, Packed* w, const float* rows, int64_t stride, int first, int count, int half) {
   return with(pool, [&] {
-    for_rows(*pool, count, [&](int i) { pack_feature(*w, rows + i * stride, first + i, half); });
+    if (count == 0) return true;
+    const int width = w->gated ? NR / 2 : NR, panel = first / width;
+    pool->run((first + count - 1) / width - panel + 1, [&](int part, int) {
+      const int begin = std::max(first, (panel + part) * width);
+      const int end = std::min(first + count, (panel + part + 1) * width);
+      pack_features(*w, rows + (begin - first) * stride, stride, begin, end - begin, half);
+    });
     return true;
   });
 }
