@@ -33,6 +33,7 @@ from workloads import Workload, make_workloads
 QUIET = 0.1
 KV_BYTES = 1 << 30
 """Of each rank."""
+NAMES = ["dense", "context", "experts", "vllm"]
 STEADY_SEQUENCES = 8
 """Of a pipeline's step in steady decode, at least."""
 
@@ -56,6 +57,7 @@ def shoal_spec(name: str, model: str, threads: int, logs: Path, depth: int = 1, 
 class Comparison:
     """Engines on the same weights: rates by workload and round, tokens of the last round, memory behind the start."""
 
+    title: str
     specs: list[EngineSpec]
     """The first is what the others stand beside."""
     workloads: list[Workload]
@@ -145,7 +147,7 @@ def _median_and_p99(values: list[float]) -> str:
 
 
 def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) -> dict[str, Comparison]:
-    """By title. Engines of one comparison run the same weights."""
+    """By the name that --only takes. Engines of one comparison run the same weights."""
     cores = machine.num_cores()
     half = max(1, cores // 2)
     one, two = f"{cores} threads", f"{half} thread each"
@@ -157,7 +159,8 @@ def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) ->
     if "vllm" in peers:
         beside_vllm.append(vllm_spec(even, "float32", peers["vllm"], half, ranks=2))
     return {
-        "SmolLM2-135M, float32": Comparison(
+        "dense": Comparison(
+            "SmolLM2-135M, float32",
             [
                 shoal_spec(f"tp1, {one}", peers_model, cores, logs),
                 shoal_spec(f"tp2, {two}", peers_model, half, logs, tp=2),
@@ -166,7 +169,8 @@ def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) ->
             _workloads("bc"),
             logs,
         ),
-        "Context, SmolLM2-135M, float32": Comparison(
+        "context": Comparison(
+            "Context, SmolLM2-135M, float32",
             [
                 shoal_spec(f"whole context, tp1, {one}", peers_model, cores, logs),
                 shoal_spec(f"cp2, {two}", peers_model, half, logs, cp=2),
@@ -174,7 +178,8 @@ def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) ->
             _workloads("bd"),
             logs,
         ),
-        "Experts, random weights, float32": Comparison(
+        "experts": Comparison(
+            "Experts, random weights, float32",
             [
                 shoal_spec(f"experts on 1 rank, {one}", experts, cores, logs),
                 shoal_spec(f"experts, ep2, {two}", experts, half, logs, ep=2),
@@ -183,7 +188,7 @@ def comparisons(models: Path, logs: Path, peers: dict[str, peer_builds.Peer]) ->
             _workloads("b"),
             logs,
         ),
-        "Beside vLLM: 8 heads, random weights, float32": Comparison(beside_vllm, _workloads("b"), logs),
+        "vllm": Comparison("Beside vLLM: 8 heads, random weights, float32", beside_vllm, _workloads("b"), logs),
     }
 
 
@@ -204,6 +209,7 @@ def _peak_of_imports() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What layouts bring on this machine, as Markdown.")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--only", default=",".join(NAMES), help=f"of {', '.join(NAMES)}; default all")
     parser.add_argument("--no-peers", action="store_true", help="leave vLLM out")
     parser.add_argument("--venvs", type=Path, default=Path("~/.cache/shoal/bench-venvs"), help="where peers are kept")
     parser.add_argument(
@@ -212,17 +218,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    only = arguments.only.split(",")
+    if unknown := [name for name in only if name not in NAMES]:
+        parser.error(f"--only: {unknown[0]!r} is unknown; there are {', '.join(NAMES)}")
     models = arguments.models.expanduser()
-    peers = {} if arguments.no_peers else {"vllm": _vllm(arguments.venvs.expanduser())}
+    peers = {} if arguments.no_peers or "vllm" not in only else {"vllm": _vllm(arguments.venvs.expanduser())}
     pythons = {"": Path(sys.executable)} | {name: peer.executable for name, peer in peers.items()}
     measured = subprocess.run(
         [sys.executable, str(Path(machine.__file__))], capture_output=True, check=True, text=True
     ).stdout
     host = json.loads(measured)["machine"]
     with tempfile.TemporaryDirectory() as folder:
-        chosen = comparisons(models, Path(folder), peers)
-        for title, comparison in chosen.items():
-            say(title)
+        every = comparisons(models, Path(folder), peers)
+        chosen = [every[name] for name in only]
+        for comparison in chosen:
+            say(comparison.title)
             comparison.run(arguments.rounds, pythons)
         baseline = _peak_of_imports()
         print(f"`{subprocess.list2cmdline(['python', 'benchmarks/layouts.py', *sys.argv[1:]])}`", end="")
@@ -233,8 +243,8 @@ def main() -> None:
         for peer in peers.values():
             print(f"- {peer.version}")
         print(f"- rounds: {arguments.rounds}; medians, the range over rounds in brackets; ratios round by round")
-        for title, comparison in chosen.items():
-            print(f"\n## {title}\n\n{comparison.rates_table()}\n\n{comparison.ranks_table(baseline)}")
+        for comparison in chosen:
+            print(f"\n## {comparison.title}\n\n{comparison.rates_table()}\n\n{comparison.ranks_table(baseline)}")
             for name, problem in comparison.problems.items():
                 print(f"\n{name} could not be measured: {problem}")
 
