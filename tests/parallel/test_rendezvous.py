@@ -177,7 +177,7 @@ def test_an_environment_that_makes_no_sense(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match=reason):
-        make_launcher(LaunchConfig(launcher="env"))
+        make_launcher(EngineConfig(model="any", launch=LaunchConfig(launcher="env")))
 
 
 def test_a_world_of_another_size_than_the_layout(monkeypatch: pytest.MonkeyPatch, tmp_path, unused_port: int) -> None:  # type: ignore[no-untyped-def]
