@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,23 @@ def load(path: Path, shard: Shard, tensor: NullComm | None = None) -> tuple[Deco
     decoder.load(source)
     source.close()
     return decoder, source
+
+
+LOAD = """
+import sys
+from shoal.core.config import EngineConfig
+from shoal.engine.worker import Worker
+Worker(EngineConfig(model=sys.argv[1], kv_cache_bytes=1 << 20, max_len=64)).load()
+print(*sorted(name for name in sys.modules if name in ("sympy", "torch.fx.experimental.symbolic_shapes")))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "deepseek_v3"])
+def test_a_plan_costs_no_imports(family: str, tmp_path: Path) -> None:
+    """Torch computes with tensors that have no data through a thousand modules, which take a second to import."""
+    path = make_checkpoint(family, tmp_path)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "mixtral", "deepseek_v3", "deepseek_v3_plain"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.core.config import WeightPrecision
 from shoal.engine.native import Packed, load_library, unavailable_reason, variants
-from shoal.engine.ops import Activation
+from shoal.engine.ops import Activation, Matrices
 from shoal.engine.random_stream import UInt64Array
 
 __all__ = ["NativeLinear", "NativeOps", "unavailable_reason"]
@@ -108,12 +108,18 @@ class NativeOps:
             raise RuntimeError("these native kernels were closed")
         raise ValueError(out_of_range)
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> NativeLinear:
-        n, k = weight_NK.shape
+    def pack(self, weights: Matrices, bias_N: Tensor | None, precision: WeightPrecision) -> NativeLinear:
+        matrices = [weights] if isinstance(weights, Tensor) else list(weights)
+        n, k = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
+        if any(matrix.shape[1] != k for matrix in matrices):
+            raise ValueError(f"layers of one input take as many features, got {[m.shape[1] for m in matrices]}")
         if bias_N is not None and bias_N.shape != (n,):
             raise ValueError(f"the bias has shape {tuple(bias_N.shape)}, the weights have {n} output features")
         packed = NativeLinear(self.library, precision, n, k, gated=False, bias=bias_N is not None)
-        self._fill(packed, weight_NK, 0)
+        row = 0
+        for matrix in matrices:
+            self._fill(packed, matrix, 0, row)
+            row += len(matrix)
         if bias_N is not None:
             packed.bias[:n] = bias_N.float()
         return packed
@@ -127,11 +133,12 @@ class NativeOps:
         self._fill(packed, up_NK, 1)
         return packed
 
-    def _fill(self, packed: NativeLinear, weight_NK: Tensor, half: int) -> None:
+    def _fill(self, packed: NativeLinear, weight_NK: Tensor, half: int, row: int = 0) -> None:
+        """From the packed matrix's `row` on."""
         for first in range(0, weight_NK.shape[0], _ROWS_AT_A_TIME):
             rows = weight_NK[first : first + _ROWS_AT_A_TIME].float().contiguous()
-            count = rows.shape[0]
-            if self.library.shoal_pack(self.pool, packed.address, rows.data_ptr(), rows.stride(0), first, count, half):
+            data, count = rows.data_ptr(), rows.shape[0]
+            if self.library.shoal_pack(self.pool, packed.address, data, rows.stride(0), row + first, count, half):
                 self.fail("the weights do not fit")
 
     # --- compute ----------------------------------------------------------------------------------------------------

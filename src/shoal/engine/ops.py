@@ -9,6 +9,7 @@ A attention heads (query + 2 x key/value heads).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +20,8 @@ from shoal.core.config import WeightPrecision
 from shoal.engine.random_stream import UInt64Array, exponentials
 
 Activation = Literal["silu", "gelu_tanh"]
+Matrices = Tensor | Sequence[Tensor]
+"""(N, K), or several with the same K, one below the other."""
 
 
 PackedLinear = Any
@@ -31,8 +34,11 @@ class Ops(Protocol):
 
     name: str
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> PackedLinear:
-        """Take over float weights of a linear layer. The caller drops its own copy."""
+    def pack(self, weights: Matrices, bias_N: Tensor | None, precision: WeightPrecision) -> PackedLinear:
+        """Take over float weights (N, K) of a linear layer, or of several with the same input, which become one.
+
+        The caller drops its own copy.
+        """
 
     def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> PackedLinear:
         """Pack both halves of a gated MLP for `gated`. out_features is N."""
@@ -104,7 +110,8 @@ class TorchOps:
         self.device = device
         self.dtype = dtype
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> TorchLinear:
+    def pack(self, weights: Matrices, bias_N: Tensor | None, precision: WeightPrecision) -> TorchLinear:
+        weight_NK = weights if isinstance(weights, Tensor) else torch.cat(list(weights))
         bias = None if bias_N is None else bias_N.to(self.device, self.dtype)
         if precision == "int8":
             weight = weight_NK.float()

@@ -6,6 +6,8 @@ tensors have shapes and no data, that code says it beforehand, so that reads can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,12 @@ class WeightPlan:
 
     def fetch(self, parts: list[Part]) -> list[Tensor]:
         self.groups.append(parts)
-        return [torch.empty(self._shape(part), device="meta") for part in parts]
+        return [self._blank(self._shape(part)) for part in parts]
+
+    @staticmethod
+    def _blank(shape: tuple[int, ...]) -> Tensor:
+        # Vectors are small and computed with. To compute with tensors on `meta` torch imports a thousand modules.
+        return torch.zeros(shape) if len(shape) < 2 else torch.empty(shape, device="meta")
 
     def _shape(self, part: Part) -> tuple[int, ...]:
         shape = list(self._source.shape(part.name))
@@ -49,8 +56,8 @@ class _NoOps:
 
     name = "none"
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None, precision: WeightPrecision) -> _Unpacked:
-        return _Unpacked(*weight_NK.shape)
+    def pack(self, weights: Sequence[Tensor], bias_N: Tensor | None, precision: WeightPrecision) -> _Unpacked:
+        return _Unpacked(sum(len(matrix) for matrix in weights), weights[0].shape[1])
 
     def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> _Unpacked:
         return _Unpacked(*gate_NK.shape)

@@ -72,9 +72,8 @@ class WeightReader:
         parts = [Part(name, rows, columns) for name, rows in weights]
         tensors = self._read(parts + [Part(name, rows) for name, rows in biases or []])
         matrices, vectors = tensors[: len(weights)], tensors[len(weights) :]
-        weight_NK = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         bias_N = torch.cat([vector.float() for vector in vectors]) if vectors else None
-        packed = self.ops.pack(weight_NK, bias_N, precision or self._precision)
+        packed = self.ops.pack(matrices, bias_N, precision or self._precision)
         self.num_bytes += packed.nbytes
         return packed
 
@@ -86,20 +85,19 @@ class WeightReader:
 
     def matrix(self, name: str, rows: Span | None = None) -> Tensor:
         """(N, K) as torch keeps it, in the activations' precision, on the device."""
-        return self._copy(Part(name, rows), self._dtype)
+        return self._kept(self._read([Part(name, rows)])[0], self._dtype)
 
     def vector(self, name: str) -> Tensor:
         """(H) in float32 on the device."""
-        return self._copy(Part(name), torch.float32)
+        return self._kept(self._read([Part(name)])[0], torch.float32)
 
     def norm(self, name: str) -> Tensor:
         """What normed values are multiplied by, (H) in float32 on the device."""
-        weight_H = self.vector(name)
-        return weight_H + 1.0 if self._norm_plus_one else weight_H
+        weight_H = self._read([Part(name)])[0]
+        return self._kept(weight_H.float() + 1.0 if self._norm_plus_one else weight_H, torch.float32)
 
-    def _copy(self, part: Part, dtype: torch.dtype) -> Tensor:
+    def _kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         # A copy even where nothing changes: what was read is overwritten soon.
-        (tensor,) = self._read([part])
         copied = tensor.to(self.device, dtype, copy=True)
         self.num_bytes += copied.nbytes
         return copied
