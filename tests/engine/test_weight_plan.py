@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,18 @@ def test_a_file_cut_while_it_is_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is truncated"):
         decoder.load(source)
     source.close()
+
+
+def test_planning_brings_no_heavy_module(tmp_path: Path) -> None:
+    """In a fresh interpreter: some operations of torch on tensors without data import its compiler, for a second."""
+    path = make_checkpoint("qwen2", tmp_path)
+    program = (
+        "import sys\n"
+        "from shoal.core.config import EngineConfig\n"
+        "from shoal.engine.worker import Worker\n"
+        "before = set(sys.modules)\n"
+        f"Worker(EngineConfig(model={str(path)!r}, ops='torch', device='cpu', kv_cache_bytes=1 << 20)).load()\n"
+        "print(len(set(sys.modules) - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch

@@ -72,8 +72,8 @@ class WeightReader:
         parts = [Part(name, rows, columns) for name, rows in weights]
         tensors = self._read(parts + [Part(name, rows) for name, rows in biases or []])
         matrices, vectors = tensors[: len(weights)], tensors[len(weights) :]
-        weight_NK = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-        bias_N = torch.cat([vector.float() for vector in vectors]) if vectors else None
+        weight_NK = matrices[0] if len(matrices) == 1 else _joined(matrices)
+        bias_N = _joined([vector.float() for vector in vectors]) if vectors else None
         packed = self.ops.pack(weight_NK, bias_N, precision or self._precision)
         self.num_bytes += packed.nbytes
         return packed
@@ -103,3 +103,10 @@ class WeightReader:
         copied = tensor.to(self.device, dtype, copy=True)
         self.num_bytes += copied.nbytes
         return copied
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat, which for tensors without data (see weight_plan) imports 900 modules first and takes a second."""
+    if parts[0].is_meta:
+        return parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    return torch.cat(parts)
