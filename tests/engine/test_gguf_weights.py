@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from shoal.checkpoint.errors import CheckpointError
+from shoal.core.sharding import Span
+from shoal.engine import gguf_weights
 from shoal.engine.gguf_weights import GGUFWeights
 from tests.checkpoint.gguf_files import llama_metadata, write_gguf
 
@@ -180,3 +182,16 @@ def test_real_model(tmp_path):
     source.close()
     assert norm.shape == (576,)
     assert torch.isfinite(norm).all()
+
+
+@pytest.mark.parametrize("at_once", [32, 96, 1 << 20])
+def test_dequantising_in_steps_changes_nothing(tmp_path, monkeypatch, at_once):
+    weight_NK = matrix(7, 160)
+    path = one_tensor(tmp_path, (quantize(weight_NK, Kind.Q8_0), Kind.Q8_0))
+    expected_NK = torch.from_numpy(dequantize(quantize(weight_NK, Kind.Q8_0), Kind.Q8_0))
+    monkeypatch.setattr(gguf_weights, "_ELEMENTS_AT_ONCE", at_once)
+    source = GGUFWeights(path)
+    (name,) = source.names()
+    assert torch.equal(source.tensor(name), expected_NK)
+    assert torch.equal(source.tensor(name, Span(2, 5), Span(40, 100)), expected_NK[2:5, 40:100])
+    source.close()

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from shoal.checkpoint.errors import CheckpointError
 
-RING_BYTES = 256 << 20
+RING_BYTES = 64 << 20
 """Read and not yet used, at most. A group of extents that is larger than this makes the ring as large as itself."""
 PIECE_BYTES = 4 << 20
-"""What one thread reads at a time: many fit the ring, and each is long beside what asking for it costs."""
+"""What one thread reads at a time: several fit the ring, and each is long beside what asking for it costs."""
 THREADS = 4
 """A disk that serves several requests at once is faster for it; more threads would only take cores from the rest."""
 _ALIGNMENT = 64
