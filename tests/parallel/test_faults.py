@@ -135,6 +135,7 @@ def test_no_rank_outlives_its_driver(checkpoint: Path, number: signal.Signals) -
         os.kill(ranks[0], number)  # whatever state they are in
         os.kill(client.pid, signal.SIGKILL)
         await client.stop()
+        assert not list(Path("/dev/shm").glob(f"shoal-{client.pid}-*")), "memory that nobody would give back"
 
     asyncio.run(run())
     wait_until(lambda: not any(map(alive, ranks)), 10, "the ranks to be gone")

@@ -104,6 +104,7 @@ class ParallelExecutor:
             self._groups = self._make_groups()
             self._send_load()
             parts = self._collect(LoadedPart, report)
+            remove_shared(self._groups)  # all have mapped it: nobody's end leaves any of it behind
             agreed = Allocate(min(p.num_blocks for p in parts), min(p.max_len for p in parts))
             self._broadcast(encode(agreed))
             infos = [ready.info for ready in self._collect(Ready, report)]
