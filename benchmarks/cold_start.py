@@ -225,7 +225,11 @@ def start_once(checkpoint: Checkpoint, layout: str, log: Path) -> tuple[StartRep
 
 def descendants(pid: int) -> Iterator[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
+        try:
+            children = (task / "children").read_text()
+        except FileNotFoundError:
+            continue  # a thread that has ended meanwhile
+        for child in map(int, children.split()):
             yield child
             yield from descendants(child)
 
