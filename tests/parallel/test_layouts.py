@@ -31,8 +31,8 @@ LAYOUTS = [
     Layout(tp=2, cp=2),
     Layout(cp=2, pp=2),
 ]
-SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
-TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
+SMOLLM2_WORK = requests(49152, count=6, max_tokens=16)
+TINY_WORK = requests(VOCAB, count=6, max_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +82,18 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        ("mixtral", Layout(ep=2)),
-        ("mixtral", Layout(tp=2, ep=2)),
-        ("qwen3_moe", Layout(ep=4)),
-        ("qwen3_moe", Layout(pp=2)),
-        ("deepseek_v3", Layout(ep=2)),
-        ("deepseek_v3", Layout(tp=2, ep=2)),
-        ("deepseek_v3", Layout(cp=2)),
-    ],
-    ids=str,
-)
-def test_experts(family: str, layout: Layout, tmp_path: Path) -> None:
-    path = make_checkpoint(family, tmp_path, **({"num_local_experts": 8} if family == "mixtral" else {}))
-    assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "deepseek_v3"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokens]:
+    """A checkpoint with experts, and the tokens of one rank."""
+    changes = {"num_local_experts": 8} if request.param == "mixtral" else {}
+    path = make_checkpoint(request.param, tmp_path_factory.mktemp(request.param), **changes)
+    return path, run_layout(path, Layout(), TINY_WORK)
+
+
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2), *LAYOUTS], ids=str)
+def test_experts(mixture: tuple[Path, Tokens], layout: Layout) -> None:
+    path, expected = mixture
+    assert run_layout(path, layout, TINY_WORK) == expected
 
 
 @pytest.mark.parametrize(
