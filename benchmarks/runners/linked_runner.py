@@ -1,7 +1,7 @@
 """One layout over the ranks of two hosts, driven from here: started on each host with RANK set, as users would.
 
-Rank 0 reads one JSON object from standard input (`options` of EngineConfig, `items` to run, `repeats`) and prints one
-line with the seconds of each repeat; other ranks are agents of the engine.
+The file that is named first holds one JSON object (`options` of EngineConfig, `items` to run, `repeats`). Rank 0 prints
+one line with the seconds of each repeat; other ranks are agents of the engine.
 """
 
 from __future__ import annotations

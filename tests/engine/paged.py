@@ -23,6 +23,8 @@ class PagedRun:
         per_sequence = num_blocks // num_sequences
         self.tables = [blocks[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]
         self.lens = [0] * num_sequences
+        self.hidden: list[Tensor] = []
+        """Of every step: what the logits are made of, on every rank."""
 
     def extend(self, tokens: dict[int, list[int]]) -> dict[int, Tensor]:
         members = list(tokens)
@@ -46,7 +48,9 @@ class PagedRun:
         ids = torch.tensor([t for i in members for t in tokens[i]], device=self.decoder.device)
         at = torch.tensor(positions, device=self.decoder.device)
         with torch.inference_mode():
-            logits = self.decoder.logits(self.decoder.forward(ids, at, batch, self.cache))
+            hidden = self.decoder.forward(ids, at, batch, self.cache)
+            self.hidden.append(hidden.clone())
+            logits = self.decoder.logits(hidden)
         if logits is None:
             return {}  # another rank has them
         return {i: logits[starts[k] : starts[k + 1]].cpu() for k, i in enumerate(members)}

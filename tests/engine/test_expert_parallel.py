@@ -43,7 +43,8 @@ def logits(
     dispatch: ExpertDispatchKind = "replicate",
     comm: Comm | None = None,
     precision: Any = "float32",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Logits, on the rank that draws, and hidden states."""
     spec = spec_from_config(json.loads((path / "config.json").read_text()))
     ops: Any = NativeOps()
     attention: Any = NativeAttention(ops) if spec.mla is None else PortableAttention()
@@ -57,19 +58,21 @@ def logits(
     for sizes in STEPS:
         fed = {i: torch.randint(5, VOCAB, (n,), generator=generator).tolist() for i, n in enumerate(sizes) if n}
         parts += run.extend(fed).values()
-    return torch.cat(parts) if parts else torch.empty(0)  # of a rank that does not draw
+    return torch.cat(parts) if parts else torch.empty(0), torch.cat(run.hidden)
 
 
 def of_ranks(directory: Path, path: Path, layout: Layout, dispatch: ExpertDispatchKind, precision: str) -> Tensor:
     found = together(directory, layout.ranks, lambda comm: logits(path, layout, dispatch, comm, precision))
-    return found[0]
+    assert all(torch.equal(hidden, found[0][1]) for _, hidden in found), "every rank has the same bits"
+    assert not any(len(logits) for logits, _ in found[1:]), "the first of them draws"
+    return found[0][0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logits_are_those_of_one_rank_however_tokens_reach_experts(
     checkpoint: Path, layout: Layout, tmp_path: Path
 ) -> None:
-    expected = logits(checkpoint, Layout())
+    expected, _ = logits(checkpoint, Layout())
     replicated = of_ranks(tmp_path, checkpoint, layout, "replicate", "float32")
     torch.testing.assert_close(replicated, expected, atol=1e-4, rtol=0)
     # The same sums in the same order, of fewer tokens each.
@@ -79,7 +82,7 @@ def test_logits_are_those_of_one_rank_however_tokens_reach_experts(
 
 
 def test_with_int8_weights(checkpoint: Path, tmp_path: Path) -> None:
-    expected = logits(checkpoint, Layout(), precision="int8")
+    expected, _ = logits(checkpoint, Layout(), precision="int8")
     replicated = of_ranks(tmp_path, checkpoint, Layout(ep=2), "replicate", "int8")
     assert torch.equal(of_ranks(tmp_path, checkpoint, Layout(ep=2), "all_gather", "int8"), replicated)
     sent = of_ranks(tmp_path, checkpoint, Layout(ep=2), "all_to_all", "int8")

@@ -84,14 +84,16 @@ def test_ranks_on_two_hosts_answer_as_one_rank(
             process.wait(30)
 
 
-def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(hosts: Hosts, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(
+    hosts: Hosts, checkpoint: Path, tmp_path: Path, short_folder: str
+) -> None:
     pytest.importorskip("ray", reason="Ray is an extra")
     settings = tmp_path / "serve.yaml"
     settings.write_text("engine: {threads: 1, launch: {comm: gloo}}\n")
     cluster = f"{hosts.addresses[0]}:6399"
     node = ["-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0", "--disable-usage-stats"]
     node += [f"--object-store-memory={80 << 20}"]
-    head = ["--head", "--port=6399", "--include-dashboard=false", f"--temp-dir={short_folder()}"]
+    head = ["--head", "--port=6399", "--include-dashboard=false", f"--temp-dir={short_folder}"]
     serve = ["-m", "shoal", "serve", str(checkpoint), "--served-model-name", "tiny"]
     several = ["--config", str(settings), "--launcher", "ray", "--ray-address", cluster]
     several += ["--launch-host", hosts.addresses[0], "--pipeline-parallel-size", "2"]
@@ -138,9 +140,11 @@ def probe(hosts: Hosts, address: str) -> str:
     return hosts.run(0, ["-c", code]).communicate(timeout=SECONDS)[0]
 
 
-def short_folder() -> str:
+@pytest.fixture
+def short_folder() -> Iterator[str]:
     """For Ray, whose sockets' paths would be too long in a test's own folder."""
-    return tempfile.mkdtemp(prefix="ray-")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 def ask(hosts: Hosts) -> str:

@@ -31,8 +31,8 @@ LAYOUTS = [
     Layout(tp=2, cp=2),
     Layout(cp=2, pp=2),
 ]
-SMOLLM2_WORK = requests(49152, count=6, max_tokens=16)
-TINY_WORK = requests(VOCAB, count=6, max_tokens=24)
+SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
+TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
 
 
 @pytest.fixture(scope="module")

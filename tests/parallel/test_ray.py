@@ -29,9 +29,15 @@ LAUNCH = LaunchConfig(launcher="ray")
 
 
 @pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ray() -> Iterator[Any]:
     """A cluster of this test's own, on loopback."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        yield from _cluster()
+
+
+def _cluster() -> Iterator[Any]:
     module = pytest.importorskip("ray", reason="Ray is an extra")
     module.init(
         address="local",

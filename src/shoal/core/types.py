@@ -10,7 +10,8 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error", "lost"]
+"""lost: the workers failed, through no fault of the request's; it may go on elsewhere with what it has."""
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "ebnf"]
 
 
@@ -63,6 +64,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Monotonic second after which the request is ended with what it has."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    resume: dict[int, list[int]] | None = None
+    """Of a request that goes on here after another engine: the sequences to generate, by index, with the tokens that
+    each has already. `max_tokens` and `min_tokens` count them, penalties and grammar know them, and a draw depends on
+    the position alone: what follows is what would have followed there. None is all `n` sequences from the start."""
 
 
 class Rejected(msgspec.Struct, frozen=True):

@@ -36,8 +36,8 @@ def require_possible_spares(config: EngineConfig) -> None:
         )
     if config.warm_spares and config.launch.launcher != "local":
         raise ValueError(
-            f"warm_spares is {config.warm_spares}, and only the local launcher can start more ranks: with "
-            f"{config.launch.launcher} there are as many as were started; ask for no spares"
+            f"warm_spares is {config.warm_spares}, and only the local launcher can start more ranks beside "
+            f"those in use, not {config.launch.launcher}; ask for no spares"
         )
 
 
