@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
 
 CONFIG = HealthConfig(stall_seconds=2.0, stall_steps=20.0, fence_seconds=0.5, breaker_failures=3, breaker_seconds=2.0)
+NEW = 10.0
+"""Patience with one of which nothing is known."""
 
 
 def test_with_work_and_no_step_it_becomes_suspect_and_then_hung() -> None:
@@ -32,10 +34,29 @@ def test_long_steps_are_given_longer() -> None:
     assert watch.is_suspect(2.5 + 10.1)
 
 
+def test_a_long_step_among_short_ones_is_not_a_hang() -> None:
+    watch = ProgressWatch(CONFIG, 0.0)
+    watch.working(True, 0.0)
+    watch.stepped(1.5)  # a chunk of a prompt
+    for step in range(1, 20):
+        watch.stepped(1.5 + 0.01 * step)
+    last = watch.progress_at
+    assert not watch.is_suspect(last + 4.4)
+    assert watch.is_suspect(last + 4.6)
+
+
+def test_of_a_new_one_nothing_is_known() -> None:
+    watch = ProgressWatch(CONFIG, 0.0)
+    watch.working(True, 0.0)
+    assert not watch.is_suspect(NEW - 0.1)
+    assert watch.is_suspect(NEW + 0.1)
+
+
 def test_signs_of_life_do_not_hide_a_hang() -> None:
     """A process whose steps hang may still send heartbeats."""
     watch = ProgressWatch(CONFIG, 0.0)
     watch.working(True, 0.0)
+    watch.stepped(0.01)
     for tenth in range(30):
         watch.alive(tenth / 10)
     assert watch.is_suspect(2.9)

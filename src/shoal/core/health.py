@@ -22,6 +22,10 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """An endpoint with work may always take so long for a step."""
     stall_steps: float = 20.0
     """Or so many times its median step, if that is longer."""
+    stall_longest: float = 3.0
+    """Or so many times the longest of its last steps: among steps that decode there are some that prefill."""
+    first_seconds: float = 10.0
+    """Until it has made a step, of which nothing is known yet."""
     idle_seconds: float = 5.0
     """One without work that has said nothing for so long gets none."""
     fence_seconds: float = 0.5
@@ -73,7 +77,10 @@ class ProgressWatch:
         config = self._config
         if not self._busy:
             return config.idle_seconds
-        return max(config.stall_seconds, config.stall_steps * (self.median_step or 0.0))
+        if not self._steps:
+            return max(config.stall_seconds, config.first_seconds)
+        learned = max(config.stall_steps * median(self._steps), config.stall_longest * max(self._steps))
+        return max(config.stall_seconds, learned)
 
     def silence(self, now: float) -> float:
         return now - self.progress_at
@@ -125,8 +132,8 @@ class CircuitBreaker:
             self._trying = None
 
     def failed(self, attempt_id: str, kind: FailureKind, now: float, retry_after: float | None = None) -> None:
-        if kind in ("lost", "hung"):
-            self.ended(attempt_id)  # it will be started anew, or is fenced: that is not for the breaker to decide
+        if kind in ("lost", "hung", "drained"):
+            self.ended(attempt_id)  # it is started anew, fenced or taken away: that is not for the breaker to decide
             return
         was_trying = self.state == "half_open" and attempt_id == self._trying
         self._failures += 1
