@@ -118,24 +118,11 @@ class EngineCore:
             return no(f"max_tokens must be at least 1, got {request.max_tokens}", "max_tokens")
         if request.n < 1:
             return no(f"n must be at least 1, got {request.n}", "n")
-        if request.resume is not None and (reason := self._refuse_resume(request, request.resume)) is not None:
+        if (reason := resume_error(request, config.max_len, config.vocab_size)) is not None:
             return no(reason, "resume")
         num_waiting = len(self.scheduler.waiting)
         if num_waiting + len(sequences_of(request)) > config.max_waiting:
             return no(f"{num_waiting} sequences are waiting; the limit is {config.max_waiting}", None, retryable=True)
-        return None
-
-    def _refuse_resume(self, request: Request, resume: dict[int, list[int]]) -> str | None:
-        if not resume:
-            return "resume names no sequence"
-        most = min(request.max_tokens, self.config.max_len - len(request.prompt))
-        for index, generated in resume.items():
-            if not 0 <= index < request.n:
-                return f"resume names sequence {index}; with n = {request.n} they lie in [0, {request.n})"
-            if len(generated) >= most:
-                return f"sequence {index} has {len(generated)} tokens already, and {most} are the most it may have"
-            if generated and not 0 <= min(generated) <= max(generated) < self.config.vocab_size:
-                return f"resume: token ids must lie in [0, {self.config.vocab_size})"
         return None
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -300,6 +287,23 @@ class EngineCore:
 def sequences_of(request: Request) -> dict[int, list[int]]:
     """Sequences that a request asks for, by index, with the tokens that each has already."""
     return {index: [] for index in range(request.n)} if request.resume is None else request.resume
+
+
+def resume_error(request: Request, max_len: int, vocab_size: int) -> str | None:
+    """What is wrong with `request.resume`; None if nothing is."""
+    if request.resume is None:
+        return None
+    if not request.resume:
+        return "resume names no sequence"
+    most = min(request.max_tokens, max_len - len(request.prompt))
+    for index, generated in request.resume.items():
+        if not 0 <= index < request.n:
+            return f"resume names sequence {index}; with n = {request.n} they lie in [0, {request.n})"
+        if len(generated) >= most:
+            return f"sequence {index} has {len(generated)} tokens already, and {most} are the most it may have"
+        if generated and not 0 <= min(generated) <= max(generated) < vocab_size:
+            return f"resume: token ids must lie in [0, {vocab_size})"
+    return None
 
 
 def _validate(config: SchedulerConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from shoal.core.engine_core import sequences_of
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Generator, Job, Piece
@@ -37,7 +38,7 @@ class Work:
         self._usage = usage
         self._on_piece = on_piece
         self._on_error = on_error
-        self.left = sum(job.request.n for job in jobs)
+        self.left = sum(len(sequences_of(job.request)) for job in jobs)
         """Choices that have not ended."""
         self._flights: list[Flight] = []
         try:

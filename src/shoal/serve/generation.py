@@ -16,7 +16,7 @@ import msgspec
 from shoal.checkpoint.chat_template import TemplateError
 from shoal.checkpoint.text_stream import TextStream
 from shoal.checkpoint.tokenizer import Tokenizer
-from shoal.core.engine_core import sequences_of
+from shoal.core.engine_core import resume_error, sequences_of
 from shoal.core.types import FinishReason, Grammar, Output, Request, Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
 from shoal.serve.errors import ApiError, invalid
@@ -204,7 +204,9 @@ class Generator:
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    async def job(self, body: ChatRequest | CompletionRequest, prompt: list[int], request_id: str) -> Job:
+    async def job(
+        self, body: ChatRequest | CompletionRequest, prompt: list[int], request_id: str, cache_salt: str = ""
+    ) -> Job:
         """Check everything that can be wrong with a request. Raises ApiError."""
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
         if len(prompt) >= self.max_len:
@@ -239,7 +241,11 @@ class Generator:
             stop_token_ids=list(dict.fromkeys(stop_ids)),
             priority=body.priority,
             deadline=None if body.timeout is None else time.monotonic() + body.timeout,
+            cache_salt=cache_salt,
+            resume=body.resume if isinstance(body, CompletionRequest) else None,
         )
+        if (reason := resume_error(request, self.max_len, self.vocab_size)) is not None:
+            raise invalid(reason, "resume")
         stops = stop_strings(body, self.limits)
         return Job(
             request,

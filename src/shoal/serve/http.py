@@ -184,7 +184,8 @@ class Server:
         if self.fleet.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         request_id: str = request.state.request_id
-        jobs = [await generator.job(body, p, f"{request_id}-{i}") for i, p in enumerate(prompts)]
+        cache_salt = (body.cache_salt or "") if isinstance(body, CompletionRequest) else ""
+        jobs = [await generator.job(body, p, f"{request_id}-{i}", cache_salt) for i, p in enumerate(prompts)]
         form = make_format(body, generator.tokenizer, generator.pool.name, request_id, prompts)
         usage = Usage(sum(map(len, prompts)))
         num_choices = sum(job.request.n for job in jobs)
