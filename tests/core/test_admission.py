@@ -83,6 +83,21 @@ def test_a_tenant_that_paused_has_saved_up_nothing() -> None:
     assert sum(name.startswith("a") for name in taken(admission, 20)) in (9, 10, 11)
 
 
+def test_one_request_at_a_time_is_no_way_around_fairness() -> None:
+    """b never has two in the queue, and brings the next as soon as its last one is taken."""
+    admission = queue()
+    for i in range(60):
+        admission.offer(request(f"a{i}", "a", tokens=10), 0.0)
+    given = {"a": 0, "b": 0}
+    for i in range(40):
+        if not any(name.startswith("b") for name in admission._flow_of):
+            admission.offer(request(f"b{i}", "b", tokens=40), 0.0)
+        item = admission.take(any_room, 0.0)
+        assert item is not None
+        given[item.tenant] += item.tokens
+    assert abs(given["a"] - given["b"]) <= 50
+
+
 def test_twice_the_weight_is_twice_the_tokens() -> None:
     admission = queue()
     for i in range(60):
@@ -257,6 +272,17 @@ def test_the_rate_falls_while_nothing_leaves_and_recovers() -> None:
     # The queue empties: the next request finds nothing ahead of it, whatever the rate.
     assert taken(admission, 2, now) == ["x"]
     assert isinstance(admission.offer(request("y", "a", tokens=100), now), Accepted)
+
+
+def test_the_rate_is_of_times_with_a_queue_alone() -> None:
+    """At a hundredth of its capacity a model must not be taken for a hundred times slower than it is."""
+    admission = queue()
+    now = with_rate(admission, tokens_per_second=100)
+    for second in range(1000):
+        admission.offer(request(f"{second}", tokens=1), now + second)
+        assert admission.take(any_room, now + second) is not None
+        assert admission.take(any_room, now + second) is None
+    assert admission.rate.value == pytest.approx(100, rel=0.1)
 
 
 # --- adversaries ------------------------------------------------------------------------------------------------------
