@@ -259,7 +259,9 @@ class AdmissionQueue:
         self._pass_time(now)
         ahead, rate = self._ahead(item), self.rate.value
         wait = 0.0 if ahead == 0 else None if rate is None else ahead / rate if rate > 0.0 else inf
-        refused = self._late_refusal(item, wait or 0.0, now) or (self._full_refusal(item, rate) if self.tokens else None)
+        refused = self._late_refusal(item, wait or 0.0, now) or (
+            self._full_refusal(item, rate) if self.tokens else None
+        )
         if refused is not None:
             return refused
         self._add(item, front=False)
@@ -411,7 +413,9 @@ class AdmissionQueue:
         """Every invariant; for tests."""
         for level in self._levels.values():
             level.check()
-        items = [item for level in self._levels.values() for flow in level.flows.values() for item in flow.items.values()]
+        items = [
+            item for level in self._levels.values() for flow in level.flows.values() for item in flow.items.values()
+        ]
         assert sorted(item.id for item in items) == sorted(self._flow_of)
         assert self.tokens == sum(item.tokens for item in items)
         held: dict[str, tuple[int, int]] = {}
