@@ -198,7 +198,6 @@ def test_limits_hold_a_noisy_tenant_back_before_the_queue_does() -> None:
     let_in = [(at, whose) for at, whose in sorted(noisy_neighbour(5)) if limiter.check(whose, 1, at) is None]
     assert len(let_in) < 0.5 * len(noisy_neighbour(5))
     outcome = simulate(let_in, Admission(), 5)
-    assert outcome.goodput(2 * CALM, CALM + OVERLOAD, "quiet") >= 0.95 * outcome.load(
-        2 * CALM, CALM + OVERLOAD, "quiet"
-    )
-    assert outcome.load(2 * CALM, CALM + OVERLOAD) < 0.9, "the limit is what keeps the load below the capacity"
+    start, end = 2 * CALM, CALM + OVERLOAD
+    assert outcome.goodput(start, end, "quiet") >= 0.95 * outcome.load(start, end, "quiet")
+    assert outcome.load(start, end) < 0.9, "the limit is what keeps the load below the capacity"

@@ -22,6 +22,7 @@ from shoal.serve.tenants import (
     Keyring,
     Principal,
     StoredKey,
+    Tenants,
     TenantSettings,
     cache_salt,
     cluster_secret,
@@ -300,6 +301,17 @@ def test_settings_are_limits_and_a_cache_group() -> None:
     assert (settings.tokens_per_minute, settings.weight, settings.cache_group) == (1000, 2, "public")
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.convert({"tokens_per_hour": 1}, TenantSettings)
+
+
+def test_the_default_entry_is_for_tenants_without_one() -> None:
+    entries = {"default": {"concurrent_requests": 1}, "a": {"cache_group": "g"}, "b": {"cache_group": "g"}}
+    tenants = Tenants(msgspec.convert(entries, dict[str, TenantSettings]), bytes(32))
+    assert [tenants.settings(name).concurrent_requests for name in ("a", "c")] == [None, 1]
+    assert tenants.salt("a") == tenants.salt("b") != tenants.salt("c") != tenants.salt("d")
+    assert [tenants.settings(name).shows_cached_tokens for name in ("a", "c")] == [False, True]
+    passed = [tenants.limiter.check(name, 1, 0.0) is None for name in ("a", "a", "c", "c", "d")]
+    assert passed == [True, True, True, False, True]
+    assert tenants.limiter.limits("a") is tenants.settings("a")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -231,7 +231,7 @@ class AdmissionQueue:
         self._levels: dict[int, _Level] = {}
         self._flow_of: dict[str, _Flow] = {}
         """By id, of every request that waits."""
-        self._held: dict[str, tuple[int, int]] = {}
+        self.held: dict[str, tuple[int, int]] = {}
         """By tenant that waits: its requests and its tokens."""
         self._latest_starts: list[tuple[float, str]] = []
         """A heap; entries of requests that have left are dropped when they come to the top or outnumber the others."""
@@ -256,12 +256,10 @@ class AdmissionQueue:
         """
         if item.id in self._flow_of:
             raise ValueError(f"request {item.id} is queued already")
-        self._pass_time(now)
-        ahead, rate = self._ahead(item), self.rate.value
-        wait = 0.0 if ahead == 0 else None if rate is None else ahead / rate if rate > 0.0 else inf
-        refused = self._late_refusal(item, wait or 0.0, now) or (
-            self._full_refusal(item, rate) if self.tokens else None
-        )
+        wait = self.expected_wait(item, now)
+        refused = self._late_refusal(item, wait or 0.0, now)
+        if refused is None and self.tokens:
+            refused = self._full_refusal(item)
         if refused is not None:
             return refused
         self._add(item, front=False)
@@ -279,18 +277,19 @@ class AdmissionQueue:
         if wait > slack:
             # Whoever asks again later with the same time to spare succeeds once the wait has shrunk to it.
             retry_after = _retry_after(wait - slack) if slack >= 0 else None
-            message = f"the deadline cannot be met: {_seconds(wait)} until it starts and "
-            message += f"{_seconds(item.service_seconds)} from there are expected, {_seconds(slack + item.service_seconds)} are left"
+            left, service = slack + item.service_seconds, item.service_seconds
+            message = f"the deadline is in {left:.1f} s and cannot be met: {_seconds(wait)} of waiting"
+            message += f" and {_seconds(service)} of service are expected" if service else " are expected"
             return Refused(503, "deadline", message, retry_after)
         if wait > most:
             message = f"overloaded: {_seconds(wait)} of waiting are expected, more than {most:g} s"
             return Refused(503, "wait", message, _retry_after(wait - most))
         return None
 
-    def _full_refusal(self, item: QueuedRequest, rate: float | None) -> Refused | None:
-        config = self.config
+    def _full_refusal(self, item: QueuedRequest) -> Refused | None:
+        config, rate = self.config, self.rate.value
         free_requests, free_tokens = config.max_requests - len(self), config.max_tokens - self.tokens
-        held_requests, held_tokens = self._held.get(item.tenant, (0, 0))
+        held_requests, held_tokens = self.held.get(item.tenant, (0, 0))
         missing = max(0, held_tokens + item.tokens - free_tokens)
         if not missing and held_requests + 1 <= free_requests:
             return None
@@ -308,8 +307,8 @@ class AdmissionQueue:
             level = self._levels[priority] = _Level(priority)
         self._flow_of[item.id] = level.add(item, front=front)
         self.tokens += item.tokens
-        requests, tokens = self._held.get(item.tenant, (0, 0))
-        self._held[item.tenant] = (requests + 1, tokens + item.tokens)
+        requests, tokens = self.held.get(item.tenant, (0, 0))
+        self.held[item.tenant] = (requests + 1, tokens + item.tokens)
         if item.deadline is not None:
             heappush(self._latest_starts, (item.latest_start, item.id))
             if len(self._latest_starts) > 2 * len(self) + 64:
@@ -379,17 +378,27 @@ class AdmissionQueue:
     def _forget(self, item: QueuedRequest) -> None:
         del self._flow_of[item.id]
         self.tokens -= item.tokens
-        requests, tokens = self._held[item.tenant]
+        requests, tokens = self.held[item.tenant]
         if requests > 1:
-            self._held[item.tenant] = (requests - 1, tokens - item.tokens)
+            self.held[item.tenant] = (requests - 1, tokens - item.tokens)
         else:
-            del self._held[item.tenant]
+            del self.held[item.tenant]
 
     def _is_current(self, entry: tuple[float, str]) -> bool:
         flow = self._flow_of.get(entry[1])
         return flow is not None and flow.items[entry[1]].latest_start == entry[0]
 
     # --- estimates --------------------------------------------------------------------------------------------------
+
+    def expected_wait(self, item: QueuedRequest, now: float) -> float | None:
+        """Seconds until a new request would be given out; None while the rate of service is unknown."""
+        self._pass_time(now)
+        ahead, rate = self._ahead(item), self.rate.value
+        if ahead == 0.0:
+            return 0.0
+        if rate is None:
+            return None
+        return ahead / rate if rate > 0.0 else inf
 
     def _ahead(self, item: QueuedRequest) -> float:
         """Tokens that go before a new request. Less urgent requests that have aged past it are not counted."""
@@ -413,16 +422,15 @@ class AdmissionQueue:
         """Every invariant; for tests."""
         for level in self._levels.values():
             level.check()
-        items = [
-            item for level in self._levels.values() for flow in level.flows.values() for item in flow.items.values()
-        ]
+        flows = [flow for level in self._levels.values() for flow in level.flows.values()]
+        items = [item for flow in flows for item in flow.items.values()]
         assert sorted(item.id for item in items) == sorted(self._flow_of)
         assert self.tokens == sum(item.tokens for item in items)
         held: dict[str, tuple[int, int]] = {}
         for item in items:
             requests, tokens = held.get(item.tenant, (0, 0))
             held[item.tenant] = (requests + 1, tokens + item.tokens)
-        assert held == self._held
+        assert held == self.held
         for item in items:
             assert item.deadline is None or (item.latest_start, item.id) in self._latest_starts
         assert len(self._latest_starts) <= 2 * (len(items) + 1) + 64 or not items

@@ -17,7 +17,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -25,7 +25,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from shoal.core.rate_limit import TenantLimits
+from shoal.core.rate_limit import RateLimiter, TenantLimits
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ class TenantSettings(TenantLimits, frozen=True, kw_only=True, forbid_unknown_fie
     cache_group: str = ""
     """Tenants of one group share cached prefixes, and can tell by timing what the others' prompts begin with. Empty is
     a cache of one's own."""
+
+    @property
+    def shows_cached_tokens(self) -> bool:
+        """Of a cache that others fill, the number of cached tokens tells what they asked."""
+        return not self.cache_group
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -338,6 +343,27 @@ def cache_salt(secret: bytes, tenant: str, isolation_class: str = "") -> str:
     """
     kind, name = (b"group", isolation_class) if isolation_class else (b"tenant", tenant)
     return hmac.new(secret, b"shoal-cache-salt\0" + kind + b"\0" + name.encode(), hashlib.sha256).hexdigest()
+
+
+class Tenants:
+    """What the deployment says of all tenants; the entry `default` is for those without one."""
+
+    def __init__(self, settings: Mapping[str, TenantSettings], secret: bytes) -> None:
+        self._settings = settings
+        self._default = settings.get(DEFAULT_TENANT, TenantSettings())
+        self._secret = secret
+        self._salts: dict[str, str] = {}
+        self.limiter = RateLimiter(settings, self._default)
+
+    def settings(self, tenant: str) -> TenantSettings:
+        return self._settings.get(tenant, self._default)
+
+    def salt(self, tenant: str) -> str:
+        """For `Request.cache_salt`."""
+        salt = self._salts.get(tenant)
+        if salt is None:
+            salt = self._salts[tenant] = cache_salt(self._secret, tenant, self.settings(tenant).cache_group)
+        return salt
 
 
 def utc_now() -> datetime:
