@@ -17,6 +17,7 @@ import re
 import secrets
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -208,9 +209,9 @@ def read_keys(path: Path) -> KeySet:
         found = msgspec.json.decode(content, type=KeySet)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{path} is not a file of keys: {error}") from None
-    ids = [key.id for key in found.keys]
-    if twice := sorted({key_id for key_id in ids if ids.count(key_id) > 1}):
-        raise KeyFileError(f"{path}: key {twice[0]} is there twice")
+    for key_id, count in Counter(key.id for key in found.keys).items():
+        if count > 1:
+            raise KeyFileError(f"{path}: key {key_id} is there twice")
     for key in found.keys:
         times = [key.created, key.not_before, key.expires, key.revoked, *(secret.expires for secret in key.secrets)]
         if any(when is not None and when.tzinfo is None for when in times):
