@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal import __version__
+from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys_app, name="keys")
 
 _ENGINE = "Engine"
 _SERVER = "Server"
