@@ -216,6 +216,7 @@ class _Connection(asyncio.Protocol):
         self._parts: list[bytes] = []
         """Of the body, from the read that is being parsed."""
         self._complete = False
+        self._may_keep = False
 
     @property
     def usable(self) -> bool:
@@ -290,6 +291,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = self._head_complete
+        self._may_keep = self._parser.should_keep_alive()  # the parser forgets it with its return
 
     # --- what was parsed --------------------------------------------------------------------------------------------
 
@@ -302,7 +304,7 @@ class _Connection(asyncio.Protocol):
             exchange.receiver.body(data)
         if self._complete and self._exchange is not None:
             self._exchange = None
-            if self._parser.should_keep_alive() and self.usable:
+            if self._may_keep and self.usable:
                 self._parser = httptools.HttpResponseParser(self)
                 self._client.keep(self)
             else:

@@ -95,11 +95,11 @@ class OpenAIEndpoint:
         self.server, self.served_model = dialect.server_of(card), card.id
         if card.max_model_len is None:
             raise self._start_error(f"/v1/models does not say the max_model_len of {card.id!r}")
+        await self._try_out()
         page = await self._ask("GET", "/metrics")
         # Without a metrics page, whatever answers shows that the server lives.
         self._poll_path = "/metrics" if page.status == 200 else "/v1/models"
         load = dialect.load_of(page.body) if page.status == 200 else Load()
-        await self._try_out()
         self.info = EndpointInfo(
             max_len=card.max_model_len,
             vocab_size=self._vocab_size,
