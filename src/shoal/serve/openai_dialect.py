@@ -20,7 +20,7 @@ Server = Literal["vllm", "sglang", "shoal"]
 """Whose fields are spoken. Servers that say none of these names are spoken to as vLLM."""
 
 _MAX_SEED = 1 << 62
-"""Seeds are sent modulo this, so that seed + index is still one; vLLM also takes -1 for none."""
+"""Seeds are sent to others modulo this, so that seed + index is still one; vLLM also takes -1 for none."""
 _ID_PREFIX = "token_id:"
 _OF_ENDPOINT = (401, 403, 404, 408)
 """4xx that say nothing of the request: a wrong key, a model that is gone, a proxy's patience."""
@@ -68,10 +68,10 @@ class Body(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 def body_of(request: Request, model: str, server: Server, now: float) -> Body:
-    """All sequences of a request, from the start or, at a server that takes `resume`, from where they are.
+    """All sequences of a request as shoal takes them; for others `replay_of` and `continuation_of` make one of it.
 
-    Stop strings are not sent: the text is made elsewhere, and stopping there is an abort here. Of vLLM and SGLang,
-    priorities are refused or ignored unless configured, so only shoal is told them.
+    Stop strings are not sent: the text is made elsewhere, and stopping there is an abort here. SGLang refuses
+    priorities unless it is configured to take them, so it gets none.
     """
     sampling = request.sampling
     own = server == "shoal"
@@ -86,7 +86,7 @@ def body_of(request: Request, model: str, server: Server, now: float) -> Body:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        seed=seed_of(request, server),
+        seed=sampling.seed if sampling.temperature > 0.0 else None,
         n=request.n,
         min_tokens=request.min_tokens,
         stop_token_ids=request.stop_token_ids,
@@ -100,24 +100,11 @@ def body_of(request: Request, model: str, server: Server, now: float) -> Body:
         stream_options={"include_usage": True},
         return_token_ids=True,
         cache_salt=request.cache_salt,
-        priority=request.priority if own else 0,
+        priority=0 if server == "sglang" else request.priority,
         timeout=max(request.deadline - now, 0.001) if own and request.deadline is not None else None,
         resume=request.resume if own else None,
     )
     return body if sampling.grammar is None else _constrained(body, sampling.grammar, server)
-
-
-def seed_of(request: Request, server: Server, index: int = 0) -> int | None:
-    """What makes a request of one sequence draw as sequence `index` of the whole request does.
-
-    vLLM gives sequence i of n the seed plus i. shoal draws by seed, index and position, so it is sent as it is.
-    A greedy request has none: on vLLM, a seed makes a generator for each sequence, which costs speed.
-    """
-    if request.sampling.temperature == 0.0:
-        return None
-    if server == "shoal":
-        return request.sampling.seed
-    return request.sampling.seed % _MAX_SEED + index
 
 
 def _constrained(body: Body, grammar: Grammar, server: Server) -> Body:
@@ -150,12 +137,13 @@ def needs_replay(request: Request) -> bool:
     return sampling.temperature > 0.0 or penalised or sampling.grammar is not None
 
 
-def replay_of(body: Body, request: Request, index: int, server: Server) -> Body:
-    """One sequence again from its start, drawing as it did."""
-    return msgspec.structs.replace(body, n=1, seed=seed_of(request, server, index))
+def replay_of(body: Body, request: Request, index: int) -> Body:
+    """One sequence from its start. vLLM gives sequence i of n the seed plus i; the same is done here, with n = 1, since
+    it refuses n > 1 of a greedy request and since a sequence alone must be able to draw the same again."""
+    return msgspec.structs.replace(body, n=1, seed=_seed(body, request, index))
 
 
-def continuation_of(body: Body, request: Request, index: int, given: list[int], server: Server) -> Body:
+def continuation_of(body: Body, request: Request, index: int, given: list[int]) -> Body:
     """One sequence, with what it has generated as part of the prompt."""
     return msgspec.structs.replace(
         body,
@@ -164,8 +152,13 @@ def continuation_of(body: Body, request: Request, index: int, given: list[int], 
         max_tokens=request.max_tokens - len(given),
         min_tokens=max(request.min_tokens - len(given), 0),
         # Drawing the first numbers of the seed once more would tie the tokens after the seam to those before it.
-        seed=None if body.seed is None else (request.sampling.seed + index + len(given)) % _MAX_SEED,
+        seed=_seed(body, request, index + len(given)),
     )
+
+
+def _seed(body: Body, request: Request, offset: int) -> int | None:
+    """None of a greedy request: vLLM makes a generator for every sequence with a seed, which costs speed."""
+    return None if body.seed is None else request.sampling.seed % _MAX_SEED + offset
 
 
 # --- what comes back ------------------------------------------------------------------------------------------------

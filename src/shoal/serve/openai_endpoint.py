@@ -1,9 +1,9 @@
 """An endpoint that speaks OpenAI's HTTP API with token ids: vLLM, SGLang, or another shoal.
 
-A request is one or more streams. All its sequences share one, except after a failover at a server that does not take
-`Request.resume`: there each sequence has a stream of its own, which either *continues* (what was generated becomes part
-of the prompt) or *replays* (it is generated again from the start, and nothing is passed on until it has reached what
-was delivered). Replay is for sequences whose next draw depends on more than the tokens before it.
+A shoal server gets a request as it is, `resume` and all. Elsewhere each sequence is a stream of its own, so that it can
+go on by itself after a failover: it *continues* (what was generated becomes part of the prompt) or *replays* (it is
+generated again from the start, and nothing is passed on until it has reached what was delivered). Replay is for
+sequences whose next draw depends on more than the tokens before it.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class _Try:
         self._body = dialect.body_of(self.request, endpoint.served_model, endpoint.server, self.heard_at)
 
     def begin(self) -> None:
-        if self.request.resume is None or self.endpoint.server == "shoal":
+        if self.endpoint.server == "shoal":
             self._send(self._body, dict(self._open))
             return
         replays = dialect.needs_replay(self.request)
@@ -286,8 +286,7 @@ class _Try:
                 asyncio.get_running_loop().call_soon(self._end_at_length, sequence)
             elif replays:
                 sequence.num_to_match = len(sequence.given)
-                body = dialect.replay_of(self._body, self.request, sequence.index, self.endpoint.server)
-                self._send(body, {0: sequence})
+                self._send(dialect.replay_of(self._body, self.request, sequence.index), {0: sequence})
             else:
                 self._continue(sequence)
 
@@ -302,11 +301,14 @@ class _Try:
         self.attempt.ended(reason)
 
     def lost_stream(self, stream: _Stream, reason: EndpointFailure | Rejected) -> None:
-        """A stream ended before its sequences did."""
-        if self.num_open(stream):
-            self.fail(reason)
-        else:
+        """A stream ended. If before its sequences did, the others are given up as well: the fleet moves requests."""
+        stream.release(0)
+        if not self.num_open(stream):
             self.ended_stream(stream)
+            return
+        for other in list(self._streams):
+            other.release(0)
+        self.fail(reason)
 
     def ended_stream(self, stream: _Stream) -> None:
         self._streams.pop(stream, None)
@@ -369,8 +371,7 @@ class _Try:
 
     def _continue(self, sequence: _Sequence) -> None:
         sequence.num_to_match = 0
-        server = self.endpoint.server
-        body = dialect.continuation_of(self._body, self.request, sequence.index, sequence.given, server)
+        body = dialect.continuation_of(self._body, self.request, sequence.index, sequence.given)
         self._send(body, {0: sequence})
 
     def _send(self, body: Body, sequences: dict[int, _Sequence]) -> None:
@@ -436,7 +437,6 @@ class _Stream:
                 if self._cancelled:
                     break
         except (_SequenceLost, dialect.Unreadable) as error:
-            self._release(0)
             self._try.lost_stream(self, EndpointFailure(kind="error", message=str(error)))
             self.exchange.cancel()
         self._try.endpoint.progressed(now)
@@ -453,7 +453,6 @@ class _Stream:
         self._ended("lost" if error.kind == "lost" else "refused", str(error))
 
     def _ended(self, kind: FailureKind, message: str) -> None:
-        self._release(0)
         self._try.lost_stream(self, EndpointFailure(kind=kind, message=message))
 
     # --- events -----------------------------------------------------------------------------------------------------
@@ -461,7 +460,7 @@ class _Stream:
     def _event(self, event: bytes) -> None:
         """Raises _SequenceLost or Unreadable, for what the server sent and never for what is made of it."""
         if event == b"[DONE]":
-            self._release(0)
+            self.release(0)
             self._try.ended_stream(self)
             return
         chunk = dialect.decode_chunk(event)
@@ -476,9 +475,9 @@ class _Stream:
             else:
                 self._try.deliver(output)
         if chunk.usage is not None and not chunk.choices:
-            self._release(chunk.usage.cached)
+            self.release(chunk.usage.cached)
 
-    def _release(self, num_cached: int) -> None:
+    def release(self, num_cached: int) -> None:
         held, self._held = self._held, None
         if held is not None:
             cached = min(num_cached, len(self._try.request.prompt))
