@@ -66,6 +66,8 @@ class OpenAIServer:
         self.url = ""
         self.has_metrics = True
         self._writers: dict[asyncio.StreamWriter, None] = {}
+        self._busy: dict[asyncio.StreamWriter, None] = {}
+        self._shutting_down = False
 
     async def __aenter__(self) -> OpenAIServer:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -82,6 +84,16 @@ class OpenAIServer:
             reset(writer)
         await asyncio.sleep(0)
 
+    def shut_down(self) -> None:
+        """As on SIGTERM: no new connections, idle ones are closed, and streams under way are completed."""
+        self._shutting_down = True
+        self._server.close()
+        self.close_idle_connections()
+
+    def close_idle_connections(self) -> None:
+        for writer in [writer for writer in self._writers if writer not in self._busy]:
+            writer.close()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         self._writers[writer] = None
@@ -93,7 +105,13 @@ class OpenAIServer:
                 path = head[0].split()[1]
                 self.paths.append(path)
                 self.headers.append(headers)
-                await self._answer(path, body, writer)
+                self._busy[writer] = None
+                try:
+                    await self._answer(path, body, writer)
+                finally:
+                    self._busy.pop(writer)
+                if self._shutting_down:
+                    return
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:

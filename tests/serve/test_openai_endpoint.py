@@ -358,6 +358,27 @@ def test_a_killed_server_fails_what_runs_and_is_gone_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_server_that_shuts_down_may_complete_its_streams_but_not_hold_them() -> None:
+    async def main() -> None:
+        async with OpenAIServer(step_seconds=0.02) as server, endpoint_at(server.url) as (endpoint, fleet):
+            fault = Fault(kind="hang", after=3)
+            server.faults = [fault]
+            held, completed = RecordedAttempt(request(id="held")), RecordedAttempt(request(id="c", max_tokens=120))
+            for attempt in (held, completed):
+                endpoint.submit(attempt)
+                await attempt.wait_for_tokens(2)
+            server.shut_down()
+            await held.wait()
+            assert fault.happened and failure(held).kind == "lost"
+            assert not completed.over.is_set() and fleet.gone_because is None
+            await completed.wait()
+            assert completed.reason is None and len(completed.tokens[0]) == 120
+            async with asyncio.timeout(5):
+                await fleet.is_gone.wait()
+
+    asyncio.run(main())
+
+
 def test_an_endpoint_that_was_gone_can_be_started_again() -> None:
     async def main() -> None:
         async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, fleet):
@@ -378,8 +399,7 @@ def test_a_kept_connection_that_the_server_closed_is_no_failure() -> None:
     async def main() -> None:
         async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
             await result(endpoint, request())
-            for writer in list(server._writers):
-                writer.close()
+            server.close_idle_connections()
             # At once: the client has not heard of it yet.
             assert (await result(endpoint, request(id="next"))).reason is None
 

@@ -33,6 +33,8 @@ _ANSWER_SECONDS = 10.0
 """For a poll. There is one at a time, so a server that hangs is asked once, not again and again."""
 _START_SECONDS = 60.0
 """For each request of a start; the first generation may compile kernels."""
+_REFUSED_SECONDS = 1.0
+"""Without a byte while the server refuses connections, until a stream is given up."""
 _REPORT_SECONDS = 0.1
 """Least time between reports of steps that were seen in streams."""
 _DEFAULT_BLOCK_SIZE = 16
@@ -207,11 +209,12 @@ class OpenAIEndpoint:
             try:
                 answer = await self._client.fetch("GET", self._poll_path, seconds=_ANSWER_SECONDS)
             except HttpError as error:
-                # A server that shuts down refuses new connections while it completes the streams that it has.
-                if error.kind == "refused" and not self._tries:
-                    self._watcher = None
-                    listener.gone(self.name, str(error))
-                    return
+                if error.kind == "refused":
+                    self._end_refused_streams(time.monotonic())
+                    if not self._tries:
+                        self._watcher = None
+                        listener.gone(self.name, str(error))
+                        return
             else:
                 if answer.status == 200:
                     self._polled(listener, dialect.load_of(answer.body))
@@ -241,6 +244,13 @@ class OpenAIEndpoint:
                 steps=self._steps,
             ),
         )
+
+    def _end_refused_streams(self, now: float) -> None:
+        """A server that shuts down refuses new connections while it completes its streams. vLLM on SIGTERM does not
+        complete them: it ends its engine at once, and then waits without end for their clients to leave."""
+        for one in list(self._tries.values()):
+            if now - one.heard_at > _REFUSED_SECONDS:
+                one.fail(EndpointFailure(kind="lost", message="it refuses connections and sends nothing any more"))
 
     def _end_idle_streams(self, now: float) -> None:
         for one in list(self._tries.values()):
