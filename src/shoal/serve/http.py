@@ -168,7 +168,7 @@ class Server:
             "object": "model",
             "created": self._started,
             "owned_by": "shoal",
-            "max_model_len": generator.max_len,
+            "max_model_len": generator.max_len if generator.pool.is_known else None,
         }
 
     async def experts(self, request: Request) -> Response:

@@ -69,12 +69,13 @@ class Pool:
         return min(member.endpoint.info.max_len for member in self._known())
 
     @property
-    def vocab_size(self) -> int:
-        return min(member.endpoint.info.vocab_size for member in self._known())
-
-    @property
     def block_size(self) -> int:
         return max(member.endpoint.info.block_size for member in self._known())
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an endpoint has said what it is."""
+        return any(hasattr(member.endpoint, "info") for member in self.members.values())
 
     def _known(self) -> list[Member]:
         known = [member for member in self.members.values() if hasattr(member.endpoint, "info")]

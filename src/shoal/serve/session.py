@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
-from shoal.checkpoint.resolve import ModelFiles
+from shoal.checkpoint.resolve import ModelFiles, load_spec
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
 from shoal.core.retry_budget import RetryBudget
@@ -64,7 +64,13 @@ class Session:
 
     def add_address(self, model: ModelDeployment, address: EndpointAddress) -> tuple[str, asyncio.Future[None]]:
         name = address.name or self._name(model.name)
-        endpoint: Endpoint = OpenAIEndpoint(name, address.openai, model=address.model, api_key=address.api_key)
+        endpoint: Endpoint = OpenAIEndpoint(
+            name,
+            address.openai,
+            model=address.model or "",
+            api_key=address.api_key,
+            vocab_size=load_spec(self.files[model.name].path).vocab_size,
+        )
         return name, self.fleet.add(endpoint, self.fleet.pools[model.name])
 
     def _name(self, model: str) -> str:
@@ -137,7 +143,9 @@ async def open_session(
         await session.start(on_progress, recording)
         for name, pool in session.fleet.pools.items():
             tokenizer = await loading[name]
-            session.generators[name] = Generator(pool, tokenizer, str(files[name].path), deployment.limits)
+            path = files[name].path
+            vocab_size = load_spec(path).vocab_size
+            session.generators[name] = Generator(pool, tokenizer, str(path), deployment.limits, vocab_size)
         try:
             yield session
         finally:
