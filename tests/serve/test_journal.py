@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -43,16 +44,12 @@ def tokens(index: int, end: int, start: int = 0) -> list[int]:
     return [token(index, position) for position in range(start, end)]
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def redis_server(directory: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     pytest.importorskip("redis", reason="the extra redis is not installed")
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    directory = tmp_path_factory.mktemp("redis")
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         for _ in range(500):
@@ -60,8 +57,21 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.02)
-        yield f"redis://127.0.0.1:{port}/0"
+        yield server
         server.terminate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    with redis_server(tmp_path_factory.mktemp("redis"), port):
+        yield f"redis://127.0.0.1:{port}/0"
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -223,7 +233,7 @@ def test_of_processes_that_claim_the_same_exactly_one_wins(location: str) -> Non
     assert sorted(won[0] + won[1]) == sorted(f"r{i}" for i in range(number))
 
 
-@pytest.mark.parametrize("lines", [1, 4, 13])
+@pytest.mark.parametrize("lines", [1, 9])
 def test_what_was_settled_survives_a_kill_and_what_is_found_is_a_prefix(location: str, lines: int) -> None:
     command = [sys.executable, "-m", "tests.serve.journal_writer", "write", location]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
@@ -288,6 +298,51 @@ def test_a_full_disk_turns_the_journal_off_and_serving_goes_on_and_room_turns_it
         await other.open()
         assert await other.claim("small", "t") is not None  # released, though this gateway lives
         await other.close()
+        await subject.close()
+
+    run(body)
+
+
+def test_without_redis_serving_goes_on_and_with_it_again_the_journal_does(tmp_path: Path) -> None:
+    async def body() -> None:
+        port = free_port()
+        url = f"redis://127.0.0.1:{port}/0"
+        with redis_server(tmp_path, port) as server:
+            subject = journal(url, "a", patience_seconds=0.05, retry_seconds=0.2)
+            await subject.open()
+            subject.accepted(entry("before"))
+            await subject.settled()
+            assert subject.state == "ok" and await subject.load("before", "t") is not None
+            server.kill()
+            server.wait()
+        subject.progress("before", 0, tokens(0, 1))
+        await subject.settled()
+        assert subject.state.startswith(f"off: journal {url}: ")
+        with pytest.raises(StoreError):
+            await subject.load("before", "t")
+        assert await subject.reserve("t", "k", "r") is None
+        with redis_server(tmp_path, port):
+            await asyncio.sleep(0.25)
+            subject.accepted(entry("after"))
+            await subject.settled()
+            assert subject.state == "ok" and await subject.load("after", "t") is not None
+            await subject.close()
+
+    run(body)
+
+
+def test_an_error_that_nobody_expected_turns_it_off_too() -> None:
+    class Broken(Slow):
+        def commit(self, batch: Batch) -> list[str]:
+            raise RuntimeError("unforeseen")
+
+    async def body() -> None:
+        subject = Journal(Broken(), JournalConfig(location="", commit_seconds=0.001))  # type: ignore[arg-type]
+        await subject.open()
+        subject.accepted(entry("r"))
+        await subject.settled()
+        assert subject.state == "off: unforeseen"
+        await subject.settled()
         await subject.close()
 
     run(body)

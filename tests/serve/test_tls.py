@@ -359,5 +359,7 @@ def test_blocking_sockets_are_checked_too(
             got = made.recv(10)
         except OSError:
             got = b""
+        session = made.session
+        assert session is None or not session.has_ticket  # there is no way in but by a certificate
     assert got == (b"hello" if is_let_in else b"")
     assert ("the certificate is of" in caplog.text) != is_let_in

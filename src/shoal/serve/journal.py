@@ -8,6 +8,7 @@ store does: see the stores). What was said since, at most one group commit of ab
 client may have received it. A request must therefore be settled before its first byte is sent; tokens need not be:
 those that are missing are generated again, the same ones, because a draw depends on (seed, sequence, position) alone,
 and those that the client has are skipped by its last event id. What is kept of a sequence is always a prefix of it.
+Where an endpoint cannot promise the same tokens (`EndpointInfo.exact_resume` is false), settling before each send can.
 
 Everything but the constructor is called on the event loop. What is called with every token only appends to a list: a
 thread writes, one batch at a time, and what comes meanwhile is merged into the next batch.
@@ -97,6 +98,8 @@ class Journal:
         for request_id in list(self._offsets):
             self.released(request_id)
         await self.settled()
+        if self._commit is not None:
+            await asyncio.gather(self._commit, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -158,7 +161,7 @@ class Journal:
         if not self._is_off() and (self._commit is not None or not self._is_idle()):
             done = self._loop.create_future()
             self._settling.append(done)
-            self._soon()
+            self._hurry()
             await done
 
     async def load(self, request_id: str, tenant: str) -> JournaledRequest | None:
@@ -227,6 +230,12 @@ class Journal:
             self._is_soon = True
             self._arm(self._config.commit_seconds)
 
+    def _hurry(self) -> None:
+        within = self._config.settle_seconds
+        if self._timer is None or self._timer.when() > self._loop.time() + within:
+            self._is_soon = True
+            self._arm(within)
+
     def _renew_later(self) -> None:
         """A gateway with nothing under way has no leases, and arms nothing."""
         if self._offsets and self._timer is None:
@@ -256,9 +265,10 @@ class Journal:
                         _log.warning("journal on again")
                         self._trouble = None
                     break
-                except StoreError as error:
-                    if self._clock() - began > self._config.patience_seconds or self._closing:
-                        self._turn_off(str(error), pending)
+                except Exception as error:  # whatever it is, serving goes on
+                    is_known = isinstance(error, StoreError) and self._trouble is None and not self._closing
+                    if not is_known or self._clock() - began > self._config.patience_seconds:
+                        self._turn_off(str(error) or type(error).__name__, pending)
                         break
                     await self._ask(self._store.purge)  # for room may be all that is missing
                     await asyncio.sleep(10 * self._config.commit_seconds)
@@ -266,7 +276,9 @@ class Journal:
             self._commit = None
             self._forget(lost)
             _wake(settling)
-            if self._settling or not self._is_idle():
+            if self._settling:
+                self._hurry()
+            elif not self._is_idle():
                 self._soon()
             self._renew_later()
 
@@ -289,6 +301,7 @@ class Journal:
         self._pending.released = [*given_up, *self._offsets]
         self._offsets.clear()
         _wake(self._settling)
+        self._soon()
 
     # --- what to write: in the thread -----------------------------------------------------------------------------
 

@@ -21,12 +21,14 @@ class JournalConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_bytes: int = 1 << 30
     """Size of the SQLite file. Requests that ended first go first; where none has ended, the journal is off."""
     commit_seconds: float = 0.02
+    settle_seconds: float = 0.002
+    """The same, where somebody waits for it: a new request, before its first byte."""
     lease_seconds: float = 3.0
     """A gateway that has written nothing for so long has lost its requests to whoever claims them."""
     round_seconds: float = 2.0
     """How long tokens stay in the log of all requests before they are filed under their own."""
-    patience_seconds: float = 2.0
-    """How long a store that fails is tried again before the journal turns itself off."""
+    patience_seconds: float = 1.0
+    """How long a store that fails is tried again before the journal turns itself off. New requests wait for it."""
     retry_seconds: float = 10.0
     """How long it stays off. What runs then is not taken up again; later requests are."""
     max_pending: int = 64 << 20

@@ -143,7 +143,7 @@ class Certificates:
             raise TlsError(f"{pair} cannot be used: {_reason(error)}") from None
         if server_side and config.ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
-            # No resumption, which would let a client in by a ticket after the authority that it came from was removed.
+            # No resumption: a ticket would let a client in after its certificate has expired.
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.num_tickets = 0
         if config.allowed_names:
