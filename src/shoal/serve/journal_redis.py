@@ -6,6 +6,7 @@ survives any gateway; what survives Redis itself is a matter of its own persiste
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -100,7 +101,7 @@ class RedisStore:
 
     def open(self) -> None:
         try:
-            import redis
+            redis = importlib.import_module("redis")
         except ImportError:
             raise StoreError('a journal in Redis needs the extra "redis": pip install "shoal[redis]"') from None
         self._error: type[Exception] = redis.RedisError
