@@ -251,6 +251,41 @@ def test_old_ones_are_purged_and_those_of_a_live_gateway_are_not(tmp_path: Path)
     b.close()
 
 
+def test_what_was_claimed_outlives_the_log_of_the_gateway_that_had_it(tmp_path: Path) -> None:
+    now = [1000.0]
+    config = JournalConfig(location=str(tmp_path / "journal.db"), commit_seconds=0.002, retention_seconds=600)
+
+    async def body() -> None:
+        a, b = (Journal(SqliteStore(config, name, lambda: now[0]), config, clock=lambda: now[0]) for name in "ab")
+        await a.open()
+        await b.open()
+        a.accepted(entry("r", n=2))
+        a.progress("r", 0, tokens(0, 3))
+        a.progress("r", 1, tokens(1, 2))
+        a.finished("r", 1, "stop", stop_token=7)
+        await a.settled()
+        now[0] += 4
+        assert await b.claim("r", "t") is not None
+        for _ in range(2):
+            b.progress("r", 0, [])
+            await b.settled()
+            now[0] += 400
+        b.progress("r", 0, tokens(0, 5, 3))
+        await b.settled()
+        await b._call(b._store.purge)
+        found = await b.load("r", "t")
+        assert found is not None and found.sequences[0].token_ids == tokens(0, 5)
+        assert (found.sequences[1].token_ids, found.sequences[1].stop_token) == (tokens(1, 2), 7)
+        a.progress("r", 0, [1, 1, 1])
+        await a.settled()  # is told that it lost it, and clears its log
+        found = await b.load("r", "t")
+        assert found is not None and found.sequences[0].token_ids == tokens(0, 5)
+        await a.close()
+        await b.close()
+
+    run(body)
+
+
 def test_fragments_join_to_the_longest_prefix_in_any_order() -> None:
     parts = [Fragment("r", 0, 3, [3, 4], []), Fragment("r", 0, 0, [0, 1], []), Fragment("r", 0, 1, [1, 2, 3], [])]
     assert assembled(entry("r"), parts, ended=False).sequences[0].token_ids == [0, 1, 2, 3, 4]

@@ -187,7 +187,12 @@ class Journal:
         if found is None or found.ended or request_id in self._offsets:
             return None
         self._offsets[request_id] = {index: len(one.token_ids) for index, one in found.sequences.items()}
-        self._renew_later()
+        # Said anew: a part of it may be in the log of the gateway that had it alone, which is not kept for ever.
+        for index, one in found.sequences.items():
+            copy = Fragment(request_id, index, 0, list(one.token_ids), list(one.logprobs))
+            copy.finish, copy.stop_token, copy.num_cached = one.finish, one.stop_token, one.num_cached
+            self._pending.fragments[request_id, index] = copy
+        self._soon()
         return found
 
     async def reserve(self, tenant: str, idempotency_key: str, request_id: str) -> str | None:
@@ -321,7 +326,7 @@ class Journal:
         """And what will be unfiled afterwards."""
         gone = {*pending.ended, *pending.released}
         clears_log = self._clock() - self._filed_at >= self._config.round_seconds
-        tails = {key: tail for key, tail in self._tails.items() if key[0] not in lost}
+        tails = dict(self._tails)  # of lost requests too: those are in a log that may be cleared now
         log = []
         for key, fragment in pending.fragments.items():
             if key[0] not in lost:
@@ -397,16 +402,17 @@ def _wake(settling: Sequence[asyncio.Future[None]]) -> None:
 
 
 def _joined(tail: Fragment | None, fragment: Fragment) -> Fragment:
-    """A new one: a commit that fails is tried again from the same parts."""
-    if tail is None:
+    """A new one: a commit that fails is tried again from the same parts. Where they overlap the later one counts."""
+    known = 0 if tail is None else fragment.offset - tail.offset
+    if tail is None or known < 0:
         return fragment
     return Fragment(
         tail.request_id,
         tail.index,
         tail.offset,
-        tail.token_ids + fragment.token_ids,
-        tail.logprobs + fragment.logprobs,
-        fragment.finish or tail.finish,
-        fragment.stop_token if fragment.finish is not None else tail.stop_token,
+        tail.token_ids[:known] + fragment.token_ids,
+        tail.logprobs[:known] + fragment.logprobs,
+        fragment.finish,
+        fragment.stop_token,
         max(tail.num_cached, fragment.num_cached),
     )

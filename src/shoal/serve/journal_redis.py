@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal.serve.journal_store import (
+    TOLD_SECONDS,
     Batch,
     Fragment,
     JournalConfig,
@@ -80,7 +81,7 @@ local owner = redis.call('HGET', key, 'owner')
 if owner and owner ~= gateway then
     if redis.call('EXISTS', prefix .. 'lease:' .. owner) == 1 then return 0 end
     redis.call('SADD', prefix .. 'taken:' .. owner, id)
-    redis.call('PEXPIRE', prefix .. 'taken:' .. owner, redis.call('PTTL', key))
+    redis.call('EXPIRE', prefix .. 'taken:' .. owner, ARGV[5])
 end
 redis.call('SREM', prefix .. 'taken:' .. gateway, id)
 redis.call('HSET', key, 'owner', gateway, 'owners', redis.call('HGET', key, 'owners') .. '\\n' .. gateway)
@@ -155,7 +156,7 @@ class RedisStore:
         return found
 
     def claim(self, request_id: str) -> bool:
-        arguments = (_PREFIX, self._gateway, self._lease, request_id)
+        arguments = (_PREFIX, self._gateway, self._lease, request_id, TOLD_SECONDS)
         return bool(self._try(lambda: self._redis.eval(_CLAIM, 0, *arguments)))
 
     def reserve(self, tenant: str, key: str, request_id: str) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.serve.journal_store import (
+    TOLD_SECONDS,
     Batch,
     Fragment,
     JournalConfig,
@@ -184,7 +185,8 @@ class SqliteStore:
                 self._delete(on, f"ended IN (0, 1) AND {old} AND (owner IS NULL OR NOT {live})", [bound, *leases])
                 on.execute(f"DELETE FROM log WHERE {old}", [bound])
                 on.execute(f"DELETE FROM reserved WHERE {old}", [bound])
-                on.execute(f"DELETE FROM gateways WHERE {old.replace('touched', 'renewed')}", [bound])
+            # A gateway that was stopped and goes on must still be told what it has lost.
+            on.execute("DELETE FROM gateways WHERE NOT renewed BETWEEN ? AND ?", [now - TOLD_SECONDS, now])
             on.execute("DELETE FROM taken WHERE gateway NOT IN (SELECT gateway FROM gateways)")
         while self._used() > 0.9 * self._config.max_bytes:
             with self._transaction() as on:

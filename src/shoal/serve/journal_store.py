@@ -12,6 +12,9 @@ import msgspec
 
 from shoal.core.types import FinishReason, Request, TokenLogprobs
 
+TOLD_SECONDS = 86400
+"""How long it is remembered for a gateway which of its requests others have claimed."""
+
 
 class JournalConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     location: str
