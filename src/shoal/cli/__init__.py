@@ -55,6 +55,7 @@ def _for_user(error: Exception) -> str | None:
     from shoal.config import ConfigError
     from shoal.engine.launch import LaunchError
     from shoal.serve.engine_client import EngineLost, EngineStartError
+    from shoal.serve.journal_store import StoreError
     from shoal.serve.server import ListenError
     from shoal.serve.tenants import KeyFileError
 
@@ -62,7 +63,7 @@ def _for_user(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, EngineStartError | LaunchError):
         return _with_flags(str(error))
-    told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError)
+    told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError, StoreError)
     return str(error) if isinstance(error, (*told, KeyFileError)) else None
 
 

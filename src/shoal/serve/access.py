@@ -29,6 +29,7 @@ ROUTES: dict[tuple[str, str], tuple[Scope, ...]] = {
     ("GET", "/v1/models/{name}"): ("read", "generate"),
     ("POST", "/v1/chat/completions"): ("generate",),
     ("POST", "/v1/completions"): ("generate",),
+    ("GET", "/v1/streams/{name}"): ("generate",),
     ("POST", "/tokenize"): ("generate",),
     ("POST", "/detokenize"): ("generate",),
     ("GET", "/v1/experts"): ("metrics", "admin"),

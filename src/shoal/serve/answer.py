@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from shoal.core.engine_core import sequences_of
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Job, Piece
@@ -40,15 +40,17 @@ class Work:
         self._answer = answer
         self._on_end = on_end
         self._is_over = False
-        self.left = sum(len(sequences_of(job.request)) for job in jobs)
+        self.left = sum(len(job.indexes) for job in jobs)
         """Choices that have not ended."""
         self.flights: list[Flight] = []
 
-    def begin(self, begin: Callable[[Job, Callable[[Piece], None], Callable[[ApiError], None]], Flight]) -> None:
+    def begin(self, begin: Callable[[Job, Callable[[Piece], None], Callable[[ApiError], None]], Flight | None]) -> None:
         """Raises ApiError, with nothing left running."""
         try:
             for number, job in enumerate(self._jobs):
-                self.flights.append(begin(job, self._taker(number, job.request.n), self._fail))
+                flight = begin(job, self._taker(number, job.request.n), self._fail)
+                if flight is not None:
+                    self.flights.append(flight)
         except ApiError as error:
             self._end(error)
             raise
@@ -74,6 +76,13 @@ class Work:
     def _fail(self, error: ApiError) -> None:
         self._answer.failed(error)
         self._end(error)
+
+    def hand_over(self) -> None:
+        """The client reads it from another connection. This one is closed without an end, so that it is not mistaken
+        for one."""
+        if not self._is_over:
+            self._answer.cut()
+            self._end(ApiError(499, "the client is elsewhere", code="handed_over"))
 
     def abandon(self) -> None:
         """The client is gone."""
@@ -110,6 +119,9 @@ class WholeAnswer:
         if not self._done.done():
             self._done.set_exception(error)
 
+    def cut(self) -> None:
+        self.failed(ApiError(409, "the answer was asked for again elsewhere", code="handed_over"))
+
     async def body(self) -> dict[str, Any]:
         """Raises ApiError."""
         await self._done
@@ -123,20 +135,30 @@ class EventStream:
     The client's leaving ends the generation at once, not at the next event.
     """
 
-    def __init__(self, form: Any, usage: Usage, num_choices: int, *, wants_usage: bool) -> None:
+    def __init__(self, form: Any, usage: Usage, position: Position | None, *, wants_usage: bool) -> None:
+        """`position`: of a stream that can be gone on with, what its client has of each choice; it is written into the
+        events and moves on with them."""
         self._form = form
+        self._position = position
         self._plain: dict[int, _Plain] = {}
         """By choice, once its first event was made: the first one may say more."""
         self._usage = usage
         self._wants_usage = wants_usage
-        self._unsent: list[bytes] = [event(chunk) for chunk in form.opening(num_choices)]
+        self._unsent: list[bytes] = []
         self._unsent_bytes = 0
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._wake: asyncio.Future[None] | None = None
         self._is_complete = False
+        self._is_cut = False
         self.work: Work
 
+    def open(self, num_choices: int) -> None:
+        """What comes before the first piece."""
+        self._unsent += [event(chunk) for chunk in self._form.opening(num_choices)]
+
     def piece(self, index: int, piece: Piece) -> None:
+        if self._position is not None:
+            self._put(self._position.after(index, piece))
         plain = self._plain.get(index)
         if plain is not None and piece.finish is None and not piece.logprobs:
             self._put(plain.event(piece))
@@ -161,6 +183,13 @@ class EventStream:
     async def begun(self) -> None:
         """Until there is something to send. Raises ApiError: what is refused is a status, not a broken stream."""
         await self._first
+
+    def cut(self) -> None:
+        """Close the connection where it stands."""
+        self._is_cut = self._is_complete = True
+        self._unsent.clear()
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
     def _put(self, data: bytes) -> None:
         self._unsent.append(data)
@@ -200,7 +229,52 @@ class EventStream:
             self._unsent.clear()
             self._unsent_bytes = 0
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if not self._is_cut:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Position:
+    """How far a client is in its stream: tokens of each choice, and whether it was told of the choice's end.
+
+    As the id of an event: "17" of one choice, "17-12e" of two of which the second has ended.
+    """
+
+    def __init__(self, counts: list[int], ended: list[bool]) -> None:
+        self._counts = counts
+        self._ended = ended
+
+    @classmethod
+    def parse(cls, text: str, num_choices: int) -> Position:
+        """Of a Last-Event-ID; empty is the beginning. Raises ApiError."""
+        if not text:
+            return cls([0] * num_choices, [False] * num_choices)
+        parts = text.split("-")
+        if len(parts) != num_choices or not all(re.fullmatch(r"[0-9]{1,9}e?", part) for part in parts):
+            raise ApiError(
+                400, f"Last-Event-ID {text[:80]!r} is not an id of this stream's events", code="bad_event_id"
+            )
+        return cls([int(part.rstrip("e")) for part in parts], [part.endswith("e") for part in parts])
+
+    def has(self, index: int) -> int:
+        return self._counts[index]
+
+    def is_ended(self, index: int) -> bool:
+        return self._ended[index]
+
+    @property
+    def is_beginning(self) -> bool:
+        return not any(self._counts) and not any(self._ended)
+
+    def after(self, index: int, piece: Piece) -> bytes:
+        """The line of the event's id; from here on the client is there."""
+        self._counts[index] += len(piece.token_ids)
+        if piece.finish is not None:
+            self._ended[index] = True
+        if len(self._counts) == 1 and piece.finish is None:
+            return b"id: %d\n" % self._counts[0]
+        marks = zip(self._counts, self._ended, strict=True)
+        text = "-".join(f"{count}e" if ended else f"{count}" for count, ended in marks)
+        return f"id: {text}\n".encode()
 
 
 class _Plain:

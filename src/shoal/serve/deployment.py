@@ -12,6 +12,7 @@ from shoal.core.health import HealthConfig
 from shoal.core.layout import Layout
 from shoal.core.router import RoutingConfig
 from shoal.serve.fleet import SupervisionConfig
+from shoal.serve.journal_store import JournalConfig
 from shoal.serve.pool import FailoverConfig
 from shoal.serve.protocol import Limits
 from shoal.serve.tenants import TenantSettings
@@ -70,6 +71,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     same one share what their endpoints have cached. None is a secret that ends with the process."""
     tenants: dict[str, TenantSettings] = {}
     """Limits by tenant; `default` is for those that are not named."""
+    journal: JournalConfig | None = None
+    """Where requests are kept, so that a client that lost its connection can have the rest, also from another gateway
+    with the same journal. None is nowhere."""
     retry_ratio: float = 0.2
     """Retries and hedges are at most so many for each request."""
     limits: Limits = Limits()

@@ -44,6 +44,7 @@ class Fleet:
         self.events: deque[FleetEvent] = deque(maxlen=_REMEMBERED_EVENTS)
         self.draining = False
         self.on_event: Callable[[FleetEvent], None] = lambda event: None
+        self.journal_state: Callable[[], str] = lambda: "off"
         self._began = time.monotonic()
         self._members: dict[str, tuple[Member, Pool]] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -251,4 +252,5 @@ class Fleet:
             draining=self.draining,
             models=[pool.status(now) for pool in self.pools.values()],
             events=list(self.events),
+            journal=self.journal_state(),
         )

@@ -11,7 +11,7 @@ to another talks to nobody.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -74,6 +74,7 @@ class Flight:
         request: Request,
         receiver: Receiver,
         *,
+        attempt_numbers: Iterator[int],
         observer: FlightObserver,
         on_end: Callable[[Flight, FlightAttempt], None],
         on_failure: Ended,
@@ -102,6 +103,7 @@ class Flight:
         self.first_token_at: float | None = None
         self.waiting_since = arrived
         self.is_over = False
+        self._attempt_numbers = attempt_numbers
         self._observer = observer
         self._on_end = on_end
         self._on_failure = on_failure
@@ -111,11 +113,13 @@ class Flight:
     def dispatch(self, member: Member, now: float, reason: str) -> None:
         """Ask an endpoint for what is missing, beside the attempts that are under way."""
         self.num_attempts += 1
+        # Also of a flight that takes up a request that was here before: what an engine says late is of another attempt.
+        attempt_id = f"{self.request.id}.{next(self._attempt_numbers)}"
         whole = self.request.resume is None and len(self.generated) == self.request.n
         fresh = whole and not any(self.generated.values())
         request = msgspec.structs.replace(
             self.request,
-            id=f"{self.request.id}.{self.num_attempts}",
+            id=attempt_id,
             resume=None if fresh else {index: list(tokens) for index, tokens in self.generated.items()},
         )
         attempt = FlightAttempt(self, member, request, now)

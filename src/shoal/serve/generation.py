@@ -9,18 +9,19 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from shoal.checkpoint.chat_template import TemplateError
 from shoal.checkpoint.text_stream import TextStream
 from shoal.checkpoint.tokenizer import Tokenizer
-from shoal.core.engine_core import resume_error, sequences_of
+from shoal.core.engine_core import resume_error
 from shoal.core.types import FinishReason, Grammar, Output, Request, Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.flight import Flight
+from shoal.serve.journal_store import SequenceProgress
 from shoal.serve.pool import Pool
 from shoal.serve.protocol import (
     ChatRequest,
@@ -48,6 +49,34 @@ class Job(msgspec.Struct, frozen=True):
     stop: list[str]
     include_stop: bool
     skip_special_tokens: bool
+    done: dict[int, SequenceProgress] = {}
+    """What is known already of its sequences: nothing, unless it was begun elsewhere or before."""
+    has: dict[int, int] = {}
+    """How many of those tokens, or of tokens that are still to be made again, the client has."""
+    wanted: list[int] | None = None
+    """Sequences that the client waits for; None is all."""
+
+    @property
+    def indexes(self) -> list[int]:
+        return list(range(self.request.n)) if self.wanted is None else self.wanted
+
+
+class Position(Protocol):
+    """How far a client is in its stream."""
+
+    def has(self, index: int) -> int:
+        """Tokens of a sequence."""
+
+    def is_ended(self, index: int) -> bool:
+        """Whether it was told of the sequence's end."""
+
+
+class Recorder(Protocol):
+    """Keeps what was generated, so that the client can have the rest of it elsewhere."""
+
+    def progress(self, index: int, token_ids: list[int], logprobs: list[TokenLogprobs]) -> None: ...
+
+    def finished(self, output: Output) -> None: ...
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -65,7 +94,7 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class TextRun:
-    """The text of a job: outputs in, pieces out. Of a job that goes on, the text begins behind what it had."""
+    """The text of a job: outputs in, pieces out. Of a job that goes on, pieces begin behind what the client has."""
 
     def __init__(
         self,
@@ -73,11 +102,13 @@ class TextRun:
         job: Job,
         on_piece: Callable[[Piece], None],
         on_error: Callable[[ApiError], None],
+        recorder: Recorder | None,
     ) -> None:
         request = job.request
-        self.flight: Flight
+        self.flight: Flight | None = None
         self._include_stop = job.include_stop
         self._on_piece = on_piece
+        self._recorder = recorder
         self.failed = on_error
         self._streams = {
             index: TextStream(
@@ -87,16 +118,52 @@ class TextRun:
                 skip_special_tokens=job.skip_special_tokens,
                 include_stop=job.include_stop,
             )
-            for index in sequences_of(request)
+            for index in job.indexes
         }
         """Of the sequences that have not ended."""
-        for index, tokens in sequences_of(request).items():
-            self._streams[index].push(tokens)
+        self._has = {index: count for index, count in job.has.items() if count}
+        """Tokens of each, from here on, that the client has already."""
+
+    def replay(self, done: dict[int, SequenceProgress]) -> dict[int, list[int]]:
+        """Pass on what is known already. Returns the sequences that have not ended, with their tokens."""
+        for index, known in done.items():
+            if index in self._streams and (known.token_ids or known.finish):
+                stop, cached = known.stop_token, known.num_cached
+                self._pass_on(Output("", index, known.token_ids, known.logprobs, known.finish, stop, None, cached))
+        return {index: done[index].token_ids if index in done else [] for index in self._streams}
 
     def output(self, output: Output) -> None:
-        stream = self._streams.get(output.index)
-        if stream is None:
+        if output.index not in self._streams:
             return
+        if self._recorder is not None:
+            if output.token_ids:
+                self._recorder.progress(output.index, output.token_ids, output.logprobs)
+            if output.finish is not None:
+                self._recorder.finished(output)
+        self._pass_on(output)
+
+    def _pass_on(self, output: Output) -> None:
+        has = self._has.get(output.index)
+        if has is None:
+            self._push(output, silent=False)
+            return
+        # What the client has is not sent again, but where its text stands depends on it.
+        count = min(has, len(output.token_ids))
+        self._has[output.index] -= count
+        if not self._has[output.index]:
+            del self._has[output.index]
+        seen = msgspec.structs.replace(output, token_ids=output.token_ids[:count], logprobs=output.logprobs[:count])
+        if count == len(output.token_ids):
+            self._push(seen, silent=True)
+            return
+        self._push(msgspec.structs.replace(seen, finish=None, stop_token=None), silent=True)
+        if output.index in self._streams:
+            rest = msgspec.structs.replace(output, token_ids=output.token_ids[count:], logprobs=output.logprobs[count:])
+            self._push(rest, silent=False)
+
+    def _push(self, output: Output, *, silent: bool) -> None:
+        """`silent`: the client has these tokens and their text; only an end is news."""
+        stream = self._streams[output.index]
         ids = output.token_ids
         text, stopped = stream.push(ids[:-1] if output.stop_token is not None and not self._include_stop else ids)
         finish = output.finish
@@ -111,10 +178,13 @@ class TextRun:
             finish = "stop"
         if finish is not None:
             del self._streams[output.index]
-        self._on_piece(
-            Piece(output.index, text, ids, output.logprobs, finish, stop_reason, output.num_cached, output.error)
-        )
-        if ended_here:
+        logprobs = output.logprobs
+        if silent:
+            if finish is None:
+                return
+            text, ids, logprobs = "", [], []
+        self._on_piece(Piece(output.index, text, ids, logprobs, finish, stop_reason, output.num_cached, output.error))
+        if ended_here and self.flight is not None:
             self.flight.abort(output.index)
 
 
@@ -246,9 +316,10 @@ class Generator:
             priority=body.priority,
             deadline=None if body.timeout is None else time.monotonic() + body.timeout,
             cache_salt=cache_salt,
-            resume=body.resume if isinstance(body, CompletionRequest) else None,
         )
-        if (reason := resume_error(request, self.max_len, self.vocab_size)) is not None:
+        resume = body.resume if isinstance(body, CompletionRequest) else None
+        resumed = msgspec.structs.replace(request, resume=resume)
+        if (reason := resume_error(resumed, self.max_len, self.vocab_size)) is not None:
             raise invalid(reason, "resume")
         stops = stop_strings(body, self.limits)
         return Job(
@@ -257,6 +328,30 @@ class Generator:
             stops,
             body.include_stop_str_in_output,
             body.skip_special_tokens,
+            done={index: SequenceProgress(token_ids=tokens) for index, tokens in (resume or {}).items()},
+            has={index: len(tokens) for index, tokens in (resume or {}).items()},
+            wanted=None if resume is None else sorted(resume),
+        )
+
+    def resumed(
+        self,
+        body: ChatRequest | CompletionRequest,
+        request: Request,
+        done: dict[int, SequenceProgress],
+        position: Position,
+    ) -> Job:
+        """A job that was begun before, for a client that has its part up to `position`."""
+        indexes = range(request.n)
+        return Job(
+            # Its deadline was on the clock of a process that may be gone.
+            msgspec.structs.replace(request, deadline=None),
+            isinstance(body, CompletionRequest),
+            stop_strings(body, self.limits),
+            body.include_stop_str_in_output,
+            body.skip_special_tokens,
+            done=done,
+            has={index: position.has(index) for index in indexes},
+            wanted=[index for index in indexes if not position.is_ended(index)],
         )
 
     async def _sampling(self, body: ChatRequest | CompletionRequest) -> Sampling:
@@ -308,17 +403,26 @@ class Generator:
         tenant: str = "",
         weight: float = 1.0,
         session: str = "",
-    ) -> Flight:
-        """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError."""
-        run = TextRun(self.tokenizer, job, on_piece, on_error)
-        run.flight = self.pool.submit(job.request, run, tenant=tenant, weight=weight, session=session)
+        recorder: Recorder | None = None,
+    ) -> Flight | None:
+        """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError.
+
+        None is returned where everything was known already.
+        """
+        run = TextRun(self.tokenizer, job, on_piece, on_error, recorder)
+        left = run.replay(job.done)
+        if not left:
+            return None
+        fresh = len(left) == job.request.n and not any(left.values())
+        request = msgspec.structs.replace(job.request, resume=None if fresh else left)
+        run.flight = self.pool.submit(request, run, tenant=tenant, weight=weight, session=session)
         return run.flight
 
     async def run(self, job: Job) -> AsyncIterator[Piece]:
         """Pieces to be awaited. Leaving early aborts the rest. Raises ApiError."""
         queue: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         flight = self.begin(job, queue.put_nowait, queue.put_nowait)
-        left = len(sequences_of(job.request))
+        left = len(job.indexes)
         try:
             while left:
                 item = await queue.get()
@@ -327,7 +431,8 @@ class Generator:
                 left -= item.finish is not None
                 yield item
         finally:
-            flight.abort()
+            if flight is not None:
+                flight.abort()
 
 
 def _plain_message(message: dict[str, Any], number: int) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Server:
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
             Route("/v1/experts", self._guarded(self.experts), methods=get),
+            Route("/v1/streams/{id}", self._guarded(self.stream), methods=get),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
             Route("/detokenize", self._guarded(self.detokenize), methods=post),
             Route("/fleet", self._guarded(operate.status), methods=get),
@@ -90,6 +91,7 @@ class Server:
 
             def send_with_id(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":
+                    request_id = scope["state"]["request_id"]  # a client that is back has its own
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 return send(message)
 
@@ -156,10 +158,15 @@ class Server:
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
-        return await self.reception.answer(request, decode(await self._body(request), ChatRequest, self.limits))
+        raw = await self._body(request)
+        return await self.reception.answer(request, decode(raw, ChatRequest, self.limits), raw)
 
     async def completions(self, request: Request) -> Response | EventStream:
-        return await self.reception.answer(request, decode(await self._body(request), CompletionRequest, self.limits))
+        raw = await self._body(request)
+        return await self.reception.answer(request, decode(raw, CompletionRequest, self.limits), raw)
+
+    async def stream(self, request: Request) -> Response | EventStream:
+        return await self.reception.resume(request, request.path_params["id"])
 
     # --- everything else --------------------------------------------------------------------------------------------
 
@@ -238,7 +245,7 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     # The client's own id is kept for its logs but made unique: two requests may carry the same.
     clean = "".join(c for c in given[:64] if c.isascii() and (c.isalnum() or c in "-_."))
     unique = uuid4().hex
-    return f"{clean}-{unique[:8]}" if clean else unique
+    return f"{clean}-{unique[:16]}" if clean else unique
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

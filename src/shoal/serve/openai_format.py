@@ -42,12 +42,18 @@ class ChatFormat:
     """`prompts` has one prompt."""
 
     def __init__(
-        self, body: ChatRequest, tokenizer: Tokenizer, model: str, request_id: str, prompts: list[list[int]]
+        self,
+        body: ChatRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        request_id: str,
+        prompts: list[list[int]],
+        created: float | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompt_ids = prompts[0] if body.return_token_ids else None
         self._with_ids = bool(body.return_token_ids)
-        self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+        self._head = {"id": f"chatcmpl-{request_id}", "created": int(created or time.time()), "model": model}
         self._wants_logprobs = bool(body.logprobs)
 
     def opening(self, num_choices: int) -> list[dict[str, Any]]:
@@ -125,7 +131,13 @@ class ChatFormat:
 
 class CompletionFormat:
     def __init__(
-        self, body: CompletionRequest, tokenizer: Tokenizer, model: str, request_id: str, prompts: list[list[int]]
+        self,
+        body: CompletionRequest,
+        tokenizer: Tokenizer,
+        model: str,
+        request_id: str,
+        prompts: list[list[int]],
+        created: float | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._with_ids = bool(body.return_token_ids)
@@ -133,7 +145,7 @@ class CompletionFormat:
         self._head = {
             "id": f"cmpl-{request_id}",
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": int(created or time.time()),
             "model": model,
         }
         per_prompt = body.n or 1

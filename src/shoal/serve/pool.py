@@ -6,6 +6,7 @@ To those who generate text a pool looks like an engine that cannot break.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Pool:
         self._budget = budget
         self._observer = observer
         self._on_event = on_event
+        self._attempt_numbers = itertools.count(1)
         self._pump_is_due = False
         self.accepted = self.completed = self.failed = self.refused = 0
         self.migrations = self.retries = self.hedges = 0
@@ -91,6 +93,7 @@ class Pool:
         flight = Flight(
             request,
             receiver,
+            attempt_numbers=self._attempt_numbers,
             observer=self,
             on_end=self._attempt_over,
             on_failure=self._attempt_failed,

@@ -9,27 +9,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from shoal.core.engine_core import sequences_of
-from shoal.serve.answer import EventStream, WholeAnswer, Work, disconnected
+from shoal.serve.answer import EventStream, Position, WholeAnswer, Work, disconnected
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Generator, Job
+from shoal.serve.journal import Journal, open_store
+from shoal.serve.journal_store import JournaledRequest, JournalEntry
 from shoal.serve.metrics import ServerMetrics
 from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage
-from shoal.serve.protocol import ChatRequest, CompletionRequest
+from shoal.serve.protocol import ChatRequest, CompletionRequest, decode
+from shoal.serve.request_log import RequestLog
 from shoal.serve.session import Session
 from shoal.serve.tenants import Principal, Tenants, cluster_secret
 
 _encode = msgspec.json.Encoder().encode
+Answer = Response | EventStream
+CLAIM_SECONDS = 10.0
+"""How long a client that is back waits for the lease of a gateway that may be dead."""
+RESUMABLE = ("client_left", "stopped", "handed_over")
+"""Ends of a connection that are not the end of its request."""
 
 
 class Reception:
@@ -41,6 +50,23 @@ class Reception:
         file = config.cluster_secret
         secret = secrets.token_bytes(32) if file is None else cluster_secret(Path(file).expanduser())
         self.tenants = Tenants(config.tenants, secret)
+        self._journal: Journal | None = None
+        self._running: dict[str, Work] = {}
+        """By request id, of those that the journal keeps."""
+
+    async def open(self) -> None:
+        """Raises StoreError."""
+        config = self._session.deployment.journal
+        if config is None:
+            return
+        journal = Journal(open_store(config, f"{socket.gethostname()}-{uuid4().hex}"), config, on_lost=self.lost)
+        await journal.open()
+        self._journal = journal
+        self._fleet.journal_state = lambda: journal.state
+
+    async def close(self) -> None:
+        if self._journal is not None:
+            await self._journal.close()
 
     def generator(self, name: str) -> Generator:
         """Of the model that is asked for; the first one where none is. Raises ApiError 404."""
@@ -54,37 +80,123 @@ class Reception:
             404, f"model {name!r} does not exist; this server has {known}", param="model", code="model_not_found"
         )
 
-    async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response | EventStream:
-        """Generate what was asked for. Raises ApiError, ClientDisconnect."""
+    async def answer(self, request: Request, body: ChatRequest | CompletionRequest, raw: bytes) -> Answer:
+        """Generate what was asked for. `raw` is the body as it came. Raises ApiError, ClientDisconnect."""
         if self._fleet.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
+        await self._reserve(request, who, request_id)
         generator = self.generator(body.model)
         prompts = _prompts(generator, body)
         jobs = await self._jobs(generator, body, prompts, request_id, who)
+        position = None
+        if self._journal is not None and len(jobs) == 1 and jobs[0].wanted is None:
+            position = Position.parse("", jobs[0].request.n)
+            self._journal.accepted(
+                JournalEntry(
+                    request_id=request_id,
+                    tenant=who.tenant,
+                    model=generator.pool.name,
+                    route="chat" if isinstance(body, ChatRequest) else "completions",
+                    body=raw,
+                    request=jobs[0].request,
+                    created=time.time(),
+                )
+            )
+        return await self._run(request, body, generator, jobs, request_id, position)
+
+    async def resume(self, request: Request, request_id: str) -> Answer:
+        """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
+        if self._journal is None:
+            raise ApiError(404, "this server keeps no journal: `journal.location` is not set", code="no_journal")
+        who: Principal = request.state.principal
+        found = await self._claimed(request_id, who)
+        entry = found.entry
+        kind: type[ChatRequest] | type[CompletionRequest]
+        kind = ChatRequest if entry.route == "chat" else CompletionRequest
+        body = decode(entry.body, kind, self._session.deployment.limits)
+        generator = self.generator(entry.model)
+        position = Position.parse(request.headers.get("last-event-id", ""), entry.request.n)
+        if not body.stream and not position.is_beginning:
+            raise ApiError(400, "this request was not a stream: ask for it without Last-Event-ID", code="bad_event_id")
+        job = generator.resumed(body, entry.request, found.sequences, position)
+        request.state.request_id = request_id
+        return await self._run(request, body, generator, [job], request_id, position, created=entry.created)
+
+    async def _claimed(self, request_id: str, who: Principal) -> JournaledRequest:
+        """Make a request this gateway's own, wherever it ran. Raises ApiError."""
+        journal = self._journal
+        assert journal is not None
+        here = self._running.pop(request_id, None)
+        if here is not None:
+            here.hand_over()  # its client is here again: nobody reads the other connection any more
+        until = time.monotonic() + CLAIM_SECONDS
+        while True:
+            found = await journal.load(request_id, who.tenant)
+            if found is None:
+                raise ApiError(404, f"there is no request {request_id!r}, or it ended long ago", code="unknown_request")
+            if not found.ended:
+                found = await journal.claim(request_id, who.tenant)
+            if found is not None:
+                return found
+            if time.monotonic() > until:
+                raise ApiError(409, "another gateway goes on with this request", code="claimed", retry_after=1.0)
+            await asyncio.sleep(0.1)
+
+    async def _reserve(self, request: Request, who: Principal, request_id: str) -> None:
+        key = request.headers.get("idempotency-key")
+        if key is None or self._journal is None:
+            return
+        earlier = await self._journal.reserve(who.tenant, key[:256], request_id)
+        if earlier is not None:
+            raise ApiError(
+                409,
+                f"this Idempotency-Key was used for request {earlier}: GET /v1/streams/{earlier} has its answer",
+                code="duplicate_request",
+            )
+
+    async def _run(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        generator: Generator,
+        jobs: list[Job],
+        request_id: str,
+        position: Position | None,
+        created: float | None = None,
+    ) -> Answer:
+        prompts = [job.request.prompt for job in jobs]
         form: ChatFormat | CompletionFormat
         if isinstance(body, ChatRequest):
-            form = ChatFormat(body, generator.tokenizer, generator.pool.name, request_id, prompts)
+            form = ChatFormat(body, generator.tokenizer, generator.pool.name, request_id, prompts, created)
         else:
-            form = CompletionFormat(body, generator.tokenizer, generator.pool.name, request_id, prompts)
+            form = CompletionFormat(body, generator.tokenizer, generator.pool.name, request_id, prompts, created)
+        who: Principal = request.state.principal
         usage = Usage(sum(map(len, prompts)), self.tenants.settings(who.tenant).shows_cached_tokens)
+        usage.completion = sum(count for job in jobs for count in job.has.values() if job.wanted is None or position)
         answer: EventStream | WholeAnswer
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            num_choices = sum(len(sequences_of(job.request)) for job in jobs)
-            answer = EventStream(form, usage, num_choices, wants_usage=wants_usage)
+            answer = EventStream(form, usage, position, wants_usage=wants_usage)
+            if position is None or position.is_beginning:
+                answer.open(sum(len(job.indexes) for job in jobs))
         else:
             answer = WholeAnswer(form, usage)
-        answer.work = self._begin(generator, jobs, usage, answer, who, request.state.arrived)
+        recorder = None
+        if position is not None and self._journal is not None:
+            recorder = RequestLog(self._journal, request_id)
+        work = self._begin(generator, jobs, usage, answer, who, request.state.arrived, request_id, recorder)
         try:
             async with _cancelled_by_disconnect(request):
                 if isinstance(answer, WholeAnswer):
                     return Response(_encode(await answer.body()), media_type="application/json")
                 await answer.begun()
+                if recorder is not None and self._journal is not None:
+                    await self._journal.settled()
                 return answer
         except (asyncio.CancelledError, ClientDisconnect):
-            answer.work.abandon()
+            work.abandon()
             raise
 
     async def _jobs(
@@ -100,9 +212,8 @@ class Reception:
         if isinstance(body, CompletionRequest):
             for field in ("resume", "cache_salt"):
                 if getattr(body, field) is not None and not who.may("engine"):
-                    raise ApiError(
-                        403, f"{field} is for other gateways: it needs a key with the scope engine", param=field
-                    )
+                    message = f"{field} is for other gateways: it needs a key with the scope engine"
+                    raise ApiError(403, message, param=field)
             salt = salt if body.cache_salt is None else body.cache_salt
             if body.resume is not None and len(prompts) != 1:
                 raise invalid("resume goes with one prompt", "resume")
@@ -117,9 +228,11 @@ class Reception:
         answer: EventStream | WholeAnswer,
         who: Principal,
         arrived: float,
+        request_id: str,
+        recorder: RequestLog | None,
     ) -> Work:
         """Raises ApiError."""
-        limiter, tenant = self.tenants.limiter, who.tenant
+        limiter, tenant, journal = self.tenants.limiter, who.tenant, self._journal
         cost = sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
         refusal = limiter.check(tenant, cost, time.monotonic())
         if refusal is not None:
@@ -127,16 +240,32 @@ class Reception:
 
         def end(error: ApiError | None) -> None:
             limiter.settle(tenant, cost, usage.prompt + usage.completion, time.monotonic())
+            if self._running.get(request_id) is work:
+                del self._running[request_id]
+            if recorder is None or journal is None:
+                return
+            if error is not None and error.code in RESUMABLE:
+                journal.released(request_id)
+            else:
+                journal.ended(request_id)
 
         timers = [self._metrics.timer(arrived, len(job.request.prompt), job.request.n) for job in jobs]
         weight = self.tenants.settings(tenant).weight
         work = answer.work = Work(jobs, timers, usage, answer, end)
+        if recorder is not None:
+            self._running[request_id] = work
 
-        def begin(job: Job, on_piece: Any, on_error: Any) -> Flight:
-            return generator.begin(job, on_piece, on_error, tenant=tenant, weight=weight)
+        def begin(job: Job, on_piece: Any, on_error: Any) -> Flight | None:
+            return generator.begin(job, on_piece, on_error, tenant=tenant, weight=weight, recorder=recorder)
 
         work.begin(begin)
         return work
+
+    def lost(self, request_id: str) -> None:
+        """Another gateway has claimed a request of this one."""
+        work = self._running.pop(request_id, None)
+        if work is not None:
+            work.hand_over()
 
 
 def _prompts(generator: Generator, body: ChatRequest | CompletionRequest) -> list[list[int]]:

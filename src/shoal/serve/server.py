@@ -95,6 +95,7 @@ async def _listen_until_stopped(
 ) -> None:
     config = session.deployment
     server = Server(session)
+    await server.reception.open()
     front = _Front(
         uvicorn.Config(
             server.app,
@@ -126,6 +127,7 @@ async def _listen_until_stopped(
     if not listening.done():
         await session.fleet.stop()  # ends every stream with an error, and with them the connections
     await listening
+    await server.reception.close()
 
 
 class _Front(uvicorn.Server):
