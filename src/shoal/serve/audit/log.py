@@ -133,8 +133,8 @@ class AuditLog:
         now = time.time_ns()
         found = [AuditGap(reason=what, until=now) for what in damaged]
         found += [AuditGap(reason=f"crash: {what}", lost=int("record" in what), until=now) for what in writer.repairs]
-        for event in (started, *found):
-            self._queue.append((now, event, None, None))
+        events: list[Event] = [started, *found]
+        self._queue.extend((now, event, None, None) for event in events)
         for what in damaged:
             _log.error("audit: %s: a new chain was begun; `shoal audit verify %s` says more", what, directory)
         return writer, damaged[0] if damaged else None

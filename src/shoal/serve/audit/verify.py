@@ -66,9 +66,11 @@ class ChainReport(msgspec.Struct, kw_only=True):
     first: int = 0
     """The oldest that is still there, where older ones were removed on purpose."""
     checkpoints: int = 0
+    copied: int = 0
+    """Checkpoints that the copy had of it."""
     key: str = ""
     unsigned: int = 0
-    """Records at the end that no checkpoint covers yet: they hang together, but whoever can write could replace them."""
+    """At the end, that no checkpoint covers yet: they hang together, but whoever can write could replace them."""
     runs: int = 0
     """Processes that wrote to it."""
     crashes: int = 0
@@ -100,7 +102,7 @@ class _Chain:
 
     def __init__(self, path: Path, keys: dict[str, PublicKey], copies: Sequence[Checkpoint]) -> None:
         self.path = path
-        self.report = ChainReport(chain=path.name, live=has_writer(path))
+        self.report = ChainReport(chain=path.name, live=has_writer(path), copied=len(copies))
         self.started: list[LogStarted] = []
         self.expected: list[Expectation] = []
         self._keys = keys
@@ -164,6 +166,9 @@ class _Chain:
         checkpoint = self._signed.get(first)
         if checkpoint is None:
             raise _Bad(f"no checkpoint was signed just before record {first}, where the files begin", record=first)
+        for expected in self.expected:
+            if expected.size < first or (expected.size == first and expected.root != checkpoint.root):
+                raise _Bad(f"{expected} cannot be confirmed: the records begin at {first}", record=first)
         self._good_size = first
         return Head(Frontier(first, checkpoint.frontier), checkpoint.head)
 
@@ -174,15 +179,15 @@ class _Chain:
         files = segments(self.path)
         for path in files:
             if first_seq(path) is None:
-                raise _Bad("is no file of an audit log", file=path)
+                raise _Bad(f"{path.name} is no file of an audit log", file=path)
             with path.open("rb") as file:
                 for line, whole in read_lines(file):
                     if whole:
                         yield path, line
                     elif not (self.report.live and path == files[-1]):
                         raise _Bad(
-                            f"record {self.report.records} is incomplete: cut by a crash (the next start says so in the "
-                            "log) or by someone",
+                            f"record {self.report.records} is incomplete: cut by a crash, which the next start says in "
+                            "the log, or by someone",
                             record=self.report.records,
                             file=path,
                         )
@@ -286,9 +291,9 @@ def verify_directory(
 ) -> Report:
     """Every chain. Without keys those that lie in the directory are trusted. Raises AuditError, OSError."""
     trusted = {key.name: key for key in keys} or _keys_of(directory)
-    copies = {} if copy is None else _copies(copy, trusted)
     found = chains(directory)
     names = [path.name for path in found]
+    copies = {} if copy is None else _copies(copy, trusted, names)
     if not found and not copies:
         raise AuditError(f"{directory}: there is no audit log here: no directory named chain-*")
     if len(found) > 1 and any(name is None for name, _ in expected):
@@ -330,15 +335,17 @@ def _keys_of(directory: Path) -> dict[str, PublicKey]:
     return keys
 
 
-def _copies(copy: Path, keys: dict[str, PublicKey]) -> dict[str, list[Checkpoint]]:
-    """Checkpoints of the copy by chain. Raises AuditError."""
+def _copies(copy: Path, keys: dict[str, PublicKey], names: Sequence[str]) -> dict[str, list[Checkpoint]]:
+    """Checkpoints of the copy by chain, without those of other logs, which other keys signed. Raises AuditError."""
     files = sorted(copy.glob(f"*.{CHECKPOINTS}"))
     if not files:
         raise AuditError(f"{copy}: there is no copy of checkpoints here (*.{CHECKPOINTS})")
     found = {}
     for path in files:
+        name = path.name.removesuffix(f".{CHECKPOINTS}")
         notes = read_notes(path.read_bytes(), keys)
-        if notes.problem is not None and not notes.torn:
+        if name in names and notes.problem is not None and not notes.torn:
             raise AuditError(f"{path}: {notes.problem}")
-        found[path.name.removesuffix(f".{CHECKPOINTS}")] = notes.checkpoints
+        if name in names or notes.checkpoints:
+            found[name] = notes.checkpoints
     return found

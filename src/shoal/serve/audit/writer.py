@@ -243,7 +243,7 @@ def claim(
 
     Raises OSError.
     """
-    damaged = []
+    damaged: list[str] = []
     for chain in chains(directory):
         if _is_of_another(chain, key):
             continue
