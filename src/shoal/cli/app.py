@@ -404,10 +404,7 @@ def info(
 audit_app = typer.Typer(no_args_is_help=True, help="Verify an audit log, and hand it to other tools.")
 app.add_typer(audit_app, name="audit")
 
-AuditDirectory = Annotated[
-    Path,
-    typer.Argument(metavar="DIR", help="The log's directory.", exists=True, file_okay=False, show_default=False),
-]
+AuditDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The log's directory.", show_default=False)]
 
 
 @audit_app.command("verify")
@@ -415,11 +412,11 @@ def audit_verify(
     directory: AuditDirectory,
     public_key: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Who must have signed. [default: *.pub in DIR]"),
+        typer.Option(metavar="FILE", help="Who must have signed. [default: *.pub in DIR]"),
     ] = None,
     copy: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", exists=True, file_okay=False, help="Where checkpoints were copied to (copy_to)."),
+        typer.Option(metavar="DIR", help="Where checkpoints were copied to (copy_to)."),
     ] = None,
     expect: Annotated[
         list[str] | None,

@@ -252,7 +252,8 @@ class AuditLog:
         writer = self._writer
         try:
             while self._encode_some() or self._pending:
-                batch = list(islice(self._pending, _BATCH))
+                room = self.config.checkpoint_records - (writer.head.size - writer.signed_size)
+                batch = list(islice(self._pending, max(1, min(_BATCH, room))))
                 writer.append(batch)
                 for _ in batch:
                     self._pending.popleft()

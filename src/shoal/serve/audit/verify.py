@@ -201,6 +201,9 @@ class _Chain:
             link = self._link(path, line, seq)
             if link.prev != head.leaf.hex():
                 raise self._broken_link(path, line, seq, before, next(lines, None))
+            if (before is None or path != before[0]) and first_seq(path) != seq:
+                raise _Bad(f"{path.name} begins with record {seq}: records were moved between files", seq, path)
+            self._check_alone(head, line, path)
             head.append(line)
             self._check_signed(head, path)
             self.report.records = head.size
@@ -233,6 +236,15 @@ class _Chain:
         if before is None or not (vouched or (signed is not None and signed.head == leaf)):
             return _Bad(f"record {seq} was changed: it does not follow from the one before", record=seq, file=path)
         return _Bad(f"record {seq - 1} was changed: record {seq} does not follow from it", seq - 1, before[0])
+
+    def _check_alone(self, head: Head, line: bytes, path: Path) -> None:
+        """Where the last record under a checkpoint is changed and those before are not, it can be named alone."""
+        signed = self._signed.get(head.size + 1)
+        if signed is not None and signed.head != leaf_hash(line):
+            tree = head.tree.copy()
+            tree.append(signed.head)
+            if tree.root() == signed.root:
+                raise _Bad(f"record {head.size} was changed: it is not the one that was signed", head.size, path)
 
     def _check_signed(self, head: Head, path: Path) -> None:
         signed = self._signed.get(head.size)
@@ -290,12 +302,12 @@ def verify_directory(
     retained_from: int = 0,
 ) -> Report:
     """Every chain. Without keys those that lie in the directory are trusted. Raises AuditError, OSError."""
-    trusted = {key.name: key for key in keys} or _keys_of(directory)
     found = chains(directory)
     names = [path.name for path in found]
-    copies = {} if copy is None else _copies(copy, trusted, names)
-    if not found and not copies:
+    if not found and copy is None:
         raise AuditError(f"{directory}: there is no audit log here: no directory named chain-*")
+    trusted = {key.name: key for key in keys} or _keys_of(directory)
+    copies = {} if copy is None else _copies(copy, trusted, names)
     if len(found) > 1 and any(name is None for name, _ in expected):
         raise AuditError(f"--expect must say which chain it is of, as {names[0]}:SIZE:ROOT: there are {len(found)}")
     problems = [f"{name} is missing: the copy has checkpoints of it" for name in copies if name not in names]

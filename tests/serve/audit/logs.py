@@ -1,0 +1,32 @@
+"""Logs to test with, and what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shoal.serve.audit.chain import Record, chains, decode_record, segments
+from shoal.serve.audit.events import Event, RequestCompleted
+from shoal.serve.audit.log import AuditConfig, AuditLog
+
+
+def open_log(directory: Path, **settings: Any) -> AuditLog:
+    return AuditLog(AuditConfig(directory=str(directory), **settings))
+
+
+def completed(number: int, **fields: Any) -> RequestCompleted:
+    return RequestCompleted(request_id=f"r{number}", model="m", status=200, tenant="acme", **fields)
+
+
+def lines_of(directory: Path) -> list[bytes]:
+    """Of the only chain, without newlines."""
+    (chain,) = chains(directory)
+    return [line for path in segments(chain) for line in path.read_bytes().splitlines()]
+
+
+def records_of(directory: Path) -> list[Record]:
+    return [decode_record(line) for line in lines_of(directory)]
+
+
+def events_of(directory: Path, *kinds: type[Any]) -> list[Event]:
+    return [record.event for record in records_of(directory) if isinstance(record.event, kinds)]
