@@ -412,7 +412,7 @@ def audit_verify(
     directory: AuditDirectory,
     public_key: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Who must have signed. [default: *.pub in DIR]"),
+        typer.Option(metavar="FILE", help="Who must have signed. [default: *.pub in the copy, or in DIR]"),
     ] = None,
     copy: Annotated[
         Path | None,

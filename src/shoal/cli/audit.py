@@ -40,7 +40,7 @@ def verify_log(
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:
-        _print(report, directory, own_key=not public_keys)
+        _print(report, directory, own_key=not public_keys and copy is None)
     return 0 if report.ok else 1
 
 
@@ -110,15 +110,19 @@ def _print(report: Report, directory: Path, *, own_key: bool) -> None:
 
 def _facts(chain: ChainReport) -> str:
     """What was found, in one line."""
-    facts = [f"{chain.records - chain.first:,} records" + (f" from {chain.first:,} on" if chain.first else "")]
+    facts = [_count(chain.records - chain.first, "record") + (f" from {chain.first:,} on" if chain.first else "")]
     copied = f" ({chain.copied} in the copy)" if chain.copied else ""
-    facts.append(f"{chain.checkpoints} checkpoints{copied}")
+    facts.append(_count(chain.checkpoints, "checkpoint") + copied)
     if chain.ok:
         facts.append(f"{chain.unsigned} not signed yet" if chain.unsigned else "all signed")
     if chain.gaps:
-        facts.append(f"{chain.gaps} gaps with {chain.lost} events lost")
+        facts.append(f"{_count(chain.gaps, 'gap')} with {_count(chain.lost, 'event')} lost")
     if chain.crashes:
         facts.append(f"{chain.crashes} of {chain.runs} processes did not end in order")
     if chain.live:
         facts.append("being written")
     return ", ".join(facts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -19,9 +19,10 @@ import msgspec
 import pytest
 
 from shoal.serve.audit import writer as writer_module
-from shoal.serve.audit.chain import CHECKPOINTS, chains, segments
+from shoal.serve.audit.chain import chains, checkpoint_files, segments
 from shoal.serve.audit.events import (
     AuditGap,
+    AuthenticationFailed,
     LogStarted,
     LogStopped,
     RequestAccepted,
@@ -206,12 +207,12 @@ def test_a_torn_record_is_cut_off_and_said_so(tmp_path: Path, cut: int | str) ->
     log.record(completed(2))
     assert log.flush()
     (chain,) = chains(tmp_path)
-    taken = segments(chain)[0].read_bytes(), (chain / CHECKPOINTS).read_bytes()
+    taken = segments(chain)[0].read_bytes(), checkpoint_files(chain)[0].read_bytes()
     log.close()
     whole, last = taken[0], taken[0].splitlines(keepends=True)[-1]
     torn = whole[:-1] if cut == "newline" else whole[: -len(last) + int(cut)]
     segments(chain)[0].write_bytes(torn)
-    (chain / CHECKPOINTS).write_bytes(taken[1])
+    checkpoint_files(chain)[0].write_bytes(taken[1])
     report = verify_directory(tmp_path).chains[0]
     assert not report.ok and "record 2 is incomplete" in str(report.problem)
 
@@ -227,23 +228,24 @@ def test_a_torn_record_is_cut_off_and_said_so(tmp_path: Path, cut: int | str) ->
 def test_a_torn_checkpoint_is_cut_off_and_said_so(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.close()
-    path = chains(tmp_path)[0] / CHECKPOINTS
+    (path,) = checkpoint_files(log.chain)
     path.write_bytes(path.read_bytes()[:-20])
     assert not verify_directory(tmp_path).ok
     assert open_log(tmp_path).close()
     (gap,) = events_of(tmp_path, AuditGap)
-    assert isinstance(gap, AuditGap) and gap.lost == 0 and "checkpoints: cut off" in gap.reason
+    assert isinstance(gap, AuditGap) and gap.lost == 0 and ".checkpoints: cut off" in gap.reason
     assert verified(tmp_path).gaps == 1
 
 
 def damage_record(chain: Path) -> None:
     path = segments(chain)[0]
     path.write_bytes(path.read_bytes().replace(b"r3", b"r4"))
-    (chain / CHECKPOINTS).write_bytes(b"".join((chain / CHECKPOINTS).read_bytes().splitlines(keepends=True)[:8]))
+    (notes,) = checkpoint_files(chain)
+    notes.write_bytes(b"".join(notes.read_bytes().splitlines(keepends=True)[:8]))
 
 
 def damage_checkpoint(chain: Path) -> None:
-    path = chain / CHECKPOINTS
+    (path,) = checkpoint_files(chain)
     path.write_bytes(path.read_bytes().replace(b"time 1", b"time 2", 1))
 
 
@@ -393,6 +395,20 @@ def test_a_full_queue_refuses(tmp_path: Path) -> None:
     assert not log.record(completed(99)) and not log.ready, "closed"
 
 
+def test_failed_authentication_may_fill_half_the_queue(tmp_path: Path, disk: FullDisk) -> None:
+    """Anyone can cause it, as fast as they can send."""
+    log = open_log(tmp_path, queue_records=20)
+    assert log.flush()
+    disk.room = 0
+    failed = AuthenticationFailed(reason="unknown", status=401)
+    assert sum(log.record(failed) for _ in range(30)) == 10
+    assert sum(log.record(completed(number)) for number in range(10)) == 10
+    disk.room = None
+    assert log.close()
+    assert len(events_of(tmp_path, RequestCompleted)) == 10
+    assert verified(tmp_path).lost == 20
+
+
 def test_an_event_that_cannot_be_encoded_stops_nothing(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.record(completed(1, refusal="\ud800"))
@@ -450,18 +466,19 @@ def test_a_copy_that_cannot_be_written_is_shown(tmp_path: Path) -> None:
     assert log.flush()
     log.record(completed(1))
     assert log.flush()
-    path = copy / f"{log.chain.name}.{CHECKPOINTS}"
-    assert path.exists() and log.state == "ok"
+    assert log.state == "ok" and len(checkpoint_files(copy / log.chain.name)) == 1
     assert log.close()
-    path.unlink()
-    path.mkdir()
+    (copy / log.chain.name).rename(tmp_path / "kept")
+    (copy / log.chain.name).write_text("in the way")
     log = open_log(tmp_path / "log", copy_to=str(copy))
     assert log.flush()
-    wait_until(lambda: "Is a directory" in log.state)
-    path.rmdir()
+    wait_until(lambda: "File exists" in log.state)
+    (copy / log.chain.name).unlink()
+    (tmp_path / "kept").rename(copy / log.chain.name)
     log.record(completed(2))
     assert log.close() and log.state == "ok"
     assert verify_directory(tmp_path / "log", copy=copy).ok
+    assert len(checkpoint_files(copy / log.chain.name)) == 2
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -471,6 +488,8 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AuditError, match=r"file.*the audit log cannot be opened: "):
         open_log(tmp_path / "file")
+    with pytest.raises(AuditError, match=r"is the log's own directory"):
+        open_log(tmp_path / "log", copy_to=str(tmp_path / "x" / ".." / "log"))
 
 
 @pytest.mark.parametrize("name", ["checkpoint_records", "checkpoint_seconds", "queue_records", "rotate_bytes"])

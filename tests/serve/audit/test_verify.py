@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.serve.audit.chain import CHECKPOINTS, Head, chains, decode_link, segments
+from shoal.serve.audit.chain import Head, chains, checkpoint_files, decode_link, segments
 from shoal.serve.audit.note import AuditError, PublicKey, SigningKey
 from shoal.serve.audit.verify import ChainReport, Expectation, Report, verify_directory
 from tests.serve.audit.logs import completed, lines_of, open_log
@@ -78,6 +78,13 @@ def test_the_untouched_log_is_genuine(genuine: Path) -> None:
     assert chain.records == len(lines_of(genuine)) == 3 * 18
     assert (chain.unsigned, chain.runs, chain.crashes, chain.gaps, chain.live) == (0, 3, 0, 0, False)
     assert chain.checkpoints >= 6 and chain.copied >= chain.checkpoints
+
+
+def test_the_last_checkpoint_is_missed(genuine: Path) -> None:
+    with workbench(genuine) as bench:
+        path = checkpoint_files(bench.chain)[-1]
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-8]))
+        assert found(bench.verify()).problem == "the checkpoint of the orderly end is missing"
 
 
 @edits
@@ -159,11 +166,11 @@ def test_an_end_that_was_written_anew(genuine: Path, data: st.DataObject) -> Non
 @given(data=st.data())
 def test_a_changed_checkpoint(genuine: Path, data: st.DataObject) -> None:
     with workbench(genuine) as bench:
-        path = bench.chain / CHECKPOINTS
+        path = data.draw(st.sampled_from(checkpoint_files(bench.chain)))
         notes = bytearray(path.read_bytes())
         notes[data.draw(st.integers(0, len(notes) - 1))] ^= data.draw(st.integers(1, 255))
         path.write_bytes(notes)
-        assert found(bench.verify()).file == CHECKPOINTS
+        assert found(bench.verify()).file == path.name
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -199,15 +206,25 @@ def test_everything_signed_by_someone_else(genuine: Path, tmp_path: Path) -> Non
     assert not chain.ok and "none of the given keys" in str(chain.problem)
 
 
+def test_a_log_made_anew_does_not_have_the_key_of_the_copy(genuine: Path, tmp_path: Path) -> None:
+    other = open_log(tmp_path)
+    other.record(completed(1))
+    assert other.close()
+    (chain,) = verify_directory(tmp_path, copy=genuine.parent / "copy").chains
+    assert not chain.ok and "none of the given keys" in str(chain.problem)
+
+
 # --- log and checkpoints put back together ----------------------------------------------------------------------------
 
 
 def rolled_back(bench: Workbench) -> int:
     """To the state of an earlier checkpoint, files and checkpoints alike; its size."""
-    path = bench.chain / CHECKPOINTS
-    notes = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(notes[:16]))
+    first, *others = checkpoint_files(bench.chain)
+    notes = first.read_bytes().splitlines(keepends=True)
+    first.write_bytes(b"".join(notes[:16]))
     size = int(notes[9])
+    for path in others:
+        path.unlink()
     bench.write(bench.lines[:size])
     for file in bench.files:
         if not file.stat().st_size:
@@ -262,7 +279,7 @@ def test_a_removed_chain_is_missed(genuine: Path, tmp_path: Path) -> None:
 def test_old_files_may_be_removed_if_that_is_said(genuine: Path) -> None:
     with workbench(genuine) as bench:
         kept = decode_link(bench.files[2].read_bytes().splitlines()[0]).seq
-        for path in bench.files[:2]:
+        for path in bench.files[:2] + checkpoint_files(bench.chain)[:2]:
             path.unlink()
         assert f"--retained-from {kept}" in str(found(bench.verify()).problem)
         report = bench.verify(retained_from=kept)
@@ -290,7 +307,7 @@ def test_a_log_that_is_being_written(tmp_path: Path) -> None:
 def test_nothing_to_verify(tmp_path: Path, genuine: Path) -> None:
     with pytest.raises(AuditError, match="no audit log here"):
         verify_directory(tmp_path)
-    with pytest.raises(AuditError, match="no copy of checkpoints here"):
+    with pytest.raises(AuditError, match="no copy of this log's checkpoints here"):
         verify_directory(genuine, copy=tmp_path)
     (tmp_path / "chain-00000000").mkdir()
     with pytest.raises(AuditError, match="no public key"):

@@ -5,9 +5,10 @@
       1f3a9c2e.pub                   its public half
       chain-5b0d2c11/                one writer at a time, which holds `lock`
         lock
-        000000000000-20261121T144539Z-4242.jsonl     first record, when its process began it, process id
+        000000000000-20261121T144539Z-4242.jsonl         first record, when the file was begun, process id
+        000000000000-20261121T144539Z-4242.checkpoints
         000000057120-20261122T090000Z-5151.jsonl
-        checkpoints
+        000000057120-20261122T090000Z-5151.checkpoints   the first one signs the 57,120 records before
 
 A record is one line: `seq` counts from 0 through all files of a chain, `prev` is the leaf hash of the record before.
 A leaf is the line's bytes without the newline: SHA-256(0x00 || line), which is also its leaf in the Merkle tree. So
@@ -84,8 +85,8 @@ class Head:
         self.tree.append(self.leaf)
 
 
-def segment_name(seq: int) -> str:
-    return f"{seq:012d}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.jsonl"
+def segment_stem(seq: int) -> str:
+    return f"{seq:012d}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
 
 
 def first_seq(segment: Path) -> int | None:
@@ -97,6 +98,11 @@ def first_seq(segment: Path) -> int | None:
 def segments(chain: Path) -> list[Path]:
     """The files of records, in the chain's order."""
     return sorted(chain.glob("*.jsonl"))
+
+
+def checkpoint_files(chain: Path) -> list[Path]:
+    """In the chain's order: of a chain, or of its copy."""
+    return sorted(chain.glob(f"*.{CHECKPOINTS}"))
 
 
 def chains(directory: Path) -> list[Path]:

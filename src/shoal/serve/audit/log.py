@@ -21,8 +21,16 @@ from typing import Literal
 import msgspec
 
 from shoal import __version__
-from shoal.serve.audit.chain import CHECKPOINTS, chains, public_keys
-from shoal.serve.audit.events import AuditGap, ContentPolicy, Event, LogStarted, LogStopped, with_content
+from shoal.serve.audit.chain import chains, checkpoint_files, public_keys
+from shoal.serve.audit.events import (
+    AuditGap,
+    AuthenticationFailed,
+    ContentPolicy,
+    Event,
+    LogStarted,
+    LogStopped,
+    with_content,
+)
 from shoal.serve.audit.note import AuditError, SigningKey, read_notes
 from shoal.serve.audit.writer import ChainWriter, claim
 
@@ -109,13 +117,18 @@ class AuditLog:
         copy_to = None if config.copy_to is None else Path(config.copy_to)
         try:
             for path in filter(None, (directory, copy_to)):
-                path.mkdir(parents=True, exist_ok=True)
+                path.mkdir(mode=0o750, parents=True, exist_ok=True)
+            if copy_to is not None and copy_to.resolve() == directory.resolve():
+                raise AuditError(f"copy_to: {copy_to} is the log's own directory: give another")
             key = SigningKey.load_or_create(
                 Path(config.signing_key) if config.signing_key else directory / "signing.key"
             )
-            (directory / f"{key.public.name.rpartition('/')[2]}.pub").write_text(f"{key.public}\n", encoding="utf-8")
+            for path in filter(None, (directory, copy_to)):
+                public = path / f"{key.public.name.rpartition('/')[2]}.pub"
+                if not public.exists():
+                    public.write_text(f"{key.public}\n", encoding="utf-8")
+            sizes = _sizes(directory)
             writer, damaged = claim(directory, key, rotate_bytes=config.rotate_bytes, copy_to=copy_to)
-            others = _sizes(directory, besides=writer.chain)
         except ValueError as error:
             raise AuditError(f"{directory}: a public key there is not one: {error}") from None
         except OSError as error:
@@ -128,7 +141,7 @@ class AuditLog:
             config_digest=config_digest,
             content=config.content,
             fail_closed=config.fail_closed,
-            chains=others,
+            chains={name: size for name, size in sizes.items() if name != writer.chain.name},
         )
         now = time.time_ns()
         found = [AuditGap(reason=what, until=now) for what in damaged]
@@ -152,7 +165,10 @@ class AuditLog:
 
         Token ids are kept as they are given until the thread has read them: the caller must not change them any more.
         """
-        if self._closing or len(self._queue) + self._num_pending >= self.config.queue_records:
+        limit = self.config.queue_records
+        if isinstance(event, AuthenticationFailed):
+            limit //= 2  # what anyone can cause without a key must not push out the rest
+        if self._closing or len(self._queue) + self._num_pending >= limit:
             self._lose("the log is closed" if self._closing else "more events than could be written")
             return False
         self._queue.append((time.time_ns(), event, prompt, outputs))
@@ -326,12 +342,14 @@ class AuditLog:
             self._encode_one()
 
 
-def _sizes(directory: Path, *, besides: Path) -> dict[str, int]:
-    """How many records the other chains had at their newest checkpoint."""
+def _sizes(directory: Path) -> dict[str, int]:
+    """How many records each chain has, as far as its newest checkpoint says so."""
     keys = public_keys(directory)
     sizes = {}
     for chain in chains(directory):
-        path = chain / CHECKPOINTS
-        if chain != besides and path.exists():
-            sizes[chain.name] = max((each.size for each in read_notes(path.read_bytes(), keys).checkpoints), default=0)
+        for path in reversed(checkpoint_files(chain)):
+            notes = read_notes(path.read_bytes(), keys)
+            if notes.checkpoints:
+                sizes[chain.name] = notes.checkpoints[-1].size
+                break
     return sizes

@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 
 from shoal.serve.audit.chain import (
-    CHECKPOINTS,
     Head,
     Link,
     chains,
+    checkpoint_files,
     decode_link,
     decode_record,
     first_seq,
@@ -129,20 +129,21 @@ class _Chain:
     # --- what was signed --------------------------------------------------------------------------------------------
 
     def _read_checkpoints(self) -> None:
-        path = self.path / CHECKPOINTS
-        notes = read_notes(path.read_bytes() if path.exists() else b"", self._keys)
-        size = 0
-        for checkpoint in notes.checkpoints:
-            if checkpoint.size < size:
-                raise _Bad(f"checkpoints are out of order: one over {checkpoint.size} records after {size}", file=path)
-            size = checkpoint.size
-        for checkpoint in (*notes.checkpoints, *self._copies):
-            self._take(checkpoint, path)
+        files, size = checkpoint_files(self.path), 0
+        for path in files:
+            notes = read_notes(path.read_bytes(), self._keys)
+            for checkpoint in notes.checkpoints:
+                if checkpoint.size < size:
+                    raise _Bad(f"checkpoints are out of order: {checkpoint.size} records after {size}", file=path)
+                size = checkpoint.size
+                self._take(checkpoint, path)
+            if notes.problem is not None and not (notes.torn and self.report.live and path == files[-1]):
+                raise _Bad(notes.problem, file=path)
+        for checkpoint in self._copies:
+            self._take(checkpoint, self.path)
         self.report.checkpoints = len(self._signed)
-        if notes.problem is not None and not (notes.torn and self.report.live):
-            raise _Bad(notes.problem, file=path)
         if not self._signed and not self.report.live:
-            raise _Bad("there is no signed checkpoint", file=path)
+            raise _Bad("there is no signed checkpoint", file=self.path)
 
     def _take(self, checkpoint: Checkpoint, path: Path) -> None:
         if checkpoint.chain != self.path.name:
@@ -289,7 +290,7 @@ class _Chain:
         self.report.expect = str(Expectation(head.size, head.tree.root()))
         if not self.report.live:
             if isinstance(self._last, LogStopped) and self.report.unsigned:
-                raise _Bad("the checkpoint of the orderly end is missing", file=self.path / CHECKPOINTS)
+                raise _Bad("the checkpoint of the orderly end is missing", file=self.path)
             self.report.crashes += isinstance(self._last, LogStarted)
 
 
@@ -301,12 +302,19 @@ def verify_directory(
     expected: Sequence[tuple[str | None, Expectation]] = (),
     retained_from: int = 0,
 ) -> Report:
-    """Every chain. Without keys those that lie in the directory are trusted. Raises AuditError, OSError."""
+    """Every chain. Without `keys` those in the copy are trusted, or else those in the directory.
+
+    Raises AuditError, OSError.
+    """
     found = chains(directory)
     names = [path.name for path in found]
     if not found and copy is None:
         raise AuditError(f"{directory}: there is no audit log here: no directory named chain-*")
-    trusted = {key.name: key for key in keys} or _keys_of(directory)
+    if copy is not None and copy.resolve() == directory.resolve():
+        raise AuditError(f"--copy {copy} is the log itself: give the directory that checkpoints were copied to")
+    trusted = {key.name: key for key in keys} or (_keys_of(copy) if copy else {}) or _keys_of(directory)
+    if not trusted:
+        raise AuditError(f"{directory}: there is no public key (*.pub) here: give one with --public-key")
     copies = {} if copy is None else _copies(copy, trusted, names)
     if len(found) > 1 and any(name is None for name, _ in expected):
         raise AuditError(f"--expect must say which chain it is of, as {names[0]}:SIZE:ROOT: there are {len(found)}")
@@ -339,25 +347,21 @@ def _missed_by_others(verified: Sequence[_Chain]) -> list[str]:
 
 def _keys_of(directory: Path) -> dict[str, PublicKey]:
     try:
-        keys = public_keys(directory)
+        return public_keys(directory)
     except ValueError as error:
         raise AuditError(f"{directory}: a public key there is not one: {error}") from None
-    if not keys:
-        raise AuditError(f"{directory}: there is no public key (*.pub) here: give one with --public-key")
-    return keys
 
 
 def _copies(copy: Path, keys: dict[str, PublicKey], names: Sequence[str]) -> dict[str, list[Checkpoint]]:
     """Checkpoints of the copy by chain, without those of other logs, which other keys signed. Raises AuditError."""
-    files = sorted(copy.glob(f"*.{CHECKPOINTS}"))
-    if not files:
-        raise AuditError(f"{copy}: there is no copy of checkpoints here (*.{CHECKPOINTS})")
-    found = {}
-    for path in files:
-        name = path.name.removesuffix(f".{CHECKPOINTS}")
+    found: dict[str, list[Checkpoint]] = {}
+    for path in [file for chain in chains(copy) for file in checkpoint_files(chain)]:
+        name = path.parent.name
         notes = read_notes(path.read_bytes(), keys)
         if name in names and notes.problem is not None and not notes.torn:
             raise AuditError(f"{path}: {notes.problem}")
         if name in names or notes.checkpoints:
-            found[name] = notes.checkpoints
+            found.setdefault(name, []).extend(notes.checkpoints)
+    if not found:
+        raise AuditError(f"{copy}: there is no copy of this log's checkpoints here (chain-*/*.checkpoints)")
     return found

@@ -17,10 +17,11 @@ from shoal.serve.audit.chain import (
     CHECKPOINTS,
     Head,
     chains,
+    checkpoint_files,
     decode_link,
     first_seq,
     read_lines,
-    segment_name,
+    segment_stem,
     segments,
     try_lock,
 )
@@ -79,33 +80,36 @@ class ChainWriter:
         """What a crash had left half written, and was cut off."""
         self.copy_error: str | None = None
         """Why the newest checkpoint is not in the copy."""
+        self.unsynced = False
+        """Records are in the file, but not surely on the disk."""
         self._lock = lock
         self._key = key
         self._rotate_bytes = rotate_bytes
-        self._segment: AppendFile | None = None
-        self.unsynced = False
-        """Records are in the file, but not surely on the disk."""
-        newest = self._read_checkpoints()
+        self._copy_to = None if copy_to is None else copy_to / chain.name
+        newest = self._newest_checkpoint()
         self.head = self._read_records(newest)
         self.signed_size = 0 if newest is None else newest.size
-        self._checkpoints = AppendFile(chain / CHECKPOINTS)
-        self._copy_path = None if copy_to is None else copy_to / f"{chain.name}.{CHECKPOINTS}"
+        self._stem = segment_stem(self.head.size)
+        """Of the names of the files that are written to, or will be."""
+        self._segment: AppendFile | None = None
+        self._checkpoints: AppendFile | None = None
         self._copy: AppendFile | None = None
 
     # --- where the last process left it -----------------------------------------------------------------------------
 
-    def _read_checkpoints(self) -> Checkpoint | None:
-        path = self.chain / CHECKPOINTS
-        if not path.exists():
-            return None
-        data = path.read_bytes()
-        notes = read_notes(data, {self._key.public.name: self._key.public})
-        if notes.problem is not None:
-            if not notes.torn:
-                raise DamagedChain(f"{path}: {notes.problem}")
-            os.truncate(path, notes.whole_bytes)
-            self.repairs.append(f"{CHECKPOINTS}: cut off {len(data) - notes.whole_bytes} bytes of an incomplete one")
-        return max(notes.checkpoints, key=lambda checkpoint: checkpoint.size, default=None)
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """Only the newest file that has one is read: a start does not take longer for all that was ever signed."""
+        for path in reversed(checkpoint_files(self.chain)):
+            data = path.read_bytes()
+            notes = read_notes(data, {self._key.public.name: self._key.public})
+            if notes.problem is not None:
+                if not notes.torn:
+                    raise DamagedChain(f"{path}: {notes.problem}")
+                os.truncate(path, notes.whole_bytes)
+                self.repairs.append(f"{path.name}: cut off {len(data) - notes.whole_bytes} bytes of an incomplete one")
+            if notes.checkpoints:
+                return notes.checkpoints[-1]
+        return None
 
     def _read_records(self, newest: Checkpoint | None) -> Head:
         """The head: the newest checkpoint's, moved on over the records after it, each of which must follow."""
@@ -144,12 +148,14 @@ class ChainWriter:
                 seq += 1
         if seq < head.size:
             raise _missing(path, seq, head.size)
-        torn = path.stat().st_size - good_bytes
-        if torn:
-            with path.open("r+b") as file:
+        torn = path.stat().st_size - good_bytes if last else 0
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())  # whoever wrote it may not have come to that
+            if torn:
                 file.seek(good_bytes)
                 digest = sha256(file.read()).hexdigest()
                 file.truncate(good_bytes)
+        if torn:
             self.repairs.append(f"{path.name}: cut off {torn} bytes of an incomplete record (SHA-256 {digest})")
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -157,17 +163,30 @@ class ChainWriter:
     def append(self, events: Sequence[tuple[int, bytes]]) -> None:
         """(time, event as JSON) of each, as one write. Raises OSError, and then none of them is a record."""
         if self._segment is not None and self._segment.size >= self._rotate_bytes:
-            self.checkpoint()  # so that a file can be removed with all before it, and the rest still be verified
-            self._segment.close()
-            self._segment = None
+            self.sync()
+            self._close_files()
+            self._stem = segment_stem(self.head.size)
+        if self._segment is None:
+            self._segment = self._open_segment()
         head = self.head.copy()
         data = b"".join([head.line(stamp, event) for stamp, event in events])
-        if self._segment is None:
-            self._segment = AppendFile(self.chain / segment_name(self.head.size))
-            _sync_directory(self.chain)
         self.unsynced = True
         self._segment.append(data)
         self.head = head
+
+    def _open_segment(self) -> AppendFile:
+        """The first checkpoint of a file signs what is before it: so older files can be removed, and it be verified."""
+        segment = AppendFile(self.chain / f"{self._stem}.jsonl")
+        try:
+            if self._checkpoints is None:
+                self._checkpoints = AppendFile(self.chain / f"{self._stem}.{CHECKPOINTS}")
+            _sync_directory(self.chain)
+            if self.head.size:
+                self._sign()
+        except OSError:
+            segment.close()
+            raise
+        return segment
 
     def sync(self) -> None:
         """Raises OSError."""
@@ -181,9 +200,13 @@ class ChainWriter:
         The records are on the disk before: a checkpoint that survives a power failure alone would look like a log that
         was cut.
         """
-        if self.head.size == self.signed_size:
+        if self.head.size > self.signed_size:
+            self.sync()
+            self._sign()
+
+    def _sign(self) -> None:
+        if self._checkpoints is None:
             return
-        self.sync()
         tree = self.head.tree
         checkpoint = Checkpoint(
             origin=f"{self._key.public.name}/{self.chain.name}",
@@ -201,26 +224,26 @@ class ChainWriter:
 
     def _write_copy(self, note: bytes) -> None:
         """Checkpoints may be missing in the copy, for each stands for all before it: a failure ends with the next."""
-        if self._copy_path is None:
+        if self._copy_to is None:
             return
         try:
             if self._copy is None:
-                if self._copy_path.exists():
-                    data = self._copy_path.read_bytes()
-                    notes = read_notes(data, {self._key.public.name: self._key.public})
-                    if notes.torn:
-                        os.truncate(self._copy_path, notes.whole_bytes)
-                self._copy = AppendFile(self._copy_path)
+                self._copy_to.mkdir(parents=True, exist_ok=True)
+                self._copy = AppendFile(self._copy_to / f"{self._stem}.{CHECKPOINTS}")
             self._copy.append(note)
             self._copy.sync()
             self.copy_error = None
         except OSError as error:
-            self.copy_error = f"{self._copy_path}: {error.strerror}"
+            self.copy_error = f"{self._copy_to}: {error.strerror}"
 
-    def close(self) -> None:
+    def _close_files(self) -> None:
         for file in (self._segment, self._checkpoints, self._copy):
             if file is not None:
                 file.close()
+        self._segment = self._checkpoints = self._copy = None
+
+    def close(self) -> None:
+        self._close_files()
         os.close(self._lock)
 
 
@@ -267,8 +290,9 @@ def claim(
 
 def _is_of_another(chain: Path, key: SigningKey) -> bool:
     """Whether another key signed it: after a change of keys the old one's chains are finished."""
-    with contextlib.suppress(FileNotFoundError), (chain / CHECKPOINTS).open("rb") as file:
-        name, _, signed_chain = file.readline().decode(errors="replace").strip().rpartition("/")
+    for path in checkpoint_files(chain)[:1]:
+        with path.open("rb") as file:
+            name, _, signed_chain = file.readline().decode(errors="replace").strip().rpartition("/")
         ours = name == key.public.name
         return not ours and signed_chain == chain.name and re.fullmatch(r"shoal\.audit/[0-9a-f]{8}", name) is not None
     return False
