@@ -3,7 +3,8 @@
     python benchmarks/audit.py
 
 Two tables. The first times each call while records come at a steady rate, as requests do, with the thread at work
-beside it; between two calls the caches grow cold, as they do between requests. The second is how many records a second the thread encodes, hashes and writes when nothing holds it up.
+beside it; between two calls the caches grow cold, as they do between requests. The second is how many records a second
+the thread encodes, hashes and writes when nothing holds it up.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def edit(log: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"r3"', b'"rX"'))
 
 
-@pytest.mark.parametrize("command", ["verify", "export"])
+@pytest.mark.parametrize("command", ["verify", "export", "prove", "check"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -71,6 +71,23 @@ def test_export(log: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert capfdbinary.readouterr().out == b""
 
 
+def test_a_record_and_its_proof(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "prove", str(log), "4"]) == 0
+    proof = tmp_path / "proof"
+    proof.write_text(capsys.readouterr().out)
+    (public,) = log.glob("*.pub")
+    checking = ["audit", "check", str(proof), "--public-key", str(public)]
+    assert main(checking) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["event"]["request_id"] == "r3"
+    assert "proven: record 4 of chain-" in printed.err
+    assert main([*checking, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["record"]["seq"] == 4
+    proof.write_text(proof.read_text().replace("index 4", "index 5"))
+    assert main(checking) == 1
+    assert "not proven: the record is not the one that was signed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -81,6 +98,9 @@ def test_export(log: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
         (["verify", "{log}", "--copy", "{log}"], 1, "is the log itself"),
         (["verify", "{log}", "--copy", "{log}/.."], 1, "there is no copy of this log's checkpoints here"),
         (["verify", "{log}/.."], 1, "there is no audit log here"),
+        (["prove", "{log}", "99"], 1, "no checkpoint covers record 99"),
+        (["prove", "{log}", "1", "--chain", "chain-x"], 1, "no directory named chain-x"),
+        (["check", "{log}/signing.key"], 2, "Missing option '--public-key'"),
         (["export", "{log}", "--since", "yesterday"], 1, "--since: 'yesterday' is not a time: write 2026-11-21"),
         (["export", "{log}", "--format", "csv"], 2, "'csv' is not one of 'jsonl', 'ocsf'"),
         (["export", "{log}/.."], 1, "there is no audit log here"),

@@ -405,15 +405,16 @@ audit_app = typer.Typer(no_args_is_help=True, help="Verify an audit log, and han
 app.add_typer(audit_app, name="audit")
 
 AuditDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The log's directory.", show_default=False)]
+PublicKeys = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Who must have signed. [default: *.pub in the copy, or in DIR]"),
+]
 
 
 @audit_app.command("verify")
 def audit_verify(
     directory: AuditDirectory,
-    public_key: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Who must have signed. [default: *.pub in the copy, or in DIR]"),
-    ] = None,
+    public_key: PublicKeys = None,
     copy: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where checkpoints were copied to (copy_to)."),
@@ -442,7 +443,7 @@ def audit_verify(
 
     return verify_log(
         directory,
-        public_keys=public_key or [],
+        key_files=public_key or [],
         copy=copy,
         expected=expect or [],
         retained_from=retained_from,
@@ -470,3 +471,37 @@ def audit_export(
     from shoal.cli.audit import export_log
 
     export_log(directory, since=since, until=until, form=form)
+
+
+@audit_app.command("prove")
+def audit_prove(
+    directory: AuditDirectory,
+    number: Annotated[int, typer.Argument(min=0, metavar="RECORD", help="Its `seq`.", show_default=False)],
+    chain: Annotated[str | None, typer.Option(help="Of which chain. [default: the only one]")] = None,
+) -> None:
+    """Print one record with the proof that it is in the log, for someone who is to see no other.
+
+    **Examples**
+
+    - `shoal audit prove /var/log/shoal 1234 > record-1234.proof`
+    """
+    from shoal.cli.audit import prove_record
+
+    prove_record(directory, number, chain=chain)
+
+
+@audit_app.command("check")
+def audit_check(
+    file: Annotated[Path, typer.Argument(metavar="PROOF", help="What `prove` printed.", show_default=False)],
+    public_key: Annotated[list[Path], typer.Option(metavar="FILE", help="Who must have signed.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Check a record's proof, without the log, and print the record.
+
+    **Examples**
+
+    - `shoal audit check record-1234.proof --public-key 1f3a9c2e.pub`
+    """
+    from shoal.cli.audit import check_proof
+
+    check_proof(file, keys=public_key, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`shoal audit verify`, `shoal audit export`: whether an audit log is genuine, and its records for other tools."""
+"""`shoal audit`: whether an audit log is genuine, its records for other tools, one record with its proof."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import msgspec
 from rich.console import Console
 
 from shoal.cli.errors import CommandError
-from shoal.cli.terminal import print_json
+from shoal.cli.terminal import error_console, print_json, printable
+from shoal.serve.audit.chain import chains, public_keys
 from shoal.serve.audit.export import ExportFormat, export_lines
 from shoal.serve.audit.note import AuditError, PublicKey
+from shoal.serve.audit.proof import check, prove
 from shoal.serve.audit.verify import ChainReport, Expectation, Report, verify_directory
 
 
 def verify_log(
     directory: Path,
     *,
-    public_keys: Sequence[Path],
+    key_files: Sequence[Path],
     copy: Path | None,
     expected: Sequence[str],
     retained_from: int,
@@ -30,7 +32,7 @@ def verify_log(
     try:
         report = verify_directory(
             directory,
-            keys=[_public_key(path) for path in public_keys],
+            keys=[_public_key(path) for path in key_files],
             copy=copy,
             expected=[_expectation(text) for text in expected],
             retained_from=retained_from,
@@ -40,7 +42,7 @@ def verify_log(
     if as_json:
         print_json(msgspec.to_builtins(report))
     else:
-        _print(report, directory, own_key=not public_keys and copy is None)
+        _print(report, directory, own_key=not key_files and copy is None)
     return 0 if report.ok else 1
 
 
@@ -55,6 +57,36 @@ def export_log(directory: Path, *, since: str | None, until: str | None, form: E
         out.flush()
         raise CommandError(str(error)) from None
     out.flush()
+
+
+def prove_record(directory: Path, number: int, *, chain: str | None) -> None:
+    """The proof, to standard output. Raises CommandError."""
+    found = [path for path in chains(directory) if chain in (None, path.name)]
+    if not found:
+        raise CommandError(f"{directory}: there is no audit log here: no directory named {chain or 'chain-*'}")
+    if len(found) > 1:
+        raise CommandError(f"--chain must say of which chain: {', '.join(path.name for path in found)}")
+    try:
+        print(prove(found[0], number, public_keys(directory)), end="")
+    except (AuditError, ValueError) as error:
+        raise CommandError(str(error)) from None
+
+
+def check_proof(file: Path, *, keys: Sequence[Path], as_json: bool) -> None:
+    """The record that is proven. Raises CommandError."""
+    try:
+        proven = check(file.read_text(encoding="utf-8"), [_public_key(path) for path in keys])
+    except UnicodeDecodeError:
+        raise CommandError(f"{file}: this is not a proof as `shoal audit prove` makes it") from None
+    except AuditError as error:
+        raise CommandError(f"{file}: {error}") from None
+    if as_json:
+        print_json({"chain": proven.chain, "record": msgspec.json.decode(proven.record)})
+        return
+    signer = proven.checkpoint.origin.rpartition("/")[0]
+    when = datetime.fromtimestamp(proven.checkpoint.time / 1e9, UTC).isoformat(timespec="seconds")
+    print(printable(proven.record.decode(errors="replace")))
+    error_console().print(f"proven: record {proven.seq} of {proven.chain}, signed by {signer} at {when}")
 
 
 def _public_key(path: Path) -> PublicKey:

@@ -8,6 +8,7 @@ soon as writing works again, `audit_gap` says what was lost and why.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -38,7 +39,9 @@ _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 _GATHER_SECONDS = 0.02
-"""The thread waits so long after the first event of a batch, so that a busy gateway wakes it 50 times a second."""
+"""The thread lets so much time pass between two looks at the queue."""
+_BUSY_SECONDS = 1.0
+"""So long after a record the thread goes on looking of itself: to wake it costs a caller more than the record does."""
 _RETRY_SECONDS = 0.25
 _SYNC_SECONDS = 1.0
 _BATCH = 16
@@ -101,6 +104,8 @@ class AuditLog:
         self._failure: str | None = None
         """Why the last write did not succeed."""
         self._wake = threading.Event()
+        """Set while the thread looks of itself."""
+        self._busy_until = 0.0
         self._idle = threading.Condition()
         """Notified whenever the thread has done what there was to do, or failed to."""
         self._closing = False
@@ -235,10 +240,13 @@ class AuditLog:
     def _run(self) -> None:
         try:
             while True:
-                self._wake.wait(self._pause())
+                if time.monotonic() >= self._busy_until:
+                    self._wake.clear()
+                    # Asked after the clearing: what came before it has woken nobody.
+                    if not self._queue and self._outage is None:
+                        self._wake.wait(self._pause())
                 if not self._closing:
                     time.sleep(_GATHER_SECONDS)
-                self._wake.clear()
                 closing = self._closing
                 worked = self._work(closing=closing)
                 with self._idle:
@@ -247,7 +255,7 @@ class AuditLog:
                     break
                 if not worked:
                     time.sleep(_RETRY_SECONDS)
-                    self._wake.set()
+                    self._busy_until = math.inf  # until it works
         except Exception as error:
             _log.exception("audit: the thread that writes the log has ended")
             self._failure = f"the log is not written any more: {type(error).__name__}: {error}"
@@ -265,7 +273,7 @@ class AuditLog:
 
     def _work(self, *, closing: bool) -> bool:
         """Write all that waits. False where the disk did not take it."""
-        writer = self._writer
+        writer, before = self._writer, self.written
         try:
             while self._encode_some() or self._pending:
                 room = self.config.checkpoint_records - (writer.head.size - writer.signed_size)
@@ -290,6 +298,10 @@ class AuditLog:
             self._fail(error)
             return False
         self._failure = None
+        if self.written > before:
+            self._busy_until = now + _BUSY_SECONDS
+        elif self._busy_until == math.inf:
+            self._busy_until = now
         return True
 
     def _encode_some(self) -> bool:

@@ -139,6 +139,8 @@ class Notes(msgspec.Struct, frozen=True):
     """What a file of checkpoints holds."""
 
     checkpoints: list[Checkpoint]
+    texts: list[bytes]
+    """The same, as they stand in the file."""
     problem: str | None = None
     """Why the one after the last in `checkpoints` is none."""
     torn: bool = False
@@ -151,19 +153,19 @@ def read_notes(data: bytes, keys: dict[str, PublicKey]) -> Notes:
     """The checkpoints up to the first that is broken. `keys` by name: those that are trusted."""
     lines = data.split(b"\n")
     found: list[Checkpoint] = []
+    texts: list[bytes] = []
     position = 0
-    for start in range(0, len(lines) - 1, _LINES):
-        group = lines[start : start + _LINES]
-        if len(group) < _LINES or start + _LINES > len(lines) - 1:
-            return Notes(found, f"checkpoint {len(found) + 1} is incomplete", True, position)
+    for start in range(0, len(lines) - _LINES, _LINES):  # the last of `lines` is what follows the last newline
+        text = b"\n".join(lines[start : start + _LINES]) + b"\n"
         try:
-            found.append(_read_note(b"\n".join(group) + b"\n", keys))
+            found.append(_read_note(text, keys))
         except ValueError as error:
-            return Notes(found, f"checkpoint {len(found) + 1} {error}", False, position)
-        position += sum(map(len, group)) + _LINES
-    if lines[-1] and position < len(data):
-        return Notes(found, f"checkpoint {len(found) + 1} is incomplete", True, position)
-    return Notes(found, None, False, position)
+            return Notes(found, texts, f"checkpoint {len(found) + 1} {error}", False, position)
+        texts.append(text)
+        position += len(text)
+    if position < len(data):
+        return Notes(found, texts, f"checkpoint {len(found) + 1} is incomplete", True, position)
+    return Notes(found, texts, None, False, position)
 
 
 def _read_note(note: bytes, keys: dict[str, PublicKey]) -> Checkpoint:
