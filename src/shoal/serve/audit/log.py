@@ -150,7 +150,7 @@ class AuditLog:
         )
         now = time.time_ns()
         found = [AuditGap(reason=what, until=now) for what in damaged]
-        found += [AuditGap(reason=f"crash: {what}", lost=int("record" in what), until=now) for what in writer.repairs]
+        found += [AuditGap(reason=f"crash: {what}", lost=lost, until=now) for what, lost in writer.repairs]
         events: list[Event] = [started, *found]
         self._queue.extend((now, event, None, None) for event in events)
         for what in damaged:
@@ -192,7 +192,7 @@ class AuditLog:
 
     @property
     def state(self) -> str:
-        """ "ok", or what is wrong."""
+        """What is wrong, or "ok"."""
         if self._failure is not None:
             return self._failure
         if self._outage is not None:

@@ -76,8 +76,8 @@ class ChainWriter:
     def __init__(self, chain: Path, lock: int, key: SigningKey, *, rotate_bytes: int, copy_to: Path | None) -> None:
         """Raises DamagedChain, OSError; the lock is still the caller's then."""
         self.chain = chain
-        self.repairs: list[str] = []
-        """What a crash had left half written, and was cut off."""
+        self.repairs: list[tuple[str, int]] = []
+        """What a crash had left half written, and was cut off; and how many events it was."""
         self.copy_error: str | None = None
         """Why the newest checkpoint is not in the copy."""
         self.unsynced = False
@@ -86,8 +86,12 @@ class ChainWriter:
         self._key = key
         self._rotate_bytes = rotate_bytes
         self._copy_to = None if copy_to is None else copy_to / chain.name
-        newest = self._newest_checkpoint()
+        self._cuts: list[tuple[Path, int]] = []
+        newest = self._newest_checkpoint(chain)
         self.head = self._read_records(newest)
+        self._compare_copy()
+        for path, size in self._cuts:  # only now that the rest is known to be sound: evidence stays as it is
+            os.truncate(path, size)
         self.signed_size = 0 if newest is None else newest.size
         self._stem = segment_stem(self.head.size)
         """Of the names of the files that are written to, or will be."""
@@ -97,16 +101,17 @@ class ChainWriter:
 
     # --- where the last process left it -----------------------------------------------------------------------------
 
-    def _newest_checkpoint(self) -> Checkpoint | None:
+    def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
         """Only the newest file that has one is read: a start does not take longer for all that was ever signed."""
-        for path in reversed(checkpoint_files(self.chain)):
+        for path in reversed(checkpoint_files(folder)):
             data = path.read_bytes()
             notes = read_notes(data, {self._key.public.name: self._key.public})
             if notes.problem is not None:
                 if not notes.torn:
                     raise DamagedChain(f"{path}: {notes.problem}")
-                os.truncate(path, notes.whole_bytes)
-                self.repairs.append(f"{path.name}: cut off {len(data) - notes.whole_bytes} bytes of an incomplete one")
+                self._cuts.append((path, notes.whole_bytes))
+                cut = len(data) - notes.whole_bytes
+                self.repairs.append((f"{path.name}: cut off {cut} bytes of an incomplete checkpoint", 0))
             if notes.checkpoints:
                 return notes.checkpoints[-1]
         return None
@@ -148,15 +153,23 @@ class ChainWriter:
                 seq += 1
         if seq < head.size:
             raise _missing(path, seq, head.size)
-        torn = path.stat().st_size - good_bytes if last else 0
-        with path.open("r+b") as file:
+        with path.open("rb") as file:
             os.fsync(file.fileno())  # whoever wrote it may not have come to that
-            if torn:
-                file.seek(good_bytes)
-                digest = sha256(file.read()).hexdigest()
-                file.truncate(good_bytes)
+            file.seek(good_bytes)
+            torn = file.read()
         if torn:
-            self.repairs.append(f"{path.name}: cut off {torn} bytes of an incomplete record (SHA-256 {digest})")
+            self._cuts.append((path, good_bytes))
+            digest = sha256(torn).hexdigest()
+            what = f"{path.name}: cut off {len(torn)} bytes of an incomplete record (SHA-256 {digest})"
+            self.repairs.append((what, 1))
+
+    def _compare_copy(self) -> None:
+        """So that a log which was put back to an older state is not continued as if nothing had been."""
+        copied = None if self._copy_to is None else self._newest_checkpoint(self._copy_to)
+        if copied is None:
+            return
+        if copied.size > self.head.size or (copied.size == self.head.size and copied.head != self.head.leaf):
+            raise DamagedChain(f"it ends with {self.head.size} records, and {self._copy_to} has signed {copied.size}")
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -270,7 +283,7 @@ def claim(
     for chain in chains(directory):
         if _is_of_another(chain, key):
             continue
-        lock = try_lock(chain)
+        lock = _wait_for_lock(chain)
         if lock is None:
             continue
         try:
@@ -286,6 +299,16 @@ def claim(
     if lock is None:
         raise BlockingIOError(f"{chain}: another process took this new chain")
     return ChainWriter(chain, lock, key, rotate_bytes=rotate_bytes, copy_to=copy_to), damaged
+
+
+def _wait_for_lock(chain: Path) -> int | None:
+    """A writer keeps it for good; a verifier that asks whether there is one, for a moment."""
+    for _ in range(5):
+        lock = try_lock(chain)
+        if lock is not None:
+            return lock
+        time.sleep(0.01)
+    return None
 
 
 def _is_of_another(chain: Path, key: SigningKey) -> bool:
