@@ -86,7 +86,8 @@ def check_proof(file: Path, *, keys: Sequence[Path], as_json: bool) -> None:
     signer = proven.checkpoint.origin.rpartition("/")[0]
     when = datetime.fromtimestamp(proven.checkpoint.time / 1e9, UTC).isoformat(timespec="seconds")
     print(printable(proven.record.decode(errors="replace")))
-    error_console().print(f"proven: record {proven.seq} of {proven.chain}, signed by {signer} at {when}")
+    told = f"proven: record {proven.seq} of {proven.chain}, signed by {signer} at {when}"
+    error_console().print(told, soft_wrap=True, markup=False)
 
 
 def _public_key(path: Path) -> PublicKey:

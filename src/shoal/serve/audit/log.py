@@ -108,6 +108,7 @@ class AuditLog:
         self._busy_until = 0.0
         self._idle = threading.Condition()
         """Notified whenever the thread has done what there was to do, or failed to."""
+        self._working = False
         self._closing = False
         self._close_by = 0.0
         self._writer, self._warning = self._open(config_digest)
@@ -211,7 +212,7 @@ class AuditLog:
         """Wait until everything that was recorded is in the file. False where that did not happen in time."""
         with self._idle:
             self._wake.set()
-            return self._idle.wait_for(lambda: not self.queued and self._outage is None, timeout)
+            return self._idle.wait_for(lambda: not (self.queued or self._working or self._outage), timeout)
 
     def close(self, timeout: float = 10.0) -> bool:
         """Write what waits, sign it, and end. False where not everything could be written in time."""
@@ -248,8 +249,10 @@ class AuditLog:
                 if not self._closing:
                     time.sleep(_GATHER_SECONDS)
                 closing = self._closing
+                self._working = True
                 worked = self._work(closing=closing)
                 with self._idle:
+                    self._working = False
                     self._idle.notify_all()
                 if closing and (worked or time.monotonic() >= self._close_by):
                     break

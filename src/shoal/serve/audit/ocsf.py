@@ -149,7 +149,7 @@ def _resources(event: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _authentication(event: dict[str, Any]) -> dict[str, Any]:
-    path = {"http_request": {"http_method": event.get("method") or "GET", "url": {"path": event["route"]}}}
+    method = {"http_method": event["method"]} if event.get("method") else {}
     return {
         "user": _user(event),
         "service": {"name": "shoal"},
@@ -158,7 +158,7 @@ def _authentication(event: dict[str, Any]) -> dict[str, Any]:
         "auth_protocol": "API key",
         "status_code": str(event.get("status", 401)),
         **_status(True, str(event.get("reason", ""))),
-        **(path if event.get("route") else {}),
+        **({"http_request": {**method, "url": {"path": event["route"]}}} if event.get("route") else {}),
     }
 
 
