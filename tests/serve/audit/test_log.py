@@ -223,7 +223,7 @@ def damage_record(chain: Path) -> None:
     path = segments(chain)[0]
     path.write_bytes(path.read_bytes().replace(b"r3", b"r4"))
     (notes,) = checkpoint_files(chain)
-    notes.write_bytes(b"".join(notes.read_bytes().splitlines(keepends=True)[:8]))
+    notes.write_bytes(b"".join(notes.read_bytes().splitlines(keepends=True)[:9]))
 
 
 def damage_checkpoint(chain: Path) -> None:

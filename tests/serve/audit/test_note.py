@@ -23,7 +23,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> SigningKey:
 def checkpoint(key: SigningKey, text: bytes = b"a") -> Checkpoint:
     leaf = leaf_hash(text)
     return Checkpoint(
-        origin=f"{key.public.name}/chain-00000001", size=1, root=leaf, time=12, head=leaf, frontier=(leaf,)
+        origin=f"{key.public.name}/chain-00000001", size=1, root=leaf, time=12, head=leaf, frontier=(leaf,), file="f"
     )
 
 

@@ -17,7 +17,7 @@ from shoal.serve.audit.note import AuditError, PublicKey, SigningKey
 from shoal.serve.audit.verify import ChainReport, Expectation, Report, verify_directory
 from tests.serve.audit.logs import completed, lines_of, open_log
 
-edits = settings(max_examples=80, deadline=None)
+edits = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_untouched_log_is_genuine(genuine: Path) -> None:
 def test_the_last_checkpoint_is_missed(genuine: Path) -> None:
     with workbench(genuine) as bench:
         path = checkpoint_files(bench.chain)[-1]
-        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-8]))
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-9]))
         assert found(bench.verify()).problem == "the checkpoint of the orderly end is missing"
 
 
@@ -140,9 +140,9 @@ def test_a_record_put_in(genuine: Path, data: st.DataObject) -> None:
         forged = Head()
         for line in bench.lines[:index]:
             forged.append(line[:-1])
-        inserted = data.draw(
-            st.sampled_from([*bench.lines, b"\n", forged.line(1, b'{"kind":"log_stopped"}')]) | st.binary(min_size=1)
-        )
+        kind = data.draw(st.sampled_from(["log_started", "log_stopped", "request_completed", "endpoint_lost"]))
+        follows = forged.line(1, b'{"kind":"%s"}' % kind.encode())
+        inserted = data.draw(st.sampled_from([*bench.lines, b"\n"]) | st.just(follows) | st.binary(min_size=1))
         bench.write([*bench.lines[:index], inserted, *bench.lines[index:]])
         assert found(bench.verify()).record in (index, index + 1)
 
@@ -156,7 +156,7 @@ def test_an_end_that_was_written_anew(genuine: Path, data: st.DataObject) -> Non
         head = Head()
         for line in bench.lines[:first]:
             head.append(line[:-1])
-        forged = [head.line(1, b'{"kind":"log_stopped","lost":%d}' % number) for number in range(first, 54)]
+        forged = [head.line(1, b'{"kind":"request_completed","n":%d}' % number) for number in range(first, 54)]
         bench.write(bench.lines[:first] + forged)
         record = found(bench.verify()).record
         assert record is not None and record <= first < record + 7, "named to within one checkpoint"
@@ -187,6 +187,27 @@ def test_a_record_moved_to_the_next_file(genuine: Path) -> None:
         bench.files[0].write_bytes(b"".join(first[:-1]))
         bench.files[1].write_bytes(first[-1] + b"".join(second))
         assert "moved between files" in str(found(bench.verify()).problem)
+
+
+@pytest.mark.parametrize("theft", ["nothing", "copied", "moved"])
+def test_a_process_that_never_was(genuine: Path, theft: str) -> None:
+    """A file after the last one, which follows as it should: even with a checkpoint of its size from elsewhere."""
+    with workbench(genuine) as bench:
+        head = Head()
+        for line in bench.lines:
+            head.append(line[:-1])
+        stem = f"{head.size:012d}-20990101T000000Z-1"
+        forged = [head.line(1, b'{"kind":"log_started"}'), head.line(2, b'{"kind":"request_completed"}')]
+        (bench.chain / f"{stem}.jsonl").write_bytes(b"".join(forged))
+        last = checkpoint_files(bench.chain)[-1]
+        lines = last.read_bytes().splitlines(keepends=True)
+        if theft != "nothing":
+            (bench.chain / f"{stem}.checkpoints").write_bytes(b"".join(lines[-9:]))
+        if theft == "moved":
+            last.write_bytes(b"".join(lines[:-9]))
+        assert ("was moved here" if theft != "nothing" else "record 54 was put in") in str(
+            found(bench.verify()).problem
+        )
 
 
 def test_a_file_that_is_none_of_the_log(genuine: Path) -> None:
@@ -221,8 +242,8 @@ def rolled_back(bench: Workbench) -> int:
     """To the state of an earlier checkpoint, files and checkpoints alike; its size."""
     first, *others = checkpoint_files(bench.chain)
     notes = first.read_bytes().splitlines(keepends=True)
-    first.write_bytes(b"".join(notes[:16]))
-    size = int(notes[9])
+    first.write_bytes(b"".join(notes[:18]))
+    size = int(notes[10])
     for path in others:
         path.unlink()
     bench.write(bench.lines[:size])

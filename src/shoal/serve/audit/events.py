@@ -151,7 +151,7 @@ class LogStarted(_Event, frozen=True, kw_only=True, tag="log_started"):
 
 
 class LogStopped(_Event, frozen=True, kw_only=True, tag="log_stopped"):
-    """An orderly end: a checkpoint over this record follows."""
+    """An orderly end, the last record of its file: a checkpoint over it follows."""
 
     lost: int = 0
     """Events that this process could not record."""

@@ -32,7 +32,7 @@ from shoal.serve.audit.events import (
     LogStopped,
     with_content,
 )
-from shoal.serve.audit.note import AuditError, SigningKey, read_notes
+from shoal.serve.audit.note import AuditError, SigningKey, read_file
 from shoal.serve.audit.writer import ChainWriter, claim
 
 _log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class AuditLog:
         self._working = False
         self._closing = False
         self._close_by = 0.0
+        self._stopped = False
         self._writer, self._warning = self._open(config_digest)
         self._checkpoint_at = self._sync_at = time.monotonic()  # the first records are signed at once
         self._wake.set()
@@ -219,10 +220,9 @@ class AuditLog:
         if not self._closing:
             self._close_by = time.monotonic() + timeout
             self._closing = True
-            self._queue.append((time.time_ns(), LogStopped(lost=self.lost), None, None))
             self._wake.set()
         self._thread.join(timeout + 2 * _RETRY_SECONDS)
-        complete = not self._thread.is_alive() and not self.queued and self._failure is None
+        complete = not self._thread.is_alive() and self._stopped and self._failure is None
         if not complete:
             _log.error("audit: the log was closed with %d events that are in no record", self.queued)
         return complete
@@ -244,7 +244,7 @@ class AuditLog:
                 if time.monotonic() >= self._busy_until:
                     self._wake.clear()
                     # Asked after the clearing: what came before it has woken nobody.
-                    if not self._queue and self._outage is None:
+                    if not self._queue and self._outage is None and not self._closing:
                         self._wake.wait(self._pause())
                 if not self._closing:
                     time.sleep(_GATHER_SECONDS)
@@ -291,6 +291,10 @@ class AuditLog:
                 if writer.head.size - writer.signed_size >= self.config.checkpoint_records:
                     self._checkpoint()
             self._end_outage()
+            if closing and not self._stopped:  # nothing may follow it
+                writer.append([(time.time_ns(), _encode(LogStopped(lost=self.lost)))])
+                self._stopped = True
+                self.written += 1
             now = time.monotonic()
             if writer.unsynced and now >= self._sync_at:
                 writer.sync()
@@ -363,7 +367,7 @@ def _sizes(directory: Path) -> dict[str, int]:
     sizes = {}
     for chain in chains(directory):
         for path in reversed(checkpoint_files(chain)):
-            notes = read_notes(path.read_bytes(), keys)
+            notes = read_file(path, keys)
             if notes.checkpoints:
                 sizes[chain.name] = notes.checkpoints[-1].size
                 break

@@ -6,6 +6,7 @@
     time 1763736339123456789                    Unix nanoseconds
     head 9c1f...                                leaf hash of the last record, hexadecimal
     frontier 0Qz...= k2v...=                    roots of the perfect subtrees: from here the tree can be continued
+    file 000000000000-20261121T144539Z-4242     in which it lies: it cannot be moved to another
                                                 (an empty line)
     — shoal.audit/1f3a9c2e AbC...               signature over everything above the empty line
 
@@ -35,7 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
 from shoal.serve.audit.merkle import Frontier
 
 _ED25519 = b"\x01"
-_LINES = 8
+_LINES = 9
 """Of one checkpoint, with the empty line and the signature."""
 
 
@@ -50,11 +51,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     time: int
     head: bytes
     frontier: tuple[bytes, ...]
+    file: str
+    """Without suffix."""
 
     def text(self) -> str:
         return (
             f"{self.origin}\n{self.size}\n{_base64(self.root)}\ntime {self.time}\nhead {self.head.hex()}\n"
-            f"frontier {' '.join(map(_base64, self.frontier))}\n"
+            f"frontier {' '.join(map(_base64, self.frontier))}\nfile {self.file}\n"
         )
 
     @property
@@ -149,6 +152,16 @@ class Notes(msgspec.Struct, frozen=True):
     """Length of what `checkpoints` were read from."""
 
 
+def read_file(path: Path, keys: dict[str, PublicKey]) -> Notes:
+    """`read_notes` of a file that must hold checkpoints signed for it alone. Raises OSError."""
+    notes = read_notes(path.read_bytes(), keys)
+    for number, checkpoint in enumerate(notes.checkpoints):
+        if (checkpoint.chain, checkpoint.file) != (path.parent.name, path.stem):
+            problem = f"checkpoint {number + 1} was moved here from {checkpoint.chain}/{checkpoint.file}"
+            return Notes(notes.checkpoints[:number], notes.texts[:number], problem)
+    return notes
+
+
 def read_notes(data: bytes, keys: dict[str, PublicKey]) -> Notes:
     """The checkpoints up to the first that is broken. `keys` by name: those that are trusted."""
     lines = data.split(b"\n")
@@ -172,7 +185,7 @@ def _read_note(note: bytes, keys: dict[str, PublicKey]) -> Checkpoint:
     """Raises ValueError, whose message goes on after "checkpoint 7 "."""
     broken = ValueError("is not a signed checkpoint")
     try:
-        origin, size, root, stamp, head, frontier, empty, signature_line, _ = note.decode().split("\n")
+        origin, size, root, stamp, head, frontier, file, empty, signature_line, _ = note.decode().split("\n")
         signed = re.fullmatch(r"— (\S+) (\S+)", signature_line)
         if empty or signed is None:
             raise broken
@@ -183,6 +196,7 @@ def _read_note(note: bytes, keys: dict[str, PublicKey]) -> Checkpoint:
             time=int(stamp.removeprefix("time ")),
             head=bytes.fromhex(head.removeprefix("head ")),
             frontier=tuple(base64.b64decode(part, validate=True) for part in frontier.split(" ")[1:]),
+            file=file.removeprefix("file "),
         )
         consistent = Frontier(checkpoint.size, checkpoint.frontier).root() == checkpoint.root
         signature = base64.b64decode(signed[2], validate=True)

@@ -21,7 +21,7 @@ import msgspec
 
 from shoal.serve.audit.chain import checkpoint_files, first_seq, read_lines, segments
 from shoal.serve.audit.merkle import inclusion_proof, leaf_hash, root_of, verify_inclusion
-from shoal.serve.audit.note import AuditError, Checkpoint, PublicKey, read_notes
+from shoal.serve.audit.note import AuditError, Checkpoint, PublicKey, read_file, read_notes
 
 _HEADER = "c2sp.org/tlog-proof@v1"
 
@@ -60,7 +60,7 @@ def _head(record: bytes, seq: int, steps: Sequence[bytes]) -> str:
 def _covering(chain: Path, seq: int, keys: dict[str, PublicKey]) -> tuple[Checkpoint, bytes]:
     """The first checkpoint over a record."""
     for path in checkpoint_files(chain):
-        notes = read_notes(path.read_bytes(), keys)
+        notes = read_file(path, keys)
         for checkpoint, text in zip(notes.checkpoints, notes.texts, strict=True):
             if checkpoint.size > seq:
                 return checkpoint, text

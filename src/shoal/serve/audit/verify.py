@@ -27,9 +27,13 @@ from shoal.serve.audit.chain import (
     read_lines,
     segments,
 )
-from shoal.serve.audit.events import AuditGap, LogStarted, LogStopped
+from shoal.serve.audit.events import AuditGap, LogStarted
 from shoal.serve.audit.merkle import Frontier, leaf_hash
-from shoal.serve.audit.note import AuditError, Checkpoint, PublicKey, read_notes
+from shoal.serve.audit.note import AuditError, Checkpoint, PublicKey, read_file
+
+_STARTED = b'"event":{"kind":"log_started"'
+_STOPPED = b'"event":{"kind":"log_stopped"'
+_GAP = b'"event":{"kind":"audit_gap"'
 
 
 class Expectation(msgspec.Struct, frozen=True):
@@ -108,9 +112,12 @@ class _Chain:
         self._keys = keys
         self._copies = copies
         self._signed: dict[int, Checkpoint] = {}
+        self._opened: dict[str, int] = {}
+        """By file, the size at the first checkpoint in it, which was signed before its first record was written."""
         self._good_size = 0
         """Of the last checkpoint that fits."""
-        self._last: LogStarted | LogStopped | None = None
+        self._stopped: bool | None = None
+        """Whether the last process so far has ended in order; None before the first."""
 
     def verify(self, expected: Sequence[Expectation], retained_from: int) -> ChainReport:
         self.expected = [each for each in expected if each.size]
@@ -131,7 +138,9 @@ class _Chain:
     def _read_checkpoints(self) -> None:
         files, size = checkpoint_files(self.path), 0
         for path in files:
-            notes = read_notes(path.read_bytes(), self._keys)
+            notes = read_file(path, self._keys)
+            if notes.checkpoints:
+                self._opened[path.stem] = notes.checkpoints[0].size
             for checkpoint in notes.checkpoints:
                 if checkpoint.size < size:
                     raise _Bad(f"checkpoints are out of order: {checkpoint.size} records after {size}", file=path)
@@ -146,8 +155,6 @@ class _Chain:
             raise _Bad("there is no signed checkpoint", file=self.path)
 
     def _take(self, checkpoint: Checkpoint, path: Path) -> None:
-        if checkpoint.chain != self.path.name:
-            raise _Bad(f"a checkpoint is of another chain, {checkpoint.chain}", file=path)
         known = self._signed.setdefault(checkpoint.size, checkpoint)
         if (known.root, known.head) != (checkpoint.root, checkpoint.head):
             raise _Bad(f"two checkpoints over {checkpoint.size} records do not agree", file=path)
@@ -202,8 +209,7 @@ class _Chain:
             link = self._link(path, line, seq)
             if link.prev != head.leaf.hex():
                 raise self._broken_link(path, line, seq, before, next(lines, None))
-            if (before is None or path != before[0]) and first_seq(path) != seq:
-                raise _Bad(f"{path.name} begins with record {seq}: records were moved between files", seq, path)
+            self._check_file(path, seq, line, new=before is None or path != before[0])
             self._check_alone(head, line, path)
             head.append(line)
             self._check_signed(head, path)
@@ -238,6 +244,18 @@ class _Chain:
             return _Bad(f"record {seq} was changed: it does not follow from the one before", record=seq, file=path)
         return _Bad(f"record {seq - 1} was changed: record {seq} does not follow from it", seq - 1, before[0])
 
+    def _check_file(self, path: Path, seq: int, line: bytes, *, new: bool) -> None:
+        """Without the key no file can be begun, and none be gone on with that a process has ended in order."""
+        if not new:
+            if self._stopped or _STARTED in line:
+                raise _Bad(f"record {seq} was put in: it follows the end of a process in its file", seq, path)
+        elif first_seq(path) != seq:
+            raise _Bad(f"{path.name} begins with record {seq}: records were moved between files", seq, path)
+        elif self._stopped and _STARTED not in line:
+            raise _Bad(f"record {seq} was changed: a process must have begun here", seq, path)
+        elif seq and self._opened.get(path.stem) != seq:
+            raise _Bad(f"record {seq} was put in: no checkpoint was signed when {path.name} was begun", seq, path)
+
     def _check_alone(self, head: Head, line: bytes, path: Path) -> None:
         """Where the last record under a checkpoint is changed and those before are not, it can be named alone."""
         signed = self._signed.get(head.size + 1)
@@ -263,8 +281,14 @@ class _Chain:
         return _Bad(f"{records} {what}", record=first, file=path)
 
     def _note_event(self, line: bytes) -> None:
-        """Of the log itself. Other kinds are not decoded: a later version may know more of them."""
-        if b'"event":{"kind":"log_' not in line and b'"event":{"kind":"audit_gap"' not in line:
+        """Of the log itself, and by the bytes of its kind: a later version may know more kinds and more fields."""
+        if _STARTED in line:
+            self.report.runs += 1
+            self.report.crashes += self._stopped is False
+            self._stopped = False
+        elif _STOPPED in line:
+            self._stopped = True
+        elif _GAP not in line:
             return
         try:
             event = decode_record(line).event
@@ -275,11 +299,6 @@ class _Chain:
             self.report.lost += event.lost
         elif isinstance(event, LogStarted):
             self.started.append(event)
-            self.report.runs += 1
-            self.report.crashes += isinstance(self._last, LogStarted)
-            self._last = event
-        elif isinstance(event, LogStopped):
-            self._last = event
 
     def _judge_end(self, head: Head) -> None:
         newest = max([*self._signed, *(each.size for each in self.expected)], default=0)
@@ -289,9 +308,9 @@ class _Chain:
         self.report.unsigned = head.size - self._good_size
         self.report.expect = str(Expectation(head.size, head.tree.root()))
         if not self.report.live:
-            if isinstance(self._last, LogStopped) and self.report.unsigned:
+            if self._stopped and self.report.unsigned:
                 raise _Bad("the checkpoint of the orderly end is missing", file=self.path)
-            self.report.crashes += isinstance(self._last, LogStarted)
+            self.report.crashes += self._stopped is False
 
 
 def verify_directory(
@@ -357,7 +376,7 @@ def _copies(copy: Path, keys: dict[str, PublicKey], names: Sequence[str]) -> dic
     found: dict[str, list[Checkpoint]] = {}
     for path in [file for chain in chains(copy) for file in checkpoint_files(chain)]:
         name = path.parent.name
-        notes = read_notes(path.read_bytes(), keys)
+        notes = read_file(path, keys)
         if name in names and notes.problem is not None and not notes.torn:
             raise AuditError(f"{path}: {notes.problem}")
         if name in names or notes.checkpoints:

@@ -26,7 +26,7 @@ from shoal.serve.audit.chain import (
     try_lock,
 )
 from shoal.serve.audit.merkle import Frontier
-from shoal.serve.audit.note import Checkpoint, SigningKey, read_notes
+from shoal.serve.audit.note import Checkpoint, SigningKey, read_file
 
 
 class DamagedChain(Exception):
@@ -104,13 +104,12 @@ class ChainWriter:
     def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
         """Only the newest file that has one is read: a start does not take longer for all that was ever signed."""
         for path in reversed(checkpoint_files(folder)):
-            data = path.read_bytes()
-            notes = read_notes(data, {self._key.public.name: self._key.public})
+            notes = read_file(path, {self._key.public.name: self._key.public})
             if notes.problem is not None:
                 if not notes.torn:
                     raise DamagedChain(f"{path}: {notes.problem}")
                 self._cuts.append((path, notes.whole_bytes))
-                cut = len(data) - notes.whole_bytes
+                cut = path.stat().st_size - notes.whole_bytes
                 self.repairs.append((f"{path.name}: cut off {cut} bytes of an incomplete checkpoint", 0))
             if notes.checkpoints:
                 return notes.checkpoints[-1]
@@ -228,6 +227,7 @@ class ChainWriter:
             time=time.time_ns(),
             head=self.head.leaf,
             frontier=tuple(tree.hashes),
+            file=self._stem,
         )
         note = self._key.sign(checkpoint)
         self._checkpoints.append(note)
