@@ -150,6 +150,24 @@ def test_a_closed_log_on_a_full_disk_says_so(tmp_path: Path, disk: FullDisk) -> 
     assert report.ok and report.crashes == 1
 
 
+def test_a_last_checkpoint_that_fails_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may come between the end of the log and its signature."""
+    log = open_log(tmp_path)
+    assert log.flush()
+    sign, failures = writer_module.ChainWriter.checkpoint, []
+
+    def checkpoint(self: writer_module.ChainWriter) -> None:
+        if len(failures) < 2:
+            failures.append(1)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sign(self)
+
+    monkeypatch.setattr(writer_module.ChainWriter, "checkpoint", checkpoint)
+    assert log.close() and len(failures) == 2
+    assert (verified(tmp_path).unsigned, verified(tmp_path).crashes) == (0, 0)
+    assert open_log(tmp_path).close() and verified(tmp_path).runs == 2
+
+
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path

@@ -222,7 +222,7 @@ class AuditLog:
             self._closing = True
             self._wake.set()
         self._thread.join(timeout + 2 * _RETRY_SECONDS)
-        complete = not self._thread.is_alive() and self._stopped and self._failure is None
+        complete = not self._thread.is_alive() and self._stopped and not self.queued and self._failure is None
         if not complete:
             _log.error("audit: the log was closed with %d events that are in no record", self.queued)
         return complete
@@ -278,23 +278,13 @@ class AuditLog:
         """Write all that waits. False where the disk did not take it."""
         writer, before = self._writer, self.written
         try:
-            while self._encode_some() or self._pending:
-                room = self.config.checkpoint_records - (writer.head.size - writer.signed_size)
-                batch = list(islice(self._pending, max(1, min(_BATCH, room))))
-                writer.append(batch)
-                for _ in batch:
-                    self._pending.popleft()
-                self._num_pending -= len(batch)
-                self.written += len(batch)
-                if self.config.fsync == "record":
-                    writer.sync()
-                if writer.head.size - writer.signed_size >= self.config.checkpoint_records:
-                    self._checkpoint()
-            self._end_outage()
-            if closing and not self._stopped:  # nothing may follow it
-                writer.append([(time.time_ns(), _encode(LogStopped(lost=self.lost)))])
-                self._stopped = True
-                self.written += 1
+            if not self._stopped:
+                self._write_waiting()
+                self._end_outage()
+                if closing:  # nothing may follow it
+                    writer.append([(time.time_ns(), _encode(LogStopped(lost=self.lost)))])
+                    self._stopped = True
+                    self.written += 1
             now = time.monotonic()
             if writer.unsynced and now >= self._sync_at:
                 writer.sync()
@@ -310,6 +300,22 @@ class AuditLog:
         elif self._busy_until == math.inf:
             self._busy_until = now
         return True
+
+    def _write_waiting(self) -> None:
+        """Raises OSError; what is not written by then stays in `_pending`."""
+        writer = self._writer
+        while self._encode_some():
+            room = self.config.checkpoint_records - (writer.head.size - writer.signed_size)
+            batch = list(islice(self._pending, max(1, min(_BATCH, room))))
+            writer.append(batch)
+            for _ in batch:
+                self._pending.popleft()
+            self._num_pending -= len(batch)
+            self.written += len(batch)
+            if self.config.fsync == "record":
+                writer.sync()
+            if writer.head.size - writer.signed_size >= self.config.checkpoint_records:
+                self._checkpoint()
 
     def _encode_some(self) -> bool:
         """Into `_pending`, up to a batch of it. True where there is something to write."""
