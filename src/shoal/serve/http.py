@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from math import ceil
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -20,49 +20,48 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
 from shoal.core.expert_load import ExpertReport
-from shoal.serve.engine_group import Engine
+from shoal.serve.access import Access
+from shoal.serve.answer import EventStream
 from shoal.serve.errors import ApiError, invalid
-from shoal.serve.generation import Generator, Job, Piece
-from shoal.serve.messages import HEARTBEAT_SECONDS
-from shoal.serve.metrics import ServerMetrics
-from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage, joined
-from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Limits, TokenizeRequest, decode
+from shoal.serve.fleet_routes import FleetRoutes
+from shoal.serve.generation import Generator
+from shoal.serve.metrics import ServerMetrics, own_engines
+from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from shoal.serve.reception import Reception
+from shoal.serve.session import Session
+from shoal.serve.tenants import KeyFile, Principal
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
 class Server:
-    """The application over one engine. `app` is what an ASGI server runs."""
+    """The application over a fleet. `app` is what an ASGI server runs."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        generator: Generator,
-        *,
-        model: str,
-        limits: Limits,
-        stall_seconds: float,
-        api_key: str | None,
-    ) -> None:
-        self.engine = engine
-        self.generator = generator
-        self.model = model
-        self.limits = limits
-        self.stall_seconds = stall_seconds
-        self.metrics = ServerMetrics(engine)
-        self.draining = False
-        self._api_key = api_key.encode() if api_key else None
+    def __init__(self, session: Session) -> None:
+        config = session.deployment
+        self.fleet = fleet = session.fleet
+        self.generators = session.generators
+        """By the model's name; the first one serves requests that name none."""
+        self.limits = config.limits
+        self.metrics = ServerMetrics(fleet)
+        self.access = Access(None if config.keys is None else KeyFile(Path(config.keys)), api_key=config.api_key)
+        self.reception = Reception(session, self.metrics)
         self._started = int(time.time())
         get, post = ["GET"], ["POST"]
+        operate = FleetRoutes(fleet, session.add_any, session.deployment.drain_seconds)
         self._routes = [
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
             Route("/v1/experts", self._guarded(self.experts), methods=get),
-            Route("/v1/chat/completions", self._guarded(self.chat), methods=post),
-            Route("/v1/completions", self._guarded(self.completions), methods=post),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
             Route("/detokenize", self._guarded(self.detokenize), methods=post),
+            Route("/fleet", self._guarded(operate.status), methods=get),
+            Route("/fleet/endpoints", self._guarded(operate.add), methods=post),
+            Route("/fleet/endpoints/{name}/drain", self._guarded(operate.drain), methods=post),
+            Route("/fleet/endpoints/{name}/undrain", self._guarded(operate.undrain), methods=post),
+            Route("/fleet/endpoints/{name}/restart", self._guarded(operate.restart), methods=post),
+            Route("/fleet/endpoints/{name}", self._guarded(operate.remove), methods=["DELETE"]),
             Route("/metrics", self._guarded(self.prometheus), methods=get),
             Route("/ready", self._guarded(self.ready), methods=get),
             Route("/health", self._guarded(self.health), methods=get),
@@ -77,6 +76,11 @@ class Server:
     def _with_admission(self, app: Starlette) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         """Who may ask at all is decided here, before routing: no path can be spelled so that it is missed."""
 
+        generating = {
+            ("POST", "/v1/chat/completions"): self._guarded(self.chat),
+            ("POST", "/v1/completions"): self._guarded(self.completions),
+        }
+
         async def admit(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
                 await app(scope, receive, send)
@@ -84,29 +88,34 @@ class Server:
             request_id = _request_id(scope["headers"])
             scope["state"] = {"arrived": time.monotonic(), "request_id": request_id}
 
-            async def send_with_id(message: Message) -> None:
+            def send_with_id(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-                await send(message)
+                return send(message)
 
-            error = self._refusal(scope)
-            if error is not None:
-                self.metrics.rejected(error.status)
-            await (app if error is None else _error_response(error))(scope, receive, send_with_id)
+            principal = self._principal(scope)
+            if isinstance(principal, ApiError):
+                self.metrics.rejected(principal.status)
+                await _error_response(principal)(scope, receive, send_with_id)
+                return
+            scope["state"]["principal"] = principal
+            direct = generating.get((scope["method"], scope["path"]))
+            if direct is None:
+                await app(scope, receive, send_with_id)
+            else:
+                # The router's layers would each take every event in hand. Whether it may be asked is decided already.
+                answer = await direct(Request(scope, receive, send_with_id))
+                await answer(scope, receive, send_with_id)
 
         return admit
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _principal(self, scope: Scope) -> Principal | ApiError:
+        """Who asks, or why nobody may ask so."""
         headers = scope["headers"]
         most, most_bytes = self.limits.headers, self.limits.header_bytes
         if len(headers) > most or sum(len(k) + len(v) for k, v in headers) > most_bytes:
             return ApiError(431, f"the request has more than {most} headers or {most_bytes} bytes of them")
-        if self._api_key is None or scope["path"] == "/health":
-            return None
-        given = next((v for k, v in headers if k == b"authorization"), b"")
-        if hmac.compare_digest(given, b"Bearer " + self._api_key):
-            return None
-        return ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key")
+        return self.access.check(scope["method"], scope["path"], headers)
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
         """Errors become answers in OpenAI's form; what was not foreseen is a 500 without details."""
@@ -144,144 +153,61 @@ class Server:
             raise ApiError(408, f"the body did not arrive within {self.limits.body_seconds:g} s") from None
         return b"".join(parts)
 
-    def _check_model(self, name: str) -> None:
-        if name and name != self.model:
-            raise ApiError(
-                404,
-                f"model {name!r} does not exist; this server has {self.model!r}",
-                param="model",
-                code="model_not_found",
-            )
-
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
-        body = decode(await self._body(request), ChatRequest, self.limits)
-        self._check_model(body.model)
-        if isinstance(body.tool_choice, dict) or body.tool_choice not in (None, "none", "auto"):
-            raise invalid("tool_choice must be 'none' or 'auto': a call cannot be forced", "tool_choice")
-        tools = None if body.tool_choice == "none" else body.tools
-        prompt = self.generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
-        return await self._answer(request, body, [prompt], ChatFormat)
+        return await self.reception.answer(request, decode(await self._body(request), ChatRequest, self.limits))
 
     async def completions(self, request: Request) -> Response | EventStream:
-        body = decode(await self._body(request), CompletionRequest, self.limits)
-        self._check_model(body.model)
-        if body.suffix:
-            raise invalid("suffix is not supported", "suffix")
-        if body.echo and body.logprobs is not None:
-            raise invalid("echo together with logprobs is not supported", "echo")
-        return await self._answer(request, body, self.generator.prompts(body), CompletionFormat)
-
-    async def _answer(
-        self,
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        prompts: list[list[int]],
-        make_format: Any,
-    ) -> Response | EventStream:
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="draining")
-        request_id: str = request.state.request_id
-        jobs = [await self.generator.job(body, p, f"{request_id}-{i}") for i, p in enumerate(prompts)]
-        form = make_format(body, self.generator.tokenizer, self.model, request_id, prompts)
-        usage = Usage(sum(map(len, prompts)))
-        pieces = self._pieces(jobs, usage, request.state.arrived)
-        if body.stream:
-            wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(form, pieces, usage, sum(job.request.n for job in jobs), wants_usage)
-            # The first event is awaited here: what the engine refuses is an error status, not a broken stream.
-            async with _cancelled_by_disconnect(request):
-                first = await anext(events)
-            return EventStream(first, events)
-        collected: dict[int, list[Piece]] = {}
-        async with _cancelled_by_disconnect(request), contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
-            async for index, piece in source:
-                collected.setdefault(index, []).append(piece)
-                if piece.finish == "error":
-                    raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
-        choices = [joined(collected[index]) for index in sorted(collected)]
-        return _json(form.whole(choices, usage))
-
-    async def _pieces(self, jobs: list[Job], usage: Usage, arrived: float) -> AsyncIterator[tuple[int, Piece]]:
-        """Pieces of all jobs by choice number, interleaved as they come. `arrived`: monotonic second of the request."""
-        timers = [self.metrics.timer(arrived, len(job.request.prompt), job.request.n) for job in jobs]
-        queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-        async def pump(number: int, job: Job) -> None:
-            try:
-                async with contextlib.aclosing(self.generator.run(job)) as run:  # type: ignore[type-var]
-                    async for piece in run:
-                        timers[number].observe(piece)
-                        queue.put_nowait((number * job.request.n + piece.index, piece))
-                queue.put_nowait(None)
-            except asyncio.CancelledError:
-                timers[number].abandon()
-                raise
-            except Exception as error:
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(number, job)) for number, job in enumerate(jobs)]
-        left = len(tasks)
-        try:
-            while left:
-                item = await queue.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, BaseException):
-                    raise item
-                else:
-                    usage.add(item[1])
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await self.reception.answer(request, decode(await self._body(request), CompletionRequest, self.limits))
 
     # --- everything else --------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_entry()]})
+        return _json(
+            {"object": "list", "data": [self._model_entry(generator) for generator in self.generators.values()]}
+        )
 
     async def one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json(self._model_entry())
+        return _json(self._model_entry(self.reception.generator(request.path_params["name"])))
 
-    def _model_entry(self) -> dict[str, Any]:
+    def _model_entry(self, generator: Generator) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": generator.pool.name,
             "object": "model",
             "created": self._started,
             "owned_by": "shoal",
-            "max_model_len": self.generator.max_len,
+            "max_model_len": generator.max_len if generator.pool.is_known else None,
         }
 
     async def experts(self, request: Request) -> Response:
-        if self.engine.info.spec.moe is None:
-            raise ApiError(404, f"{self.model!r} has no experts", code="no_experts")
-        return _json(ExpertReport(engines=self.engine.experts))
+        generator = self.reception.generator(request.query_params.get("model", ""))
+        loads = [load for engine in own_engines(generator.pool) for load in engine.experts]
+        if not any(engine.engine_info.spec.moe for engine in own_engines(generator.pool)):
+            raise ApiError(404, f"{generator.pool.name!r} has no experts", code="no_experts")
+        return _json(ExpertReport(engines=loads))
 
     async def tokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), TokenizeRequest, self.limits)
-        self._check_model(body.model)
+        generator = self.reception.generator(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
         if body.messages is not None:
-            ids = self.generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt)
+            ids = generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt)
         else:
             # Of any length, for counting is what this is for: on a thread, or every stream would wait for it.
-            ids = await asyncio.to_thread(self.generator.tokenizer.encode, body.prompt or "", body.add_special_tokens)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self.generator.max_len, "tokens": ids}
+            ids = await asyncio.to_thread(generator.tokenizer.encode, body.prompt or "", body.add_special_tokens)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": generator.max_len, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = [self.generator.tokenizer.token_text(i) for i in ids]
+            answer["token_strs"] = [generator.tokenizer.token_text(i) for i in ids]
         return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), DetokenizeRequest, self.limits)
-        self._check_model(body.model)
-        if any(i >= self.generator.vocab_size for i in body.tokens):
-            raise invalid(f"token ids must lie in [0, {self.generator.vocab_size})", "tokens")
-        return _json({"prompt": self.generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
+        generator = self.reception.generator(body.model)
+        if any(i >= generator.vocab_size for i in body.tokens):
+            raise invalid(f"token ids must lie in [0, {generator.vocab_size})", "tokens")
+        return _json({"prompt": generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
 
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -297,103 +223,14 @@ class Server:
         return _json({"ready": reason is None, "reason": reason}, status=200 if reason is None else 503)
 
     def unready_reason(self) -> str | None:
-        """Why requests should go elsewhere; None if they need not. Progress decides: a process that lives may hang."""
-        if self.draining:
+        """Why requests should go elsewhere; None if they need not: every model has an endpoint that makes progress."""
+        if self.fleet.draining:
             return "the server is shutting down"
-        if self.engine.lost is not None:
-            return self.engine.lost
-        age = time.monotonic() - self.engine.progress_at
-        if age <= self.stall_seconds:
-            return None
-        if self.engine.num_streams:
-            return f"the engine has work and has made no step for {age:.1f} s"
-        # An idle engine gives a sign of life every second, which may be late on a busy machine.
-        return f"the engine has given no sign of life for {age:.1f} s" if age > 3 * HEARTBEAT_SECONDS else None
-
-
-class EventStream:
-    """Server-sent events. The client's leaving cancels the generation at once, not at the next event."""
-
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
-        self._first = first
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        watch = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait([pump, watch], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (pump, watch):
-                task.cancel()
-            await asyncio.gather(pump, watch, return_exceptions=True)
-            await self._rest.aclose()  # type: ignore[attr-defined]
-
-    async def _pump(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for event in self._rest:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _events(
-    form: Any, pieces: AsyncIterator[tuple[int, Piece]], usage: Usage, num_choices: int, wants_usage: bool
-) -> AsyncIterator[bytes]:
-    """The stream's events as bytes; the first comes with the first piece."""
-    opening = b"".join(_event(chunk) for chunk in form.opening(num_choices))
-    async with contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
-        try:
-            async for index, piece in source:
-                if piece.finish == "error":
-                    raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
-                yield opening + _event(form.chunk(index, piece))
-                opening = b""
-        except ApiError as error:
-            if opening:
-                raise
-            yield _event(error.body())
-            yield b"data: [DONE]\n\n"
-            return
-    if wants_usage:
-        yield _event(form.usage_chunk(usage))
-    yield b"data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-@contextlib.asynccontextmanager
-async def _cancelled_by_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancels the body of the `async with` when the client leaves; raises ClientDisconnect then."""
-    body = asyncio.current_task()
-    left = False
-
-    async def watch() -> None:
-        nonlocal left
-        await _disconnected(request.receive)
-        left = True
-        if body is not None:
-            body.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        if body is not None:
-            body.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()
+        for pool in self.fleet.pools.values():
+            if not any(member.state == "ready" for member in pool.members.values()):
+                reasons = "; ".join(f"{m.name}: {m.reason or m.state}" for m in pool.members.values())
+                return f"no endpoint of {pool.name!r} is ready ({reasons or 'it has none'})"
+        return None
 
 
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
@@ -409,7 +246,11 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _error_response(error: ApiError) -> Response:
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    headers = {}
+    if error.status in (429, 503):
+        headers["retry-after"] = str(max(1, ceil(error.retry_after or 0.0)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return _json(error.body(), error.status, headers)
 
 

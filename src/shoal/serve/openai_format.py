@@ -18,8 +18,10 @@ _LEAST_LOGPROB = -9999.0
 
 
 class Usage:
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, shows_cached: bool = True) -> None:
+        """`shows_cached`: whether it may be told how much was found in the prefix cache, which tells what is there."""
         self.prompt = prompt_tokens
+        self._shows_cached = shows_cached
         self.completion = 0
         self.cached = 0
 
@@ -32,7 +34,7 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens_details": {"cached_tokens": self.cached if self._shows_cached else None},
         }
 
 
@@ -136,6 +138,8 @@ class CompletionFormat:
         }
         per_prompt = body.n or 1
         self._prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
+        self._unsent_prompts = dict(enumerate(self._prompts)) if body.return_token_ids else {}
+        """Of choices that have had no chunk yet: the ids of a long prompt are not for every chunk."""
         self._echo = [tokenizer.decode(p) if body.echo else "" for p in self._prompts]
         self._offset = [len(text) for text in self._echo]
         """Characters sent of each choice, where the next token's text begins."""
@@ -172,7 +176,9 @@ class CompletionFormat:
     def _ending(self, index: int, piece: Piece) -> dict[str, Any]:
         ending: dict[str, Any] = {"finish_reason": piece.finish, "stop_reason": piece.stop_reason}
         if self._with_ids:
-            ending |= {"token_ids": piece.token_ids, "prompt_token_ids": self._prompts[index]}
+            ending |= {"token_ids": piece.token_ids}
+            if index in self._unsent_prompts:
+                ending |= {"prompt_token_ids": self._unsent_prompts.pop(index)}
         return ending
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
