@@ -106,7 +106,7 @@ class AuthenticationFailed(_Caller, frozen=True, kw_only=True, tag="authenticati
     """`tenant` and `key_id` are those of the key that was named, where it is known."""
 
     reason: str
-    """missing, unknown, wrong, expired, not_yet_valid, revoked, scope, certificate."""
+    """As `Denied.reason` names it: missing, unknown, wrong_secret, expired, ..."""
     method: str = ""
     route: str = ""
     status: int
