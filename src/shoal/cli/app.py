@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal import __version__
+from shoal.cli.audit_commands import audit_app
 from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(audit_app, name="audit")
 
 _ENGINE = "Engine"
 _SERVER = "Server"
