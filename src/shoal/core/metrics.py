@@ -76,10 +76,10 @@ FLEET_TTFT = Metric(
 )
 FLEET_ITL = Metric("shoal:fleet_inter_token_latency_seconds", "histogram", ITL.help, _WHOSE, _TOKEN_LATENCY)
 FLEET_E2E = Metric("shoal:fleet_e2e_request_latency_seconds", "histogram", E2E.help, _WHOSE, _LATENCY)
-FLEET_REQUESTS = Metric(
-    "shoal:fleet_requests", "counter", "Finished sequences by reason", (*_WHOSE, "finished_reason")
+FLEET_REQUESTS = Metric("shoal:fleet_requests", "counter", "Finished sequences by reason", (*_WHOSE, "finished_reason"))
+FLEET_REFUSED = Metric(
+    "shoal:fleet_requests_refused", "counter", "Requests not accepted, by reason", (*_WHOSE, "reason")
 )
-FLEET_REFUSED = Metric("shoal:fleet_requests_refused", "counter", "Requests not accepted, by reason", (*_WHOSE, "reason"))
 FLEET_PROMPT_TOKENS = Metric("shoal:fleet_prompt_tokens", "counter", "Prompt tokens of accepted requests", _WHOSE)
 FLEET_GENERATED_TOKENS = Metric("shoal:fleet_generation_tokens", "counter", "Tokens of finished sequences", _WHOSE)
 
@@ -107,7 +107,10 @@ FLEET_HEDGES = Metric("shoal:fleet_hedges", "counter", "Requests sent to a secon
 FLEET_DEGRADATIONS = Metric("shoal:fleet_degradations", "counter", "Requests sent to the fallback model", ("model",))
 
 ENDPOINT_STATE = Metric(
-    "shoal:fleet_endpoint_state", "gauge", "1 for the state that the endpoint is in, 0 for the others", (*_WHERE, "state")
+    "shoal:fleet_endpoint_state",
+    "gauge",
+    "1 for the state that the endpoint is in, 0 for the others",
+    (*_WHERE, "state"),
 )
 ENDPOINT_REQUESTS = Metric("shoal:fleet_endpoint_requests", "gauge", "Requests of this gateway under way there", _WHERE)
 ENDPOINT_TOKENS = Metric(
@@ -125,6 +128,8 @@ ENDPOINT_DECODE = Metric(
     "shoal:fleet_endpoint_decode_seconds", "gauge", "Between two tokens of a sequence, as learned", _WHERE
 )
 ENDPOINT_BREAKER = Metric("shoal:fleet_endpoint_breaker_open", "gauge", "1 open, 0.5 half open, 0 closed", _WHERE)
-ENDPOINT_RESTARTS = Metric("shoal:fleet_endpoint_restarts", "counter", "Times that the endpoint was started anew", _WHERE)
+ENDPOINT_RESTARTS = Metric(
+    "shoal:fleet_endpoint_restarts", "counter", "Times that the endpoint was started anew", _WHERE
+)
 ENDPOINT_COMPLETED = Metric("shoal:fleet_endpoint_completed", "counter", "Requests that ended there", _WHERE)
 ENDPOINT_FAILURES = Metric("shoal:fleet_endpoint_failures", "counter", "Attempts that failed by the endpoint", _WHERE)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric as Family
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as Family
 
 from shoal.core import metrics as defined
 from shoal.core.fleet_types import EndpointState, EndpointStatus, FleetStatus, ModelStatus, Percentiles
@@ -53,8 +54,8 @@ _OF_ENDPOINT: tuple[tuple[Metric, Callable[[EndpointStatus], float | None]], ...
 )
 
 
-class ModelLatency:
-    """Percentiles of one model over the last five minutes, for its ModelStatus."""
+class _Windows:
+    """What one model did in the last five minutes, all tenants together."""
 
     def __init__(self) -> None:
         self.ttft, self.itl, self.e2e = LatencyWindow(), LatencyWindow(), LatencyWindow()
@@ -73,12 +74,14 @@ class FleetMetrics:
         self.registry.register(_StatusCollector(status))
         self._models, self._tenants = models, tenants
         self._reasons: dict[str, None] = {}
-        self._latencies: dict[str, ModelLatency] = {}
-        self._ttft, self._itl, self._e2e = (
-            self._histogram(m) for m in (defined.FLEET_TTFT, defined.FLEET_ITL, defined.FLEET_E2E)
+        self._windows: dict[str, _Windows] = {}
+        self._series: dict[tuple[str, str], _Series] = {}
+        self.ttft, self.itl, self.e2e = (
+            Histogram(m.name, m.help, m.labels, registry=self.registry, buckets=m.buckets)
+            for m in (defined.FLEET_TTFT, defined.FLEET_ITL, defined.FLEET_E2E)
         )
-        self._requests, self._refused, self._prompt_tokens, self._generated_tokens = (
-            self._counter(m)
+        self.requests, self._refused, self.prompt_tokens, self.generated_tokens = (
+            Counter(m.name, m.help, m.labels, registry=self.registry)
             for m in (
                 defined.FLEET_REQUESTS,
                 defined.FLEET_REFUSED,
@@ -86,12 +89,6 @@ class FleetMetrics:
                 defined.FLEET_GENERATED_TOKENS,
             )
         )
-
-    def _histogram(self, metric: Metric) -> Histogram:
-        return Histogram(metric.name, metric.help, metric.labels, registry=self.registry, buckets=metric.buckets)
-
-    def _counter(self, metric: Metric) -> Counter:
-        return Counter(metric.name, metric.help, metric.labels, registry=self.registry)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -105,27 +102,41 @@ class FleetMetrics:
     def timer(self, model: str, tenant: str, arrived: float, num_prompt_tokens: int, num_sequences: int) -> FleetTimer:
         """For a request that was accepted. `model` is what the client asked for, also where another one serves it."""
         labels = self._labels(model, tenant)
-        self._prompt_tokens.labels(*labels).inc(num_prompt_tokens)
-        return FleetTimer(self, labels, arrived, num_sequences)
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Series(self, labels)
+        series.prompt_tokens.inc(num_prompt_tokens)
+        return FleetTimer(series, arrived, num_sequences)
 
-    def latency(self, model: str) -> ModelLatency:
-        return self._latencies.setdefault(model, ModelLatency())
+    def windows(self, model: str) -> _Windows:
+        return self._windows.setdefault(model, _Windows())
 
     def percentiles(self, model: str, now: float) -> tuple[Percentiles, Percentiles, Percentiles]:
         """Time to first token, between tokens, and to the end: for `ModelStatus.ttft`, `itl` and `e2e`."""
-        windows = self.latency(model)
+        windows = self.windows(model)
         return windows.ttft.percentiles(now), windows.itl.percentiles(now), windows.e2e.percentiles(now)
 
     def _labels(self, model: str, tenant: str) -> tuple[str, str]:
         return model if model in self._models else OTHER, tenant if tenant in self._tenants else OTHER
 
 
+class _Series:
+    """What is counted of one model and tenant, looked up once. Counters begin at 0, so that they have a rate from their
+    first event on."""
+
+    def __init__(self, metrics: FleetMetrics, labels: tuple[str, str]) -> None:
+        self.ttft, self.itl, self.e2e = (h.labels(*labels) for h in (metrics.ttft, metrics.itl, metrics.e2e))
+        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
+        self.generated_tokens = metrics.generated_tokens.labels(*labels)
+        self.finished = {reason: metrics.requests.labels(*labels, reason) for reason in get_args(FinishReason)}
+        self.windows = metrics.windows(labels[0])
+
+
 class FleetTimer:
     """Observes one request: the first token of each of its sequences, and their ends."""
 
-    def __init__(self, metrics: FleetMetrics, labels: tuple[str, str], arrived: float, num_sequences: int) -> None:
-        self._metrics = metrics
-        self._labels = labels
+    def __init__(self, series: _Series, arrived: float, num_sequences: int) -> None:
+        self._series = series
         self._arrived = arrived
         self._first: list[tuple[float, int] | None] = [None] * num_sequences
         self._num_unfinished = num_sequences
@@ -135,28 +146,25 @@ class FleetTimer:
         if self._first[index] is not None:
             return
         self._first[index] = (now, num_tokens)
-        m, latency = self._metrics, now - self._arrived
-        m._ttft.labels(*self._labels).observe(latency)
-        m.latency(self._labels[0]).ttft.observe(latency, now)
+        self._series.ttft.observe(now - self._arrived)
+        self._series.windows.ttft.observe(now - self._arrived, now)
 
     def finished(self, now: float, reason: FinishReason, num_tokens: int, index: int = 0) -> None:
-        """A sequence ended with so many tokens in all, whatever number of endpoints they came from."""
+        """A sequence ended with so many tokens in all, from however many endpoints they came."""
         self._num_unfinished -= 1
-        m, windows, latency = self._metrics, self._metrics.latency(self._labels[0]), now - self._arrived
-        m._requests.labels(*self._labels, reason).inc()
-        m._generated_tokens.labels(*self._labels).inc(num_tokens)
-        m._e2e.labels(*self._labels).observe(latency)
-        windows.e2e.observe(latency, now)
-        first = self._first[index]
+        series, latency, first = self._series, now - self._arrived, self._first[index]
+        series.finished[reason].inc()
+        series.generated_tokens.inc(num_tokens)
+        series.e2e.observe(latency)
+        series.windows.e2e.observe(latency, now)
         if first is not None and num_tokens > first[1]:
             between = (now - first[0]) / (num_tokens - first[1])
-            m._itl.labels(*self._labels).observe(between)
-            windows.itl.observe(between, now)
+            series.itl.observe(between)
+            series.windows.itl.observe(between, now)
 
     def abandon(self) -> None:
         """The client left: nobody waits for the ends of the sequences that are still running."""
-        if self._num_unfinished:
-            self._metrics._requests.labels(*self._labels, "abort").inc(self._num_unfinished)
+        self._series.finished["abort"].inc(self._num_unfinished)
         self._num_unfinished = 0
 
 
