@@ -56,8 +56,9 @@ class Browser:
         return self.call("execute/sync", script=f"return {script}", args=[])
 
     def text(self, selector: str = "body") -> str:
-        """As it is shown: hidden text is not in it."""
-        return str(self.read(f"document.querySelector({selector!r})?.innerText ?? ''"))
+        """As it is shown. (`innerText` of what is itself hidden would be all its text.)"""
+        node = f"document.querySelector({selector!r})"
+        return str(self.read(f"{node}?.checkVisibility() ? {node}.innerText : ''"))
 
     def click(self, selector: str) -> None:
         self.call(f"element/{self._find(selector)}/click")

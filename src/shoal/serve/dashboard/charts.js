@@ -51,14 +51,15 @@ export class Fields {
 
 /** Children of `parent`, one an item in the items' order, made when an item first appears and kept while it stays. */
 export class Keyed {
-  constructor(parent, make) {
+  constructor(parent, keyOf, make) {
     this.parent = parent;
+    this.keyOf = keyOf;
     this.make = make;
     this.views = new Map();
   }
 
-  update(items, keyOf) {
-    const keys = new Set(items.map(keyOf));
+  update(items) {
+    const keys = new Set(items.map(this.keyOf));
     for (const [key, view] of this.views) {
       if (keys.has(key)) continue;
       view.root.remove();
@@ -66,8 +67,9 @@ export class Keyed {
     }
     let next = this.parent.firstElementChild;
     for (const item of items) {
-      let view = this.views.get(keyOf(item));
-      if (!view) this.views.set(keyOf(item), (view = this.make(item)));
+      const key = this.keyOf(item);
+      let view = this.views.get(key);
+      if (!view) this.views.set(key, (view = this.make(item)));
       if (view.root === next) next = next.nextElementSibling;
       else this.parent.insertBefore(view.root, next);
       view.update(item);

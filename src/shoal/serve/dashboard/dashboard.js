@@ -6,6 +6,7 @@ const POLL_MS = 1000;
 const TIMEOUT_MS = 4000;
 const KEY = "shoal-api-key"; // in sessionStorage: gone with the tab, and no other origin's
 const element = (id) => document.getElementById(id);
+const byName = ({ name }) => name;
 
 // --- one endpoint, a row ---------------------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ class ModelPanel {
     this.fields = new Fields(this.root);
     this.root.querySelector("caption").textContent = `Endpoints of ${model.name}`;
     this.root.setAttribute("aria-label", `Model ${model.name}`);
-    this.endpoints = new Keyed(this.root.querySelector("tbody"), (endpoint) => new EndpointRow(endpoint));
+    this.endpoints = new Keyed(this.root.querySelector("tbody"), byName, (endpoint) => new EndpointRow(endpoint));
     this.charts = {};
     for (const [name, title] of [
       ["ttft", "Time to first token"], ["itl", "Between tokens"], ["e2e", "Whole request"],
@@ -96,7 +97,7 @@ class ModelPanel {
     this.fields.setOrHide("degraded", model.served_by ? `served by ${model.served_by}` : "");
     this.fields.nodes.get("no-endpoints").hidden = model.endpoints.length > 0;
     this.root.querySelector("table").hidden = model.endpoints.length === 0;
-    this.endpoints.update(model.endpoints, (endpoint) => endpoint.name);
+    this.endpoints.update(model.endpoints);
     for (const [name, value] of this.counters) {
       const text = compact(model[name]);
       if (value.textContent !== text) value.textContent = text;
@@ -162,7 +163,7 @@ class Banner {
   }
 }
 
-const banners = new Keyed(element("banners"), (banner) => new Banner(banner));
+const banners = new Keyed(element("banners"), (banner) => banner.key, (banner) => new Banner(banner));
 
 function bannersOf(status, problem) {
   const shown = [];
@@ -186,19 +187,23 @@ function bannersOf(status, problem) {
 
 const facts = new Fields(document.querySelector(".facts"));
 const overview = new Fields(document.querySelector(".overview"));
-const models = new Keyed(element("models"), (model) => new ModelPanel(model));
-const events = new Keyed(element("events"), (event) => new EventLine(event));
+const models = new Keyed(element("models"), byName, (model) => new ModelPanel(model));
+const events = new Keyed(
+  element("events"),
+  (event) => `${event.time} ${event.kind} ${event.message}`,
+  (event) => new EventLine(event),
+);
 
 function show(status) {
-  element("main").hidden = false;
+  for (const part of [element("main"), document.querySelector(".facts")]) part.hidden = false;
   element("key-form").hidden = true;
   for (const name of ["version", "audit", "journal"]) facts.set(name, status[name]);
   facts.set("uptime", duration(status.uptime));
   showOverview(status);
-  models.update(status.models, (model) => model.name);
+  models.update(status.models);
   element("no-models").hidden = status.models.length > 0;
   const newestFirst = status.events.toReversed();
-  events.update(newestFirst, (event) => `${event.time} ${event.kind} ${event.message}`);
+  events.update(newestFirst);
   element("no-events").hidden = newestFirst.length > 0;
 }
 
@@ -236,25 +241,33 @@ let problem = null; // why there is none newer
 async function poll() {
   const key = sessionStorage.getItem(KEY);
   try {
-    const response = await fetch("fleet", {
+    const response = await ask(key);
+    if (response.status === 401 || response.status === 403) return askForKey(response.status, key);
+    if (!response.ok) throw new Error(`it answered with status ${response.status}`);
+    status = await response.json().catch(() => { throw new Error("its answer is cut off or no JSON"); });
+    heardAt = new Date();
+    problem = null;
+    element("forget-key").hidden = !key;
+    show(status);
+  } catch (error) {
+    problem = error.message;
+  }
+  showConnection();
+  setTimeout(poll, POLL_MS);
+}
+
+async function ask(key) {
+  try {
+    return await fetch("fleet", {
       headers: key ? { authorization: `Bearer ${key}` } : {},
       cache: "no-store",
       credentials: "omit",
       redirect: "error",
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
-    if (response.status === 401 || response.status === 403) return askForKey(response.status, key);
-    if (!response.ok) throw new Error(`it answered with status ${response.status}`);
-    status = await response.json();
-    heardAt = new Date();
-    problem = null;
-    element("forget-key").hidden = !key;
-    show(status);
   } catch (error) {
-    problem = error.name === "TimeoutError" ? "it took too long" : error instanceof TypeError ? "no connection" : error.message;
+    throw new Error(error.name === "TimeoutError" ? "it took too long" : "no connection");
   }
-  showConnection();
-  setTimeout(poll, POLL_MS);
 }
 
 function showConnection() {
@@ -264,7 +277,7 @@ function showConnection() {
   document.body.classList.toggle("stale", state === "lost" && status !== null);
   // The time, not the age: this is read aloud whenever it changes.
   const since = status ? ` What is shown is of ${clock(heardAt)}.` : "";
-  banners.update(bannersOf(status, problem && `The gateway does not answer: ${problem}.${since}`), (banner) => banner.key);
+  banners.update(bannersOf(status, problem && `The gateway does not answer: ${problem}.${since}`));
 }
 
 /** Polling stops until a key was given: a wrong one each second would look like an attack. */
@@ -273,8 +286,8 @@ function askForKey(code, key) {
   if (key) element("key-problem").textContent = text;
   sessionStorage.removeItem(KEY);
   status = problem = null;
-  banners.update([], (banner) => banner.key);
-  element("main").hidden = true;
+  for (const shown of [banners, models, events]) shown.update([]);
+  for (const part of [element("main"), document.querySelector(".facts")]) part.hidden = true;
   element("forget-key").hidden = true;
   element("key-form").hidden = false;
   element("connection").dataset.state = "locked";
