@@ -36,8 +36,9 @@ class TracingUnavailable(Exception):
 class RequestTrace(Protocol):
     """One request. Calls come in the order of what happens; any may come again, as after a retry."""
 
-    traceparent: str
-    """To send with what is sent on the request's behalf now; empty where there is none."""
+    @property
+    def traceparent(self) -> str:
+        """To send with what is sent on the request's behalf now; empty where there is none."""
 
     def queued(self) -> None:
         """It waits in the gateway."""
@@ -93,7 +94,11 @@ class _NoTracer:
 
 class _NoTrace:
     def __init__(self, traceparent: str) -> None:
-        self.traceparent = traceparent
+        self._traceparent = traceparent
+
+    @property
+    def traceparent(self) -> str:
+        return self._traceparent
 
     def _nothing(self, *_: object) -> None:
         pass
