@@ -1,4 +1,4 @@
-"""What `shoal fleet status|drain|add|remove` do."""
+"""What `shoal fleet status`, `drain`, `add` and `remove` do."""
 
 from __future__ import annotations
 
