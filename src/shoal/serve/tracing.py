@@ -196,6 +196,8 @@ class _OtelTrace:
         self._end(message if status >= 500 else None)
 
     def _begin(self, phase: Phase, attributes: dict[str, Any] | None = None) -> None:
+        if not self._span.is_recording():
+            return  # not sampled: nothing of its phases would be kept either
         if self._child is not None:
             self._child.end()
         self._phase = phase
