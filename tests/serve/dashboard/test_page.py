@@ -219,6 +219,16 @@ def test_no_width_needs_scrolling_sideways(browser: Browser, gateway: FakeGatewa
     assert "8,123 tokens" in rows(browser)["small-0"]["text"]
 
 
+def test_a_table_that_is_too_wide_can_be_scrolled(browser: Browser, gateway: FakeGateway) -> None:
+    gateway.status = fleet([model("m", [endpoint("a-name-that-is-longer-than-names-ought-to-be" * 3)])])
+    browser.emulate(width=920)
+    show(browser, gateway)
+    assert browser.read("document.querySelector('table').offsetWidth") > 920, "the control: it is too wide"
+    browser.read("document.querySelector('.scroll').scrollBy(5000, 0)")
+    last = "document.querySelector('tbody td:last-child').getBoundingClientRect().right"
+    browser.until(lambda: browser.read(last) <= 920, "the last column can be reached")
+
+
 CONTRAST = """(() => {
   const channels = (text) => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
