@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +18,12 @@ import msgspec
 import pytest
 
 from shoal.cli import main
-from shoal.core.fleet_types import EndpointStatus, FleetStatus
+from shoal.core.fleet_types import FleetStatus
+from shoal.serve.fleet_routes import AddEndpoint
 from tests.cli.conftest import SHOAL
 from tests.serve.fleet_statuses import empty, endpoint, every_state, fleet, model, nothing_known, short_and_degraded
 
-COMMANDS = ("status", "drain", "add", "remove")
+COMMANDS = ("status", "drain", "undrain", "restart", "add", "remove")
 
 
 class Gateway:
@@ -34,6 +36,9 @@ class Gateway:
         self.reads = 0
         self.on_read: Callable[[int], None] = lambda number: None
         self.on_change: Callable[[], None] = lambda: None
+        self.held: threading.Event | None = None
+        """What a change is not answered before."""
+        self.answer = b"{}"
         self.refusal: tuple[int, bytes] | None = None
         gateway = self
 
@@ -47,7 +52,9 @@ class Gateway:
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
                 gateway.asked.append((self.command, self.path, json.loads(body) if body else None))
                 gateway.on_change()
-                self._send(b"{}")
+                if gateway.held is not None:
+                    assert gateway.held.wait(60)
+                self._send(gateway.answer)
 
             do_DELETE = do_POST
 
@@ -80,7 +87,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     monkeypatch.setenv("SHOAL_URL", gateway.url)
     monkeypatch.delenv("SHOAL_API_KEY", raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # would refuse: loopback must not go through it
-    monkeypatch.setattr("shoal.cli.fleet.DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr("shoal.cli.fleet.FOLLOW_SECONDS", 0.01)
     monkeypatch.setattr("shoal.cli.fleet.WATCH_SECONDS", 0.01)
     yield gateway
     gateway.stop()
@@ -186,43 +193,72 @@ def test_watch_goes_on_while_the_gateway_is_away(gateway: Gateway, capsys: pytes
 # --- drain, add, remove -----------------------------------------------------------------------------------------------
 
 
-def draining(gateway: Gateway, **last: object) -> None:
-    """small-0 has 3 requests, then 2, 1, and then is as `last` says."""
+def working(gateway: Gateway, state: str) -> None:
+    """Once it is asked to change, small-0 is in that state, and has one request less each time that it is looked at."""
+    gateway.held = threading.Event()
 
-    def on_read(number: int) -> None:
-        left: list[EndpointStatus] = [endpoint("small-0", "draining", requests=max(4 - number, 0))]
-        if number >= 4:
-            left = [endpoint("small-0", **{"state": "draining", "requests": 0, **last})] if last else []  # type: ignore[arg-type]
-        gateway.status = fleet([model("smollm2-135m", [*left, endpoint("small-1")])])
+    def on_change() -> None:
+        begun = gateway.reads
 
-    gateway.on_read = on_read
+        def on_read(number: int) -> None:
+            left = max(3 - (number - begun), 0)
+            changing = endpoint("small-0", state, requests=left)  # type: ignore[arg-type]
+            gateway.status = fleet([model("smollm2-135m", [changing, endpoint("small-1")])])
+            if left == 0 and gateway.held is not None:
+                gateway.held.set()
+
+        gateway.on_read = on_read
+
+    gateway.on_change = on_change
 
 
-@pytest.mark.parametrize("last", [{}, {"requests": 0}, {"state": "down", "requests": 1}])
-def test_drain_waits_until_it_is_empty(
-    gateway: Gateway, capsys: pytest.CaptureFixture[str], last: dict[str, object]
+@pytest.mark.parametrize(("command", "said"), [("drain", "small-0 is drained"), ("restart", "small-0 was restarted")])
+def test_it_waits_until_the_gateway_is_done(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], command: str, said: str
 ) -> None:
-    draining(gateway, **last)
-    assert run("drain", "small-0") == 0
-    assert gateway.asked == [("POST", "/fleet/endpoints/small-0/drain", None)]
-    assert gateway.reads == 4, "not before its requests had ended, and not longer"
-    assert capsys.readouterr().out == "small-0 is drained\n"
+    working(gateway, "draining")
+    assert run(command, "small-0") == 0
+    assert gateway.asked == [("POST", f"/fleet/endpoints/small-0/{command}", None)]
+    assert gateway.held is not None and gateway.held.is_set(), "not before its requests had ended"
+    output = capsys.readouterr()
+    assert (output.out, output.err) == (f"{said}\n", ""), "no progress where there is no terminal"
 
 
 def test_drain_does_not_wait_where_it_is_told(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
-    draining(gateway)
+    gateway.held = threading.Event()
+    gateway.on_change = lambda: setattr(gateway, "status", fleet([model("m", [endpoint("small-0", "draining")])]))
     assert run("drain", "small-0", "--no-wait") == 0
-    assert gateway.reads == 1
+    assert not gateway.held.is_set(), "the gateway has not answered"
+    gateway.held.set()
     assert "gets no new requests" in capsys.readouterr().out
 
 
-def test_drain_ends_when_someone_undoes_it(gateway: Gateway, errors: Callable[[], str]) -> None:
-    draining(gateway, state="ready", requests=5)
-    assert run("drain", "small-0") == 1
-    assert "small-0 is ready again" in errors()
+def test_an_interruption_leaves_the_work_to_the_gateway(gateway: Gateway) -> None:
+    gateway.held = threading.Event()
+    asked = threading.Event()
+    gateway.on_change = asked.set
+    with subprocess.Popen(
+        [*SHOAL, "fleet", "drain", "small-0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert asked.wait(60)
+        reads = gateway.reads
+        while gateway.reads < reads + 2:  # it has begun to wait
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, problems = process.communicate(timeout=60)
+    gateway.held.set()
+    assert (process.returncode, output) == (130, "")
+    assert "small-0 goes on draining" in problems
 
 
-@pytest.mark.parametrize("command", ["drain", "remove"])
+def test_undrain(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("undrain", "small-5") == 0
+    assert gateway.asked == [("POST", "/fleet/endpoints/small-5/undrain", None)]
+    assert capsys.readouterr().out == "small-5 gets requests again\n"
+
+
+@pytest.mark.parametrize("command", ["drain", "undrain", "restart", "remove"])
 def test_an_unknown_endpoint(gateway: Gateway, errors: Callable[[], str], command: str) -> None:
     assert run(command, "smal-0") == 1
     assert "there is no endpoint 'smal-0': the nearest is 'small-0'" in errors()
@@ -238,35 +274,39 @@ def test_an_unknown_endpoint(gateway: Gateway, errors: Callable[[], str], comman
 @pytest.mark.parametrize(
     ("flags", "body"),
     [
-        ((), {"replicas": 1}),
-        (("--replicas", "2"), {"replicas": 2}),
+        ((), {}),
         (("--openai", "http://127.0.0.1:8003"), {"openai": "http://127.0.0.1:8003"}),
+        (
+            ("--openai", "http://x", "--name", "n", "--remote-model", "r", "--endpoint-key", "k"),
+            {"openai": "http://x", "name": "n", "remote_model": "r", "api_key": "k"},
+        ),
     ],
 )
 def test_add(
     gateway: Gateway, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     gateway.status = fleet([model("m", [endpoint("m-0")])])
-
-    def on_change() -> None:
-        gateway.status = fleet([model("m", [endpoint("m-0"), endpoint("m-1", "starting")])])
-
-    gateway.on_change = on_change
+    gateway.answer = b'{"name": "m-1"}'
     assert run("add", "m", *flags) == 0
     assert gateway.asked == [("POST", "/fleet/endpoints", {"model": "m"} | body)]
-    assert capsys.readouterr().out == "m-1 was added to m and is starting\n"
+    assert capsys.readouterr().out == "m-1 was added to m\n"
+
+
+def test_what_is_sent_is_what_the_gateway_takes() -> None:
+    assert set(AddEndpoint.__struct_fields__) == {"model", "openai", "name", "api_key", "remote_model"}
 
 
 def test_add_what_makes_no_sense(gateway: Gateway, errors: Callable[[], str]) -> None:
-    assert run("add", "smollm2", "--replicas", "1") == 1
+    assert run("add", "smollm2") == 1
     assert "there is no model 'smollm2': the nearest is 'smollm2-135m'" in errors()
-    assert run("add", "smollm2-135m", "--replicas", "1", "--openai", "http://x") == 1
-    assert "exclude each other" in errors()
+    assert run("add", "smollm2-135m", "--name", "x") == 2
+    assert "name it with --openai" in errors()
+    assert gateway.asked == []
     gateway.on_change = lambda: setattr(
-        gateway, "refusal", (400, b'{"error": {"message": "openai: nothing listens\\nat http://x"}}')
+        gateway, "refusal", (502, b'{"error": {"message": "the endpoint cannot be used:\\n nothing listens"}}')
     )
     assert run("add", "smollm2-135m", "--openai", "http://x") == 1
-    assert errors() == "error: openai: nothing listens at http://x\n", "in the gateway's own words"
+    assert errors() == "error: the endpoint cannot be used: nothing listens\n", "in the gateway's own words"
 
 
 def test_remove(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +330,7 @@ def test_no_gateway(gateway: Gateway, errors: Callable[[], str]) -> None:
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        ((401, b"{}"), "asks for an API key: give it with --api-key or in SHOAL_API_KEY"),
+        ((401, b"{}"), "asks for an API key (--api-key or SHOAL_API_KEY): none was given"),
         ((403, b'{"error": {"message": "the key lacks scope admin"}}'), "may not do that: the key lacks scope admin"),
         ((404, b"{}"), "has no fleet: only `shoal serve --deployment` runs one"),
         ((500, b"<html>"), "the gateway answered /fleet with status 500"),
@@ -310,7 +350,9 @@ def test_the_key_is_sent_from_the_flag_or_the_environment(
 ) -> None:
     gateway.api_key = "k"
     assert run("status") == 1
+    capsys.readouterr()
     assert run("status", "--api-key", "wrong") == 1
+    assert "SHOAL_API_KEY): it was not accepted" in capsys.readouterr().err
     assert run("status", "--api-key", "k") == 0
     monkeypatch.setenv("SHOAL_API_KEY", "k")
     assert run("status", "--url", f"{gateway.url}/v1/") == 0, "an address as OpenAI's clients want it will do"

@@ -1,9 +1,14 @@
-"""What `shoal fleet status`, `drain`, `add` and `remove` do."""
+"""What the commands of `shoal fleet` do."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
+from typing import TypeVar
 
 import msgspec
 from rich.console import Group, RenderableType
@@ -11,14 +16,15 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from shoal.cli.errors import CommandError
 from shoal.cli.fleet_table import fleet_console, fleet_table
 from shoal.cli.gateway_client import GatewayClient, GatewayUnreachable
 from shoal.cli.terminal import error_console, print_json, printable
 from shoal.core.fleet_types import EndpointStatus, FleetStatus
 
+T = TypeVar("T")
+
 WATCH_SECONDS = 1.0
-DRAIN_SECONDS = 0.5
+FOLLOW_SECONDS = 0.5
 
 
 def print_status(gateway: GatewayClient, *, as_json: bool, watch: bool) -> None:
@@ -67,56 +73,95 @@ def _with_problem(status: FleetStatus, problem: str | None) -> RenderableType:
     return Group(Text(f"{problem}; below is what it said last", style="red"), fleet_table(status))
 
 
-def drain_endpoint(gateway: GatewayClient, name: str, *, wait: bool) -> None:
+def drain_endpoint(gateway: GatewayClient, name: str, *, until_empty: bool) -> None:
     gateway.endpoint(name)
-    gateway.drain(name)
-    if not wait:
-        print(f"{printable(name)} gets no new requests; `shoal fleet status` says when it is empty")
-        return
+    asked = _begin(lambda: gateway.drain(name))
+
+    def still(status: FleetStatus) -> str | None:
+        endpoint = _find(status, name)
+        if endpoint is not None and endpoint.state == "draining" and not until_empty:
+            return None
+        return f"draining {_left(endpoint)}"
+
+    if _follow(gateway, asked, still, f"{name} goes on draining"):
+        print(f"{printable(name)} is drained")
+    else:
+        print(f"{printable(name)} gets no new requests; `shoal fleet status` says when it has none left")
+
+
+def restart_endpoint(gateway: GatewayClient, name: str) -> None:
+    gateway.endpoint(name)
+    asked = _begin(lambda: gateway.restart(name))
+    _follow(gateway, asked, lambda status: f"restarting {_left(_find(status, name))}", f"{name} goes on restarting")
+    print(f"{printable(name)} was restarted")
+
+
+def add_endpoint(gateway: GatewayClient, model: str, address: dict[str, str]) -> None:
+    """`address` is of a server that runs already; without it an engine is started. Raises CommandError."""
+    gateway.check_model(model)
+    asked = _begin(lambda: gateway.add({"model": model} | address))
+    _follow(gateway, asked, lambda status: f"adding to {model}", f"{model} gets its endpoint all the same")
+    print(f"{printable(asked.result())} was added to {printable(model)}")
+
+
+def undrain_endpoint(gateway: GatewayClient, name: str) -> None:
+    gateway.endpoint(name)
+    gateway.undrain(name)
+    print(f"{printable(name)} gets requests again")
+
+
+def remove_endpoint(gateway: GatewayClient, name: str) -> None:
+    endpoint = gateway.endpoint(name)
+    asked = _begin(lambda: gateway.remove(name))
+    _follow(gateway, asked, lambda status: f"removing {name}", f"{name} is removed all the same")
+    moved = f"; its {endpoint.requests:,} requests go on elsewhere" if endpoint.requests else ""
+    print(f"{printable(name)} was removed{moved}")
+
+
+# --- what takes its time ----------------------------------------------------------------------------------------------
+
+
+def _begin(action: Callable[[], T]) -> Future[T]:
+    """In a thread that nothing waits for at the end of the command: the gateway goes on without us."""
+    asked: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            asked.set_result(action())
+        except BaseException as error:
+            asked.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asked
+
+
+def _follow(gateway: GatewayClient, asked: Future[T], tell: Callable[[FleetStatus], str | None], if_left: str) -> bool:
+    """Show what `tell` makes of the status until the gateway has answered; False if `tell` had enough before.
+
+    Raises what the request raised.
+    """
     console = error_console()
     try:
-        with console.status("") as line:
-            while (endpoint := _find(gateway.status(), name)) is not None and not _is_drained(endpoint):
-                left = f"{endpoint.requests:,} requests, {endpoint.tokens:,} tokens left"
-                line.update(f"draining {escape(printable(name))}: {left}")
-                time.sleep(DRAIN_SECONDS)
+        with console.status("") if console.is_terminal else nullcontext() as line:
+            while not asked.done():
+                told = tell(gateway.status())
+                if told is None:
+                    return False
+                if line is not None:
+                    line.update(escape(printable(told)))
+                wait([asked], timeout=FOLLOW_SECONDS)
+        asked.result()
     except KeyboardInterrupt:
-        console.print(f"{printable(name)} goes on draining", markup=False)
+        console.print(printable(if_left), markup=False)
         raise
-    print(f"{printable(name)} is drained")
-
-
-def _is_drained(endpoint: EndpointStatus) -> bool:
-    """Raises CommandError where it gets requests again: waiting would never end."""
-    if endpoint.state == "ready":
-        raise CommandError(f"{endpoint.name} is ready again: somebody ended its draining")
-    return endpoint.state == "down" or endpoint.requests == 0
+    return True
 
 
 def _find(status: FleetStatus, name: str) -> EndpointStatus | None:
     return next((e for model in status.models for e in model.endpoints if e.name == name), None)
 
 
-def add_endpoints(gateway: GatewayClient, model: str, openai: str | None, replicas: int | None) -> None:
-    """Raises CommandError."""
-    if openai is not None and replicas is not None:
-        raise CommandError("--openai and --replicas exclude each other: an endpoint runs elsewhere, or is started here")
-    gateway.check_model(model)
-    before = {endpoint.name for endpoint in _endpoints_of(gateway.status(), model)}
-    gateway.add({"model": model} | ({"replicas": replicas or 1} if openai is None else {"openai": openai}))
-    added = [endpoint for endpoint in _endpoints_of(gateway.status(), model) if endpoint.name not in before]
-    for endpoint in added:
-        print(f"{printable(endpoint.name)} was added to {printable(model)} and is {endpoint.state}")
-    if not added:
-        print(f"the gateway adds to {printable(model)}; `shoal fleet status --watch` shows how far it is")
-
-
-def _endpoints_of(status: FleetStatus, model: str) -> list[EndpointStatus]:
-    return [endpoint for found in status.models if found.name == model for endpoint in found.endpoints]
-
-
-def remove_endpoint(gateway: GatewayClient, name: str) -> None:
-    endpoint = gateway.endpoint(name)
-    gateway.remove(name)
-    moved = f"; its {endpoint.requests:,} requests go on elsewhere" if endpoint.requests else ""
-    print(f"{printable(name)} was removed{moved}")
+def _left(endpoint: EndpointStatus | None) -> str:
+    if endpoint is None:
+        return "what is gone"
+    return f"{endpoint.name} ({endpoint.state}): {endpoint.requests:,} requests, {endpoint.tokens:,} tokens left"

@@ -107,31 +107,66 @@ def drain(
     """
     from shoal.cli.fleet import drain_endpoint
 
-    drain_endpoint(_gateway(url, api_key), endpoint, wait=wait)
+    drain_endpoint(_gateway(url, api_key), endpoint, until_empty=wait)
+
+
+@fleet_app.command()
+def undrain(endpoint: EndpointName, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Give a drained endpoint requests again.
+
+    **Examples**
+
+    - `shoal fleet undrain smollm2-135m-0`
+    """
+    from shoal.cli.fleet import undrain_endpoint
+
+    undrain_endpoint(_gateway(url, api_key), endpoint)
+
+
+@fleet_app.command()
+def restart(endpoint: EndpointName, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Drain an endpoint, stop it and start it anew. One after the other, that is a rolling restart.
+
+    **Examples**
+
+    - `shoal fleet restart smollm2-135m-0`
+    """
+    from shoal.cli.fleet import restart_endpoint
+
+    restart_endpoint(_gateway(url, api_key), endpoint)
 
 
 @fleet_app.command()
 def add(
     model: ModelName,
     openai: Annotated[
-        str | None, typer.Option(metavar="URL", help="An engine that runs already and speaks OpenAI's API.")
+        str | None,
+        typer.Option(metavar="URL", help="Of a server that runs already. [default: start an engine]"),
     ] = None,
-    replicas: Annotated[
-        int | None, typer.Option(min=1, help="Engines to start, as the deployment file describes them. [default: 1]")
+    name: Annotated[str | None, typer.Option(help="Of the endpoint; with --openai.")] = None,
+    remote_model: Annotated[
+        str | None, typer.Option(help="What that server calls the model. [default: as it is called here]")
+    ] = None,
+    endpoint_key: Annotated[
+        str | None, typer.Option(envvar="SHOAL_ENDPOINT_KEY", help="API key that that server asks for.")
     ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Add an endpoint to a model: one that runs already, or one that the gateway starts.
+    """Add an endpoint to a model: a server that runs already, or an engine that the gateway starts now.
 
     **Examples**
 
+    - `shoal fleet add smollm2-135m`
     - `shoal fleet add llama-70b --openai http://127.0.0.1:8003`
-    - `shoal fleet add smollm2-135m --replicas 2`
     """
-    from shoal.cli.fleet import add_endpoints
+    from shoal.cli.fleet import add_endpoint
 
-    add_endpoints(_gateway(url, api_key), model, openai, replicas)
+    named = {"name": name, "remote_model": remote_model}
+    if openai is None and any(named.values()):
+        raise typer.BadParameter("--name and --remote-model describe a server: name it with --openai")
+    given = {"openai": openai, **named, "api_key": endpoint_key} if openai is not None else {}
+    add_endpoint(_gateway(url, api_key), model, {key: value for key, value in given.items() if value is not None})
 
 
 @fleet_app.command()

@@ -23,9 +23,13 @@ class GatewayUnreachable(CommandError):
     """It may answer later."""
 
 
+class _Added(msgspec.Struct):
+    name: str
+
+
 class GatewayClient:
     def __init__(self, url: str, api_key: str | None, *, seconds: float = 10.0) -> None:
-        """`seconds` bounds each request. Raises CommandError."""
+        """`seconds` bounds what is answered at once. Raises CommandError."""
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise CommandError(f"--url is {url!r}: write the gateway's address, as http://127.0.0.1:8000")
@@ -40,7 +44,7 @@ class GatewayClient:
 
     def status(self) -> FleetStatus:
         try:
-            return msgspec.json.decode(self._ask("GET", "/fleet"), type=FleetStatus)
+            return msgspec.json.decode(self._ask("GET", "/fleet", seconds=self._seconds), type=FleetStatus)
         except msgspec.DecodeError as error:
             raise CommandError(f"what {self.url}/fleet answers is no fleet's status: {error}") from None
 
@@ -56,22 +60,35 @@ class GatewayClient:
         if name not in models:
             raise CommandError(f"there is no model {name!r}: {_nearest(name, models, 'model')}")
 
+    # These are answered once they are done, which may take as long as a request or the start of an engine.
+
     def drain(self, name: str) -> None:
-        self._ask("POST", f"/fleet/endpoints/{urllib.parse.quote(name, safe='')}/drain")
+        self._ask("POST", _path(name, "/drain"), seconds=None)
+
+    def restart(self, name: str) -> None:
+        self._ask("POST", _path(name, "/restart"), seconds=None)
 
     def remove(self, name: str) -> None:
-        self._ask("DELETE", f"/fleet/endpoints/{urllib.parse.quote(name, safe='')}")
+        self._ask("DELETE", _path(name), seconds=None)
 
-    def add(self, body: dict[str, Any]) -> None:
-        self._ask("POST", "/fleet/endpoints", body)
+    def add(self, body: dict[str, Any]) -> str:
+        """The new endpoint's name."""
+        answer = self._ask("POST", "/fleet/endpoints", body, seconds=None)
+        try:
+            return msgspec.json.decode(answer, type=_Added).name
+        except msgspec.DecodeError as error:
+            raise CommandError(f"what {self.url}/fleet/endpoints answers names no endpoint: {error}") from None
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+    def undrain(self, name: str) -> None:
+        self._ask("POST", _path(name, "/undrain"), seconds=self._seconds)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float | None) -> bytes:
         request = urllib.request.Request(f"{self.url}{path}", method=method, headers=dict(self._headers))
         if body is not None:
             request.data = msgspec.json.encode(body)
             request.add_header("content-type", "application/json")
         try:
-            with self._opener.open(request, timeout=self._seconds) as response:
+            with self._opener.open(request, timeout=seconds) as response:
                 answer: bytes = response.read()
                 return answer
         except urllib.error.HTTPError as error:
@@ -88,12 +105,17 @@ class GatewayClient:
     def _refused(self, path: str, status: int, body: bytes) -> CommandError:
         message = _message(body)
         if status == 401:
-            return CommandError(f"{self.url} asks for an API key: give it with --api-key or in SHOAL_API_KEY")
+            why = (message or "it was not accepted") if self._headers else "none was given"
+            return CommandError(f"{self.url} asks for an API key (--api-key or SHOAL_API_KEY): {why}")
         if status == 403:
             return CommandError(f"this key may not do that: {message or 'it lacks the scope'}")
         if status == 404 and path == "/fleet":
             return CommandError(f"{self.url} has no fleet: only `shoal serve --deployment` runs one")
         return CommandError(message or f"the gateway answered {path} with status {status}")
+
+
+def _path(name: str, action: str = "") -> str:
+    return f"/fleet/endpoints/{urllib.parse.quote(name, safe='')}{action}"
 
 
 def _message(body: bytes) -> str:
