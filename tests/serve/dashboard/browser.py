@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.server
+import os
 import shutil
 import subprocess
 import threading
@@ -101,7 +102,12 @@ class Browser:
 def open_browser(profile: Path) -> Iterator[Browser]:
     assert CHROMIUM is not None and DRIVER is not None
     port = _free_port()
-    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [DRIVER, f"--port={port}"],
+        env=os.environ | {"TMPDIR": str(profile.parent)},  # what it leaves behind goes with the test's own files
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
     wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
     try:
