@@ -1,4 +1,4 @@
-"""The commands, their flags and their help. What they do is in the modules beside this one."""
+"""The commands, their flags and their help; groups of them have files of their own. What they do is elsewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from shoal import __version__
 from shoal.cli.audit_commands import audit_app
+from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(fleet_app, name="fleet")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 
