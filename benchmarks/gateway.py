@@ -4,6 +4,7 @@
     python benchmarks/gateway.py overload --url http://...    three times the capacity for a minute, then normal
     python benchmarks/gateway.py load --url http://...        one open-loop run against anything that speaks OpenAI
     python benchmarks/gateway.py mock --ports 8101,8102       mock OpenAI engines
+    python benchmarks/gateway.py serve-mocks -- serve ...     shoal, whose engines are mocks
 
 `... COMMAND --help` lists the options; see benchmarks/README.md.
 """
@@ -13,14 +14,23 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = {"compare": "compare", "overload": "overload", "load": "load", "mock": "mock_openai"}
-"""Name -> module of the package `gateway`, which is found before this file."""
+COMMANDS = {
+    "compare": ("compare", "main"),
+    "overload": ("overload", "main"),
+    "load": ("load", "main"),
+    "mock": ("mock_openai", "main"),
+    "serve-mocks": ("mock_engine", "main"),
+    "mock-engine": ("mock_engine", "engine_main"),
+}
+"""Name -> module of the package `gateway`, which is found before this file, and its function. The last is not for
+people: `serve-mocks` starts it."""
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.exit(f"{__doc__}\nthe command is one of {', '.join(COMMANDS)}")
-    import_module(f"gateway.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:])
+    module, function = COMMANDS[sys.argv[1]]
+    sys.exit(getattr(import_module(f"gateway.{module}"), function)(sys.argv[2:]))
 
 
 if __name__ == "__main__":

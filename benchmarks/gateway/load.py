@@ -29,6 +29,7 @@ import uvloop
 
 from gateway.arrivals import Arrival, Phase, from_trace, poisson
 from gateway.streams import Connection, Stream
+from gateway.timing import TICK
 from gateway.tokens import Difference, Vocabulary, compare, vocabulary
 
 LATE_P99, LATE_MOST = 0.005, 0.1
@@ -125,7 +126,7 @@ class Generator:
             while due and due[0].intended <= time.monotonic():
                 self._send(due.popleft())
             if due:
-                await asyncio.sleep(max(0.0, due[0].intended - time.monotonic()))
+                await asyncio.sleep(max(TICK, due[0].intended - time.monotonic()))
         try:
             await asyncio.wait_for(self._done.wait(), patience)
         except TimeoutError:

@@ -148,9 +148,9 @@ class Answer:
         self._with_ids = bool(body.get("return_token_ids"))
         self._stream = bool(body.get("stream"))
         self._usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        self._id = f"{dialect.id_prefix}{next(engine.ids):016x}"
+        name = f"{dialect.id_prefix}{next(engine.ids):016x}"
         kind = dialect.chunk_object if self._stream else dialect.object
-        self._head = {"id": self._id, "object": kind, "created": int(time.time()), "model": engine.model}
+        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": engine.model}
         self._prefix = b"data: " + _compact(self._head)[:-1] + b',"choices":['
         self.sequences = [SaidSequence(self, index) for index in range(body.get("n") or 1)]
         self._left = len(self.sequences)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 TICK = 0.001
-"""Seconds. Everything that is due within one is done in one go; event loops do not wake more precisely."""
+"""Seconds. Everything that is due within one is done in one go: event loops do not wake more precisely, and spin when
+they are asked for less."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Schedule:
     def _set_timer(self) -> None:
         if self._ticks and self._timer is None:
             delay = self._ticks[0] * TICK - time.monotonic()
-            self._timer = self._loop.call_later(max(0.0, delay), self._fire)
+            self._timer = self._loop.call_later(max(TICK, delay), self._fire)
 
     def _fire(self) -> None:
         self._timer = None
