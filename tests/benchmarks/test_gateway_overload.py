@@ -1,4 +1,4 @@
-"""What is said of an overload, from streams made up by hand; and the mock engine behind the real engine process."""
+"""What is said of an overload, from streams made up by hand."""
 
 import math
 
