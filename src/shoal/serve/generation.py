@@ -302,11 +302,12 @@ class Generator:
         on_error: Callable[[ApiError], None],
         *,
         tenant: str = "",
+        weight: float = 1.0,
         session: str = "",
     ) -> Flight:
         """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError."""
         run = TextRun(self.tokenizer, job, on_piece, on_error)
-        run.flight = self.pool.submit(job.request, run, tenant=tenant, session=session)
+        run.flight = self.pool.submit(job.request, run, tenant=tenant, weight=weight, session=session)
         return run.flight
 
     async def run(self, job: Job) -> AsyncIterator[Piece]:

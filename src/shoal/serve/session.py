@@ -11,6 +11,7 @@ from typing import Any
 from shoal.checkpoint.resolve import ModelFiles
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
+from shoal.core.retry_budget import RetryBudget
 from shoal.serve.deployment import Deployment, EndpointAddress, ModelDeployment, engine_configs
 from shoal.serve.endpoint import Endpoint, EndpointStartError
 from shoal.serve.engine_client import EngineStartError, Progress
@@ -44,7 +45,11 @@ class Session:
         self.files = files
         """Of each model, by its name."""
         self.models = {model.name: model for model in deployment.models}
-        pools = {m.name: Pool(m.name, m.routing, m.failover, observer, self._event) for m in deployment.models}
+        budget = RetryBudget(ratio=deployment.retry_ratio)
+        pools = {
+            model.name: Pool(model.name, model.routing, model.failover, model.admission, budget, observer, self._event)
+            for model in deployment.models
+        }
         self.fleet = Fleet(pools, deployment.health, deployment.supervision)
         self.generators: dict[str, Generator] = {}
         self._numbers = {name: itertools.count() for name in pools}
