@@ -13,11 +13,12 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from report import spread
 
 MOST_ADDED_P99 = 0.010
 """Seconds that a router may add at p99 where it is asked how much it carries."""
+RESOLUTION = 0.0005
+"""Seconds: two runs of the direct way differ by as much."""
 MOST_FOREIGN = 0.1
 """Cores that others may keep busy during a run that counts."""
 
@@ -58,23 +61,22 @@ class Results:
     idle: dict[str, list[float]] = field(default_factory=dict)
     """Cores that a router keeps busy with nothing to do, by round."""
 
-    def values(self, name: str, rate: float, figure: Callable[[Sample], float]) -> list[float]:
-        samples = self.samples.get((name, rate), {})
-        return [figure(sample) for sample in samples.values() if sample.figures["valid"]]
-
-    def added(self, name: str, rate: float, figure: str) -> list[float]:
-        """Seconds more than the direct way of the same round; infinite where more failed than the percentile allows."""
+    def added(self, name: str, rate: float, figure: str) -> dict[int, float]:
+        """By round, seconds more than the direct way; infinite where more failed than the percentile allows."""
         direct = self.samples.get(("direct", rate), {})
-        return [
-            sample.figures[figure] - direct[number].figures[figure]
+        return {
+            number: sample.figures[figure] - direct[number].figures[figure]
             for number, sample in self.samples.get((name, rate), {}).items()
             if number in direct and sample.figures["valid"] and direct[number].figures["valid"]
-        ]
+        }
 
     def carries(self, name: str, figures: Sequence[str]) -> list[float]:
         """By round, the highest rate up to which all of these were added at less than MOST_ADDED_P99, none failed."""
         most = []
         for number in sorted({n for samples in self.samples.values() for n in samples}):
+            first = self.samples.get(("direct", self.rates[0]), {}).get(number)
+            if first is None or not first.figures["valid"]:
+                continue  # the generator was disturbed: the round says nothing
             reached = 0.0
             for rate in self.rates:
                 sample, direct = (self.samples.get((who, rate), {}).get(number) for who in (name, "direct"))
@@ -197,7 +199,7 @@ def render(results: Results, arguments: argparse.Namespace, pinning: str) -> str
         "",
         _capacity_table(results),
         "",
-        _ratio_line(results),
+        _ratio_table(results),
     ]
     if results.missing:
         lines += ["", *(f"- {name} was not measured: {reason}" for name, reason in results.missing.items())]
@@ -226,7 +228,8 @@ def _latency_cells(results: Results, router: Router, rate: float, samples: list[
         if router.command is None:
             cells.append(spread((sample.figures[figure] for sample in samples), 1, 1e3))
         else:
-            cells.append("+" + spread(results.added(router.name, rate, figure), 1, 1e3))
+            added = results.added(router.name, rate, figure).values()
+            cells.append(("+" if added and statistics.median(added) >= 0 else "") + spread(added, 1, 1e3))
     if router.command is None:
         cells += ["–", "–"]
     else:
@@ -258,19 +261,21 @@ def _capacity_table(results: Results) -> str:
     return _table(titles, rows) + "\n\n" + note
 
 
-def _ratio_line(results: Results) -> str:
-    """shoal's added p50 beside the Rust routers', round by round, at each rate."""
+def _ratio_table(results: Results) -> str:
+    """shoal's added p50 beside the Rust routers', round by round."""
     rows = []
     for rate in results.rates:
         ours = results.added("shoal", rate, "ttft_p50")
         for rival in ("vllm-router", "sglang-router"):
             theirs = results.added(rival, rate, "ttft_p50")
-            ratios = [mine / other for mine, other in zip(ours, theirs, strict=False) if other > 0]
+            ratios = [ours[n] / max(theirs[n], RESOLUTION) for n in ours if n in theirs]
             if ratios:
                 rows.append([f"{rate:g}", rival, spread(ratios, 2)])
     if not rows:
         return ""
-    return "### shoal's added p50 TTFT / theirs\n\n" + _table(["streams/s", "router", "ratio"], rows)
+    note = f"Two runs of the direct way differ by {RESOLUTION * 1e3:g} ms: where theirs is less, it counts as that."
+    title = "### TTFT p50 that shoal adds / that they add"
+    return f"{title}\n\n{note}\n\n" + _table(["streams/s", "router", "ratio"], rows)
 
 
 def main(argv: list[str]) -> None:
@@ -282,7 +287,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ttft-ms", type=float, default=20.0)
     parser.add_argument("--itl-ms", type=float, default=20.0)
     parser.add_argument("--only", default="", help="routers beside the direct way, separated by commas; default: all")
-    parser.add_argument("--idle-seconds", type=float, default=5.0, help="how long an idle router is watched")
+    parser.add_argument("--idle-seconds", type=float, default=10.0, help="how long an idle router is watched")
     parser.add_argument("--attempts", type=int, default=3, help="runs of which the least disturbed counts")
     parser.add_argument("--patience-quiet", type=float, default=60.0, help="seconds to wait for other processes")
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "shoal" / "bench-venvs")
