@@ -163,8 +163,10 @@ class Benchmark:
         for url in urls:
             command += ["--url", url]
         command += ["--rate", str(rate), "--seconds", str(arguments.seconds), "--warm", str(warm)]
-        for option in ("api", "prompt", "prompt_tokens", "output_tokens", "seed", "tokenizer", "patience"):
+        for option in ("api", "prompt", "prompt_tokens", "output_tokens", "seed", "patience", "extra"):
             command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
+        for header in arguments.header:
+            command += ["--header", header]
         foreign, before = ForeignLoad(os.getpid()), tree_seconds(pid)
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         figures = json.loads(done.stdout)

@@ -304,9 +304,14 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def add_shape_options(parser: argparse.ArgumentParser) -> None:
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", action="append", required=True, help="several share the requests in turn")
     parser.add_argument("--model", default="mock")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="as the mocks'")
+    parser.add_argument("--warm", type=int, default=64, help="connections to each URL that are open when it begins")
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api", choices=["completions", "chat"], default="completions")
     parser.add_argument("--prompt", choices=["text", "ids"], default="text")
     parser.add_argument("--header", action="append", default=[], help="further header, such as 'authorization: ...'")
@@ -325,13 +330,12 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gateway.py load", description="One open-loop run.")
-    parser.add_argument("--url", action="append", required=True)
+    add_server_options(parser)
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second, Poisson")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--trace", type=Path, help="Azure CSV or Mooncake JSON lines, in place of --rate")
     parser.add_argument("--speed", type=float, default=1.0, help="of the trace")
     parser.add_argument("--limit", type=int, help="requests of the trace")
-    parser.add_argument("--warm", type=int, default=64, help="connections to each URL that are open when it begins")
     add_shape_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.trace is not None:

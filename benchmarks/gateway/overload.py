@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import uvloop
 
 from gateway.arrivals import Arrival, Phase, poisson
-from gateway.load import add_shape_options, figures_of, measure, percentile, shape_of
+from gateway.load import add_server_options, add_shape_options, figures_of, measure, percentile, shape_of
 from gateway.mock_openai import add_law_options, law_of
 from gateway.streams import Stream
 from gateway.tokens import vocabulary
@@ -125,7 +125,7 @@ def render(outcomes: Sequence[Outcome], capacity: float, recovery: float, valid:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gateway.py overload", description="Three times the capacity, then normal.")
-    parser.add_argument("--url", action="append", required=True)
+    add_server_options(parser)
     parser.add_argument("--capacity", type=float, help="requests a second; default: of the mocks by their law")
     parser.add_argument("--engines", type=int, default=2)
     add_law_options(parser)
@@ -136,7 +136,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--after", type=float, default=30.0, help="seconds")
     parser.add_argument("--ttft-target", type=float, default=2.0, help="seconds")
     parser.add_argument("--itl-target", type=float, default=0.1, help="seconds")
-    parser.add_argument("--warm", type=int, default=64)
     add_shape_options(parser)
     arguments = parser.parse_args(argv)
     law = law_of(arguments)
