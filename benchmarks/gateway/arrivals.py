@@ -1,0 +1,63 @@
+"""What is asked, and when: fixed before a run begins, so that a slow server cannot slow down the load that it gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at: float
+    """Seconds from the beginning of the run: the intended send."""
+    num_prompt: int
+    num_output: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of constant load."""
+
+    seconds: float
+    rate: float
+    """Requests a second, on average."""
+
+
+def poisson(phases: Sequence[Phase], num_prompt: int, num_output: int, seed: int) -> list[Arrival]:
+    """Independent arrivals at each phase's rate, one phase after another."""
+    draw = random.Random(seed)
+    arrivals, began = [], 0.0
+    for phase in phases:
+        at = began + draw.expovariate(phase.rate)
+        while at < began + phase.seconds:
+            arrivals.append(Arrival(at, num_prompt, num_output))
+            at += draw.expovariate(phase.rate)
+        began += phase.seconds
+    return arrivals
+
+
+def from_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> list[Arrival]:
+    """An Azure trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) or a Mooncake trace (JSON lines: timestamp in
+    milliseconds, input_length, output_length), `speed` times as fast as it was recorded.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        if path.suffix == ".jsonl":
+            rows = [(r["timestamp"] / 1e3, r["input_length"], r["output_length"]) for r in map(json.loads, file)]
+        else:
+            rows = [
+                # Seven decimals of a second are one more than `fromisoformat` of Python 3.11 is sure to take.
+                (
+                    datetime.fromisoformat(r["TIMESTAMP"][:26]).timestamp(),
+                    int(r["ContextTokens"]),
+                    int(r["GeneratedTokens"]),
+                )
+                for r in csv.DictReader(file)
+            ]
+    rows.sort()
+    first = rows[0][0]
+    return [Arrival((at - first) / speed, prompt, max(1, output)) for at, prompt, output in rows[:limit]]
