@@ -47,7 +47,7 @@ def servers(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 async def _wait_until_ready(servers: list[VllmServer]) -> None:
     for server in servers:
-        endpoint = OpenAIEndpoint("e", server.url)
+        endpoint = OpenAIEndpoint("e", server.url, vocab_size=49_152)
         while True:
             try:
                 await endpoint.start(RecordedFleet())
@@ -64,7 +64,7 @@ async def _wait_until_ready(servers: list[VllmServer]) -> None:
 async def both(servers: list[VllmServer]) -> AsyncIterator[tuple[OpenAIEndpoint, OpenAIEndpoint, RecordedFleet]]:
     """The endpoints, and what the first one reports."""
     fleet = RecordedFleet()
-    first, second = (OpenAIEndpoint(f"e{i}", server.url) for i, server in enumerate(servers))
+    first, second = (OpenAIEndpoint(f"e{i}", server.url, vocab_size=49_152) for i, server in enumerate(servers))
     try:
         await first.start(fleet)
         await second.start(RecordedFleet())

@@ -14,7 +14,7 @@ from shoal.core.types import Grammar, Rejected, Request, Sampling
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.openai_endpoint import OpenAIEndpoint
 from shoal.serve.protocol import CompletionRequest
-from tests.serve.openai_server import Fault, OpenAIServer, RecordedAttempt, RecordedFleet, next_token
+from tests.serve.openai_server import VOCAB, Fault, OpenAIServer, RecordedAttempt, RecordedFleet, next_token
 from tests.serve.running import RunningServer
 
 GREEDY = Sampling(temperature=0.0)
@@ -31,7 +31,7 @@ def request(**changes: Any) -> Request:
 @contextlib.asynccontextmanager
 async def endpoint_at(url: str, **options: Any) -> AsyncIterator[tuple[OpenAIEndpoint, RecordedFleet]]:
     fleet = RecordedFleet()
-    endpoint = OpenAIEndpoint("e", url, **options)
+    endpoint = OpenAIEndpoint("e", url, **({"vocab_size": VOCAB} | options))
     await endpoint.start(fleet)
     try:
         yield endpoint, fleet
@@ -67,7 +67,7 @@ def test_start_learns_what_the_server_says() -> None:
     async def main() -> None:
         async with (
             OpenAIServer() as server,
-            endpoint_at(server.url + "/v1/", vocab_size=997, api_key="k") as (e, _),
+            endpoint_at(server.url + "/v1/", api_key="k") as (e, _),
         ):
             assert (e.info.max_len, e.info.vocab_size, e.info.block_size, e.info.num_blocks) == (512, 997, 32, 77)
             assert not e.info.exact_resume
@@ -94,7 +94,7 @@ def test_what_cannot_be_started_says_why(change: dict[str, Any], message: str) -
             if "dies" in change:
                 await server.die()
             with pytest.raises(EndpointStartError) as caught:
-                async with endpoint_at(server.url, model=change.get("model", "")):
+                async with endpoint_at(server.url, model=change.get("model")):
                     pass
             assert message in str(caught.value)
             assert str(caught.value).startswith(f"endpoint 'e' at {server.url}: ")
@@ -104,7 +104,7 @@ def test_what_cannot_be_started_says_why(change: dict[str, Any], message: str) -
 
 def test_an_address_must_be_one() -> None:
     with pytest.raises(ValueError, match="'127.0.0.1:8000' is not an address like http"):
-        OpenAIEndpoint("e", "127.0.0.1:8000")
+        OpenAIEndpoint("e", "127.0.0.1:8000", vocab_size=VOCAB)
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------

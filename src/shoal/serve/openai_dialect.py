@@ -317,7 +317,7 @@ class ModelCard(msgspec.Struct):
 class Models(msgspec.Struct):
     data: list[ModelCard]
 
-    def choose(self, name: str) -> ModelCard:
+    def choose(self, name: str | None) -> ModelCard:
         """Raises ValueError, with a message for the user."""
         if name:
             for card in self.data:

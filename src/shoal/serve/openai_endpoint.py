@@ -54,16 +54,17 @@ class OpenAIEndpoint:
         name: str,
         url: str,
         *,
-        model: str = "",
+        vocab_size: int,
+        model: str | None = None,
         api_key: str | None = None,
         tls: ssl.SSLContext | None = None,
-        vocab_size: int = 0,
         idle_seconds: float = 60.0,
     ) -> None:
         """Raises ValueError, with a message for the user.
 
-        `model` may be empty where the server has one only. `vocab_size` is of the gateway's tokenizer: these servers do
-        not tell. A stream fails as hung after `idle_seconds` without a byte in which the server made no step either.
+        `vocab_size` is of the gateway's own files of the model: these servers do not tell. `model` is needed where the
+        server has several. A stream fails as hung after `idle_seconds` without a byte in which the server made no step
+        either.
         """
         self.name = name
         self.address = url.rstrip("/").removesuffix("/v1")
@@ -88,6 +89,8 @@ class OpenAIEndpoint:
         self._mark = 0
         self._progress_at = 0.0
         self._reported_at = 0.0
+        self._load = Load()
+        """As last polled."""
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class OpenAIEndpoint:
             num_blocks=load.num_blocks,
             exact_resume=self.server == "shoal",
         )
-        self._counted_steps, self._seen_steps = load.steps, 0
+        self._load, self._counted_steps, self._seen_steps = load, load.steps, 0
         self._progress_at = time.monotonic()
         self._listener = listener
         self._watcher = asyncio.create_task(self._watch(listener), name=f"watch {self.name}")
@@ -117,7 +120,7 @@ class OpenAIEndpoint:
     async def stop(self) -> None:
         await self._stop_watching()
         for one in list(self._tries.values()):
-            one.fail(EndpointFailure(kind="lost", message="the endpoint was stopped"))
+            one.fail(EndpointFailure(kind="drained", message="the endpoint was taken away"))
         self._client.close()
 
     async def _stop_watching(self) -> None:
@@ -197,8 +200,20 @@ class OpenAIEndpoint:
     def progressed(self, now: float) -> None:
         self._progress_at = now
         if now - self._reported_at >= _REPORT_SECONDS and self._listener is not None:
-            self._reported_at = now
-            self._listener.reported(self.name, EndpointReport(at=now, steps=self._steps))
+            self._report(self._listener, now)
+
+    def _report(self, listener: EndpointListener, now: float) -> None:
+        self._reported_at = now
+        listener.reported(
+            self.name,
+            EndpointReport(
+                at=now,
+                num_running=self._load.num_running,
+                num_waiting=self._load.num_waiting,
+                kv_usage=self._load.kv_usage,
+                steps=self._steps,
+            ),
+        )
 
     def poll_soon(self) -> None:
         self._wake.set()
@@ -233,17 +248,8 @@ class OpenAIEndpoint:
                 self._progress_at = now
             self._counted_steps = load.steps
             self._seen_steps = 0
-        self._reported_at = now
-        listener.reported(
-            self.name,
-            EndpointReport(
-                at=now,
-                num_running=load.num_running,
-                num_waiting=load.num_waiting,
-                kv_usage=load.kv_usage,
-                steps=self._steps,
-            ),
-        )
+        self._load = load
+        self._report(listener, now)
 
     def _end_refused_streams(self, now: float) -> None:
         """A server that shuts down refuses new connections while it completes its streams. vLLM on SIGTERM does not
