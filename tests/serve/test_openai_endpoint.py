@@ -13,7 +13,6 @@ from shoal.core.fleet_types import EndpointFailure
 from shoal.core.types import Grammar, Rejected, Request, Sampling
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.openai_endpoint import OpenAIEndpoint
-from shoal.serve.protocol import CompletionRequest
 from tests.serve.openai_server import VOCAB, Fault, OpenAIServer, RecordedAttempt, RecordedFleet, next_token
 from tests.serve.running import RunningServer
 
@@ -613,15 +612,18 @@ def test_a_real_server_stops_what_is_aborted(server: RunningServer) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.skipif("resume" not in CompletionRequest.__struct_fields__, reason="the server takes no resume")
 def test_a_real_server_goes_on_exactly(server: RunningServer) -> None:
     async def main() -> None:
         async with endpoint_at(server.url) as (endpoint, _):
-            sampling = Sampling(temperature=0.9, seed=3, frequency_penalty=0.5)
-            wanted = request(n=2, max_tokens=40, sampling=sampling)
+            sampling = Sampling(temperature=0.9, seed=3, frequency_penalty=0.5, logprobs=2)
+            wanted = request(n=2, max_tokens=40, sampling=sampling, cache_salt="salt")
             whole = await result(endpoint, wanted)
             given = {0: whole.tokens[0][:7], 1: whole.tokens[1][:25]}
             resumed = await result(endpoint, request(**_fields(wanted) | {"id": "on", "resume": given}))
             assert {i: given[i] + resumed.tokens[i] for i in (0, 1)} == whole.tokens
+            for i in (0, 1):
+                seen = whole.logprobs[i][len(given[i]) :]
+                assert [e.top_ids for e in resumed.logprobs[i]] == [e.top_ids for e in seen]
+                assert all(len(entry.top_ids) == 2 for entry in seen)
 
     asyncio.run(main())
