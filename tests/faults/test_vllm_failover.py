@@ -19,7 +19,7 @@ from shoal.core.types import Grammar, Request, Sampling
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.openai_endpoint import OpenAIEndpoint
 from tests.faults.vllm_server import START_SECONDS, VllmServer, make_checkpoint
-from tests.serve.openai_server import RecordedAttempt, RecordedFleet
+from tests.serve.openai_fleet import RecordedAttempt, RecordedFleet
 
 pytestmark = pytest.mark.timeout(900)
 
