@@ -207,7 +207,7 @@ class OpenAIServer:
         finish = "stop" if stops else "length" if len(generated) >= body["max_tokens"] else None
         choice = {
             "index": i,
-            "text": "",
+            "text": "x",
             "token_ids": [token],
             "logprobs": None,
             "finish_reason": finish,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from shoal.core.engine_core import sequences_of
 from shoal.core.fleet_types import EndpointFailure, FailureKind
 from shoal.core.types import Output, Rejected, TokenLogprobs
 from shoal.serve import openai_dialect as dialect
@@ -49,10 +50,7 @@ class OpenAIAttempt:
         self.attempt = attempt
         self.request = attempt.request
         self.heard_at = time.monotonic()
-        given = self.request.resume
-        if given is None:
-            given = {index: [] for index in range(self.request.n)}
-        self._open = {index: Sequence(index, tokens) for index, tokens in given.items()}
+        self._open = {index: Sequence(index, list(tokens)) for index, tokens in sequences_of(self.request).items()}
         """Sequences that have not ended."""
         self._streams: dict[CompletionStream, None] = {}
         self._body = dialect.body_of(self.request, endpoint.served_model, endpoint.server, self.heard_at)
@@ -100,7 +98,7 @@ class OpenAIAttempt:
         if sequence is None or sequence.index not in self._open:
             return None
         self.endpoint.stepped(sequence)
-        if choice.token_ids is None and (choice.finish_reason is None or choice.finish_reason in dialect.FINISHES):
+        if choice.token_ids is None and choice.text:
             raise dialect.Unreadable("the endpoint sends no token ids")
         ids = choice.token_ids or []
         logprobs: list[TokenLogprobs] = []

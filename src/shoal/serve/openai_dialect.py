@@ -172,6 +172,7 @@ class Logprobs(msgspec.Struct):
 
 class Choice(msgspec.Struct):
     index: int = 0
+    text: str = ""
     token_ids: list[int] | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
