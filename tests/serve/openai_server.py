@@ -260,6 +260,6 @@ class OpenAIServer:
 def reset(writer: asyncio.StreamWriter) -> None:
     """RST instead of FIN."""
     sock = writer.get_extra_info("socket")
-    if sock is not None:
+    if not writer.transport.is_closing():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
