@@ -19,7 +19,8 @@ from shoal.core.types import Grammar, Request, Sampling
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.openai_endpoint import OpenAIEndpoint
 from tests.faults.vllm_server import START_SECONDS, VllmServer, make_checkpoint
-from tests.serve.openai_server import RecordedAttempt, RecordedFleet
+from tests.serve.openai_fleet import RecordedAttempt, RecordedFleet
+from tests.serve.running import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -47,7 +48,7 @@ def servers(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 async def _wait_until_ready(servers: list[VllmServer]) -> None:
     for server in servers:
-        endpoint = OpenAIEndpoint("e", server.url)
+        endpoint = OpenAIEndpoint("e", server.url, vocab_size=49_152)
         while True:
             try:
                 await endpoint.start(RecordedFleet())
@@ -64,7 +65,7 @@ async def _wait_until_ready(servers: list[VllmServer]) -> None:
 async def both(servers: list[VllmServer]) -> AsyncIterator[tuple[OpenAIEndpoint, OpenAIEndpoint, RecordedFleet]]:
     """The endpoints, and what the first one reports."""
     fleet = RecordedFleet()
-    first, second = (OpenAIEndpoint(f"e{i}", server.url) for i, server in enumerate(servers))
+    first, second = (OpenAIEndpoint(f"e{i}", server.url, vocab_size=49_152) for i, server in enumerate(servers))
     try:
         await first.start(fleet)
         await second.start(RecordedFleet())
@@ -160,7 +161,7 @@ def test_streams_of_a_server_that_hangs_go_on_elsewhere(servers: list[VllmServer
                 await attempt.wait_for_tokens(8)
             servers[0].signal(signal.SIGSTOP)
             try:
-                assert set(servers[0].states()) == {"T"}
+                await asyncio.to_thread(wait_until, lambda: set(servers[0].states()) == {"T"}, 5, "all to be stopped")
                 await asyncio.sleep(0.5)
                 num_reports = len(fleet.reports)
                 await asyncio.sleep(2.5)
@@ -200,7 +201,7 @@ def test_no_stream_is_lost_when_a_server_is_killed(servers: list[VllmServer]) ->
             assert any(attempt.tokens for attempt in lost)
             async with asyncio.timeout(5):
                 await fleet.is_gone.wait()
-            assert noticed < 1.0
+            assert noticed < 2.0, "reset connections tell at once; the rest is a busy machine"
             assert await joined(attempts, second) == control
 
     asyncio.run(main())

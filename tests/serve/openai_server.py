@@ -1,4 +1,4 @@
-"""An OpenAI server with token ids on a real socket, whose faults are scripted, and the fleet's side of an attempt.
+"""An OpenAI server with token ids on a real socket, whose faults are scripted.
 
 Its model is arithmetic: a greedy token depends on all tokens before it, a sampled one also on the seed and on how many
 were drawn, as in a server that seeds a generator for each sequence.
@@ -13,9 +13,6 @@ import struct
 from typing import Any
 
 import msgspec
-
-from shoal.core.fleet_types import EndpointFailure, EndpointReport
-from shoal.core.types import Output, Rejected, Request
 
 VOCAB = 997
 
@@ -210,7 +207,7 @@ class OpenAIServer:
         finish = "stop" if stops else "length" if len(generated) >= body["max_tokens"] else None
         choice = {
             "index": i,
-            "text": "",
+            "text": "x",
             "token_ids": [token],
             "logprobs": None,
             "finish_reason": finish,
@@ -263,81 +260,6 @@ class OpenAIServer:
 def reset(writer: asyncio.StreamWriter) -> None:
     """RST instead of FIN."""
     sock = writer.get_extra_info("socket")
-    if sock is not None:
+    if not writer.transport.is_closing():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
-
-
-# --- the fleet's side ----------------------------------------------------------------------------------------------
-
-
-class RecordedAttempt:
-    """Keeps what an endpoint says, and that it says nothing that it may not."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.tokens: dict[int, list[int]] = {}
-        self.logprobs: dict[int, list[Any]] = {}
-        self.outputs: list[Output] = []
-        self.finished: dict[int, Output] = {}
-        self.reason: EndpointFailure | Rejected | None = None
-        self.given_up = False
-        self.over = asyncio.Event()
-        self.progress = asyncio.Event()
-        """Set with every output."""
-        indices = range(request.n) if request.resume is None else request.resume
-        self._open = dict.fromkeys(indices)
-
-    def output(self, output: Output) -> None:
-        assert self.reason is None and not self.given_up, "called after its end"
-        assert output.request_id == self.request.id
-        assert output.index in self._open, f"sequence {output.index} had ended, or was not asked for"
-        assert output.token_ids or output.finish
-        assert self.request.sampling.logprobs is None or len(output.logprobs) == len(output.token_ids)
-        self.outputs.append(output)
-        self.tokens.setdefault(output.index, []).extend(output.token_ids)
-        self.logprobs.setdefault(output.index, []).extend(output.logprobs)
-        if output.finish is not None:
-            self.finished[output.index] = output
-            del self._open[output.index]
-        if not self._open:
-            self.over.set()
-        self.progress.set()
-
-    def ended(self, reason: EndpointFailure | Rejected) -> None:
-        assert self.reason is None and not self.given_up and self._open, "ended twice, or after its end"
-        self.reason = reason
-        self.over.set()
-        self.progress.set()
-
-    def aborted(self, index: int) -> None:
-        del self._open[index]
-
-    async def wait(self, seconds: float = 20) -> None:
-        async with asyncio.timeout(seconds):
-            await self.over.wait()
-
-    async def wait_for_tokens(self, count: int, seconds: float = 20) -> None:
-        """Of each of its sequences."""
-        async with asyncio.timeout(seconds):
-            while any(len(self.tokens.get(i, [])) < count for i in self._open) and not self.over.is_set():
-                self.progress.clear()
-                await self.progress.wait()
-
-
-class RecordedFleet:
-    def __init__(self) -> None:
-        self.reports: list[EndpointReport] = []
-        self.gone_because: str | None = None
-        self.is_gone = asyncio.Event()
-
-    def reported(self, name: str, report: EndpointReport) -> None:
-        assert self.gone_because is None
-        previous = [r.steps for r in self.reports if r.steps is not None]
-        assert report.steps is None or not previous or report.steps >= previous[-1], "steps fell"
-        self.reports.append(report)
-
-    def gone(self, name: str, reason: str) -> None:
-        assert self.gone_because is None, "gone twice"
-        self.gone_because = reason
-        self.is_gone.set()

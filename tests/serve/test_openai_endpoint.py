@@ -1,64 +1,26 @@
-"""The OpenAI dialect of an endpoint, against a scripted server and against a real shoal server."""
+"""The OpenAI dialect of an endpoint, against a scripted server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from shoal.core.fleet_types import EndpointFailure
-from shoal.core.types import Grammar, Rejected, Request, Sampling
+from shoal.core.types import Grammar, Rejected, Sampling
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.openai_endpoint import OpenAIEndpoint
-from shoal.serve.protocol import CompletionRequest
-from tests.serve.openai_server import Fault, OpenAIServer, RecordedAttempt, RecordedFleet, next_token
-from tests.serve.running import RunningServer
-
-GREEDY = Sampling(temperature=0.0)
-SAMPLED = Sampling(temperature=0.8, seed=5)
-PENALISED = Sampling(temperature=0.0, frequency_penalty=0.5)
-CONSTRAINED = Sampling(temperature=0.0, grammar=Grammar("regex", "[a-z]+", ""))
-ALL = {"greedy": GREEDY, "sampled": SAMPLED, "penalised": PENALISED, "constrained": CONSTRAINED}
-
-
-def request(**changes: Any) -> Request:
-    return Request(**({"id": "r", "prompt": [3, 1, 4], "max_tokens": 12, "sampling": GREEDY} | changes))
-
-
-@contextlib.asynccontextmanager
-async def endpoint_at(url: str, **options: Any) -> AsyncIterator[tuple[OpenAIEndpoint, RecordedFleet]]:
-    fleet = RecordedFleet()
-    endpoint = OpenAIEndpoint("e", url, **options)
-    await endpoint.start(fleet)
-    try:
-        yield endpoint, fleet
-    finally:
-        await endpoint.stop()
-    assert not endpoint._tries, "attempts are left"
-
-
-async def result(endpoint: OpenAIEndpoint, wanted: Request) -> RecordedAttempt:
-    attempt = RecordedAttempt(wanted)
-    endpoint.submit(attempt)
-    assert not attempt.outputs and attempt.reason is None, "something was called before submit returned"
-    await attempt.wait()
-    return attempt
-
-
-def failure(attempt: RecordedAttempt) -> EndpointFailure:
-    assert isinstance(attempt.reason, EndpointFailure), attempt.reason
-    return attempt.reason
-
-
-async def undisturbed(wanted: Request) -> RecordedAttempt:
-    async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
-        attempt = await result(endpoint, wanted)
-        assert attempt.reason is None
-        return attempt
-
+from tests.serve.openai_fleet import (
+    SAMPLED,
+    RecordedAttempt,
+    RecordedFleet,
+    endpoint_at,
+    failure,
+    request,
+    result,
+    undisturbed,
+)
+from tests.serve.openai_server import Fault, OpenAIServer, next_token
 
 # --- start ----------------------------------------------------------------------------------------------------------
 
@@ -67,7 +29,7 @@ def test_start_learns_what_the_server_says() -> None:
     async def main() -> None:
         async with (
             OpenAIServer() as server,
-            endpoint_at(server.url + "/v1/", vocab_size=997, api_key="k") as (e, _),
+            endpoint_at(server.url + "/v1/", api_key="k") as (e, _),
         ):
             assert (e.info.max_len, e.info.vocab_size, e.info.block_size, e.info.num_blocks) == (512, 997, 32, 77)
             assert not e.info.exact_resume
@@ -94,7 +56,7 @@ def test_what_cannot_be_started_says_why(change: dict[str, Any], message: str) -
             if "dies" in change:
                 await server.die()
             with pytest.raises(EndpointStartError) as caught:
-                async with endpoint_at(server.url, model=change.get("model", "")):
+                async with endpoint_at(server.url, model=change.get("model")):
                     pass
             assert message in str(caught.value)
             assert str(caught.value).startswith(f"endpoint 'e' at {server.url}: ")
@@ -104,7 +66,7 @@ def test_what_cannot_be_started_says_why(change: dict[str, Any], message: str) -
 
 def test_an_address_must_be_one() -> None:
     with pytest.raises(ValueError, match="'127.0.0.1:8000' is not an address like http"):
-        OpenAIEndpoint("e", "127.0.0.1:8000")
+        OpenAIEndpoint("e", "127.0.0.1:8000", vocab_size=997)
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -470,158 +432,5 @@ def test_without_metrics_an_answer_is_a_sign_of_life() -> None:
                     while len(fleet.reports) < 2:
                         await asyncio.sleep(0.05)
                 assert fleet.reports[-1].num_running is None
-
-    asyncio.run(main())
-
-
-# --- going on elsewhere ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampling", ALL.values(), ids=ALL)
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("after", [0, 1, 7])
-def test_a_request_goes_on_as_it_would_have(sampling: Sampling, n: int, after: int) -> None:
-    async def main() -> None:
-        # A prompt in which nothing is unknown, so that a stop token comes up in some sequences.
-        wanted = request(n=n, sampling=sampling, min_tokens=9)
-        whole = await undisturbed(wanted)
-        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
-            fault = Fault(kind="reset", after=after)
-            server.faults = [Fault(kind="none") for _ in range(n - 1)] + [fault]
-            first = await result(endpoint, wanted)
-            assert fault.happened and failure(first).kind == "lost"
-            given = {i: first.tokens.get(i, []) for i in range(n) if i not in first.finished}
-            resumed = await result(endpoint, request(**_fields(wanted) | {"id": "again", "resume": given}))
-            assert resumed.reason is None
-        for i in range(n):
-            assert first.tokens.get(i, []) + resumed.tokens.get(i, []) == whole.tokens[i]
-        sent = server.bodies[-1]
-        if sampling is GREEDY:
-            assert sent["prompt"] == [3, 1, 4, *given[n - 1]], "nothing is generated twice"
-            assert sent["max_tokens"] == 12 - len(given[n - 1])
-            assert sent.get("min_tokens", 0) == 9 - len(given[n - 1])
-        else:
-            assert sent["prompt"] == [3, 1, 4]
-
-    asyncio.run(main())
-
-
-def _fields(wanted: Request) -> dict[str, Any]:
-    return {name: getattr(wanted, name) for name in wanted.__struct_fields__}
-
-
-@pytest.mark.parametrize("sampling", [SAMPLED, PENALISED])
-@pytest.mark.parametrize("cut", [None, 11])
-def test_a_replay_that_diverges_continues_from_what_was_delivered(sampling: Sampling, cut: int | None) -> None:
-    async def main() -> None:
-        given = (await undisturbed(request(sampling=sampling))).tokens[0][:6]
-        async with OpenAIServer(cut=cut) as server, endpoint_at(server.url) as (endpoint, _):
-            fault = Fault(kind="diverge", after=3)
-            server.faults = [fault]
-            attempt = await result(endpoint, request(sampling=sampling, resume={0: given}))
-            assert fault.happened and attempt.reason is None
-            assert len(attempt.tokens[0]) == 6, "no token of the diverging replay was passed on"
-            assert server.bodies[-1]["prompt"] == [3, 1, 4, *given] and server.bodies[-1]["max_tokens"] == 6
-            control = await result(endpoint, request(id="control", sampling=sampling, resume={0: given}))
-            assert control.reason is None and server.bodies[-1]["prompt"] == [3, 1, 4]
-
-    asyncio.run(main())
-
-
-def test_a_replay_that_ends_too_early_diverges() -> None:
-    async def main() -> None:
-        given = (await undisturbed(request(sampling=SAMPLED))).tokens[0][:6]
-        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
-            wanted = request(sampling=SAMPLED, resume={0: given}, stop_token_ids=[given[2]])
-            attempt = await result(endpoint, wanted)
-            assert attempt.reason is None and len(server.bodies) == 3, "probe, replay, continuation"
-            assert server.bodies[-1]["prompt"] == [3, 1, 4, *given]
-
-    asyncio.run(main())
-
-
-def test_a_structured_output_that_diverges_fails_rather_than_break_its_grammar() -> None:
-    async def main() -> None:
-        given = (await undisturbed(request(sampling=CONSTRAINED))).tokens[0][:6]
-        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
-            server.faults = [Fault(kind="diverge", after=3)]
-            attempt = await result(endpoint, request(sampling=CONSTRAINED, resume={0: given}))
-            assert failure(attempt).kind == "error"
-            assert "structured output cannot be continued" in failure(attempt).message
-            assert not attempt.outputs
-
-    asyncio.run(main())
-
-
-def test_only_an_end_that_was_not_heard() -> None:
-    async def main() -> None:
-        given = (await undisturbed(request())).tokens[0]
-        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, _):
-            attempt = await result(endpoint, request(resume={0: given}))
-            assert attempt.finished[0].finish == "length" and attempt.tokens[0] == []
-
-    asyncio.run(main())
-
-
-def test_a_shoal_server_is_told_what_was_generated() -> None:
-    async def main() -> None:
-        async with OpenAIServer(owned_by="shoal") as server, endpoint_at(server.url) as (endpoint, _):
-            attempt = await result(endpoint, request(n=3, sampling=SAMPLED, resume={0: [5, 6], 2: []}))
-            assert attempt.reason is None and sorted(attempt.finished) == [0, 2]
-            assert server.bodies[-1]["resume"] == {"0": [5, 6], "2": []}
-            assert server.bodies[-1]["n"] == 3
-
-    asyncio.run(main())
-
-
-# --- a real shoal server --------------------------------------------------------------------------------------------
-
-
-def test_a_real_server_generates(server: RunningServer) -> None:
-    async def main() -> None:
-        async with endpoint_at(server.url) as (endpoint, fleet):
-            assert endpoint.info.exact_resume and endpoint.info.max_len == 8192
-            wanted = request(n=2, max_tokens=40, sampling=Sampling(temperature=0.9, seed=3))
-            first = await result(endpoint, wanted)
-            assert first.reason is None and [len(first.tokens[i]) for i in (0, 1)] == [40, 40]
-            again = await result(endpoint, request(**_fields(wanted) | {"id": "again"}))
-            assert again.tokens == first.tokens
-            stop = first.tokens[0][5]
-            stopped = await result(endpoint, request(**_fields(wanted) | {"id": "s", "n": 1, "stop_token_ids": [stop]}))
-            assert stopped.tokens[0] == first.tokens[0][: first.tokens[0].index(stop) + 1]
-            assert stopped.finished[0].stop_token == stop
-            async with asyncio.timeout(5):
-                while not any(report.num_running is not None for report in fleet.reports):
-                    await asyncio.sleep(0.05)
-            refused = await result(endpoint, request(id="long", prompt=[1] * 9000))
-            assert isinstance(refused.reason, Rejected) and refused.reason.field == "prompt"
-
-    asyncio.run(main())
-
-
-def test_a_real_server_stops_what_is_aborted(server: RunningServer) -> None:
-    async def main() -> None:
-        async with endpoint_at(server.url) as (endpoint, _):
-            attempt = RecordedAttempt(request(max_tokens=8000))
-            endpoint.submit(attempt)
-            await attempt.wait_for_tokens(1)
-            assert await asyncio.to_thread(server.metric, "shoal:num_requests_running") == 1
-            endpoint.abort("r")
-            attempt.given_up = True
-            await asyncio.to_thread(server.wait_for_metric, "shoal:num_requests_running", 0)
-
-    asyncio.run(main())
-
-
-@pytest.mark.skipif("resume" not in CompletionRequest.__struct_fields__, reason="the server takes no resume")
-def test_a_real_server_goes_on_exactly(server: RunningServer) -> None:
-    async def main() -> None:
-        async with endpoint_at(server.url) as (endpoint, _):
-            sampling = Sampling(temperature=0.9, seed=3, frequency_penalty=0.5)
-            wanted = request(n=2, max_tokens=40, sampling=sampling)
-            whole = await result(endpoint, wanted)
-            given = {0: whole.tokens[0][:7], 1: whole.tokens[1][:25]}
-            resumed = await result(endpoint, request(**_fields(wanted) | {"id": "on", "resume": given}))
-            assert {i: given[i] + resumed.tokens[i] for i in (0, 1)} == whole.tokens
 
     asyncio.run(main())

@@ -172,6 +172,7 @@ class Logprobs(msgspec.Struct):
 
 class Choice(msgspec.Struct):
     index: int = 0
+    text: str = ""
     token_ids: list[int] | None = None
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
@@ -317,7 +318,7 @@ class ModelCard(msgspec.Struct):
 class Models(msgspec.Struct):
     data: list[ModelCard]
 
-    def choose(self, name: str) -> ModelCard:
+    def choose(self, name: str | None) -> ModelCard:
         """Raises ValueError, with a message for the user."""
         if name:
             for card in self.data:

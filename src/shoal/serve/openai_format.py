@@ -142,6 +142,7 @@ class CompletionFormat:
         self._tokenizer = tokenizer
         self._with_ids = bool(body.return_token_ids)
         self._wants_logprobs = body.logprobs is not None
+        self._by_id = bool(body.return_tokens_as_token_ids)
         self._head = {
             "id": f"cmpl-{request_id}",
             "object": "text_completion",
@@ -193,12 +194,15 @@ class CompletionFormat:
                 ending |= {"prompt_token_ids": self._unsent_prompts.pop(index)}
         return ending
 
+    def _name(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._by_id else self._tokenizer.token_text(token_id)
+
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if not self._wants_logprobs:
             return None
         tokens, offsets = [], []
         for token_id in piece.token_ids[: len(piece.logprobs)]:
-            tokens.append(self._tokenizer.token_text(token_id))
+            tokens.append(self._name(token_id))
             offsets.append(self._offset[index])
             self._offset[index] += len(tokens[-1])
         return {
@@ -206,7 +210,7 @@ class CompletionFormat:
             "token_logprobs": [max(entry.logprob, _LEAST_LOGPROB) for entry in piece.logprobs],
             "top_logprobs": [
                 {
-                    self._tokenizer.token_text(i): max(lp, _LEAST_LOGPROB)
+                    self._name(i): max(lp, _LEAST_LOGPROB)
                     for i, lp in zip(entry.top_ids, entry.top_logprobs, strict=True)
                 }
                 for entry in piece.logprobs

@@ -135,6 +135,8 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     those that follow, as they would have followed (core/types.py)."""
     cache_salt: str | None = None
     """For other gateways, which derive it from their tenants. Of a client it is refused."""
+    return_tokens_as_token_ids: bool | None = None
+    """Log-probabilities name tokens "token_id:123": the text of a token is not enough to tell it by."""
     echo: bool | None = False
     suffix: str | None = None
     add_special_tokens: bool = True

@@ -67,7 +67,7 @@ class Session:
         endpoint: Endpoint = OpenAIEndpoint(
             name,
             address.openai,
-            model=address.model or "",
+            model=address.model,
             api_key=address.api_key,
             vocab_size=load_spec(self.files[model.name].path).vocab_size,
         )
