@@ -1,0 +1,330 @@
+"""One endpoint as a gateway sees it: what it was sent, how fast it has been, and what a further request would wait there.
+
+What this gateway sent is counted exactly. Reports of the endpoint add what others sent, for as long as they are fresh.
+No call costs more than a few microseconds: work over all running requests is done once in so many events.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shoal.core.estimates import Coefficients, Line, OutputLengths
+from shoal.core.fleet_types import EndpointReport, RouteRequest
+
+REPORT_SECONDS = 5.0
+"""A report counts less the older it is, and nothing after so long."""
+FORGET_SECONDS = 20.0
+"""A speed that was not seen for so long counts half, and that of the endpoint's peers the other half. So one that was
+slow and gets nothing for it comes to look worth a try, gets a request, and is seen anew."""
+REFRESH_SECONDS = 0.5
+"""How long what depends only slowly on time is kept."""
+
+
+class Typical(msgspec.Struct, frozen=True):
+    """The speed of a new endpoint: that of the median one, or of a GPU if nothing has been seen at all."""
+
+    prefill: Coefficients = Coefficients(0.01, 1e-4)
+    decode: Coefficients = Coefficients(0.02, 1e-4)
+
+
+class Work(msgspec.Struct):
+    """A request at an endpoint."""
+
+    num_new: int
+    """Tokens to prefill: those that were not expected in its prefix cache."""
+    limit: int
+    expected: float
+    """Tokens of output, as expected when it was sent."""
+    started: float = 0.0
+    """What `EndpointView.progress` was at its first token."""
+
+
+class EndpointView:
+    def __init__(
+        self, name: str, max_sequences: int | None, capacity: int | None, lengths: OutputLengths, typical: Typical
+    ) -> None:
+        self.name = name
+        self.max_sequences = max_sequences
+        self.capacity = capacity
+        """Tokens of its KV cache."""
+        self.turn = 0
+        """Number of the last request that any endpoint of the model was sent, when this one was: breaks ties."""
+        self.waiting: dict[str, Work] = {}
+        """Without a first token, oldest first."""
+        self.running: dict[str, Work] = {}
+        self.backlog = 0
+        """Tokens to prefill for those that wait."""
+        self.typical = typical
+        self.prefill = Line(1.0)
+        """Seconds from one first token to the next, by the tokens prefilled between."""
+        self.decode = Line(0.25)
+        """Seconds of a step, by the sequences running."""
+        self.progress = 0.0
+        """Tokens that a sequence running all the time would have: the sum of tokens / running over all steps. What a
+        request has generated is the growth of this since its first token, without counting for each at every step."""
+        self._lengths = lengths
+        self._promised = 0.0
+        """Expected tokens of output of those that wait."""
+        self._remaining = 0.0
+        """Tokens of output still to come for those that run, when last counted, less what came since."""
+        self._held = 0.0
+        """KV tokens of those that run or wait, alike."""
+        self._uncounted = 0
+        self._came = 0
+        """Requests that came, began or went, and tokens that came, since the count."""
+        self._sign = 0.0
+        """When it last did what it should."""
+        self._prefill_since = 0.0
+        """Since when the oldest request that waits may have been prefilled."""
+        self._batch = (0, 0.0, 0.0)
+        """The last first tokens: tokens prefilled, seconds that took, when. Those of one step are one observation."""
+        self._window = (0.0, 0)
+        """Decoding observed: since when, tokens since."""
+        self._measured = (0.0, 0.0)
+        """When prefill and decode were last observed."""
+        self._report: EndpointReport | None = None
+        self._steps = -1
+        self._others = 0.0
+        self._others_backlog = 0.0
+        """Sequences and prompt tokens that others have there, by its last report."""
+        self._stale = True
+        self._refreshed = 0.0
+        self._refresh(0.0)
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+
+    def dispatched(self, request: RouteRequest, num_cached: int, expected: float, now: float) -> None:
+        self.finished(request.id, now)
+        if not self.waiting:
+            self._prefill_since = now
+            if not self.running:
+                self._sign = max(self._sign, now)
+        work = Work(max(request.num_prompt - num_cached, 1), request.num_output, expected)
+        self.waiting[request.id] = work
+        self.backlog += work.num_new
+        self._promised += expected
+        self._held += work.num_new
+        self._changed(now)
+
+    def first_token(self, request_id: str, now: float) -> bool:
+        """Whether a speed was learned."""
+        work = self.waiting.pop(request_id, None)
+        if work is None:
+            return False
+        self.backlog -= work.num_new
+        self._promised -= work.expected
+        tokens, seconds, at = self._batch
+        learned = False
+        if now - at > seconds / 5:
+            learned = self._learn_prefill()
+            tokens, seconds = 0, now - self._prefill_since
+        self._batch = (tokens + work.num_new, seconds, now)
+        self._prefill_since = now
+        work.started = self.progress
+        self.running[request_id] = work
+        self._remaining += work.expected
+        self._sign = max(self._sign, now)
+        self._changed(now)
+        return learned
+
+    def progressed(self, tokens: int, now: float) -> bool:
+        """Whether a speed was learned."""
+        running = len(self.running)
+        self._sign = max(self._sign, now)
+        if not running or tokens < 1:
+            return False
+        self.progress += tokens / running
+        self._remaining -= tokens
+        self._held += tokens
+        self._came += tokens
+        if self._came * 4 > self._remaining and self._came > 8 * running:
+            self._count()
+        since, seen = self._window
+        seen += tokens
+        if seen < running or now <= since:
+            self._window = (since, seen)
+            return False
+        self._window = (now, 0)
+        sequences = running + self._others
+        seconds = (now - since) * running / seen
+        # A step that prefills too is longer: of those it only counts that a decode cannot be slower than they are.
+        mixed = bool(self.waiting) or self._others_backlog > 0
+        if mixed and (not self.decode.count or seconds >= self.decode.coefficients.at(sequences)):
+            return False
+        self.decode.observe(sequences, seconds)
+        self._measured = (self._measured[0], now)
+        self._stale = True
+        return True
+
+    def finished(self, request_id: str, now: float) -> Work | None:
+        work = self.waiting.get(request_id)
+        if work is not None:
+            if next(iter(self.waiting)) == request_id:
+                self._prefill_since = now
+            del self.waiting[request_id]
+            self.backlog -= work.num_new
+            self._promised -= work.expected
+        else:
+            if self._departures(0) > 0:
+                self._prefill_since = now  # until now the oldest could not be let in
+            work = self.running.pop(request_id, None)
+            if work is None:
+                return None
+        self._changed(now)
+        return work
+
+    def reported(self, report: EndpointReport, now: float) -> None:
+        if self._report is not None and report.at < self._report.at:
+            return
+        load = report.load
+        steps = report.steps if load is None else load.steps
+        if steps is not None and steps != self._steps:
+            self._steps = steps
+            self._sign = max(self._sign, min(report.at, now))
+        self._report = report
+        running, waiting = report.num_running, report.num_waiting
+        backlog: float | None = None
+        if load is not None:
+            running, waiting, backlog = load.num_running, load.num_waiting, load.num_waiting_tokens
+        if running is None and waiting is None:
+            return
+        own = len(self.waiting) + len(self.running)
+        others = max((running or 0) + (waiting or 0) - own, 0)
+        if backlog is None:
+            backlog = min(others, waiting or 0) * (self._held / own if own else 0.0)
+        else:
+            backlog = max(backlog - self.backlog, 0) if others else 0.0
+        # Half of the last value: own requests that are on their way are counted here and not there for a moment.
+        self._others = (self._others + others) / 2 if self._others >= 0.25 or others else 0.0
+        self._others_backlog = (self._others_backlog + backlog) / 2 if others else 0.0
+        self._stale = True
+
+    # --- what is expected -------------------------------------------------------------------------------------------
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def outstanding(self) -> float:
+        """Tokens to be prefilled or generated for this gateway's requests."""
+        return self.backlog + self._promised + max(self._remaining, float(len(self.running)))
+
+    def first_token_in(self, num_new: int, now: float) -> float:
+        """Seconds until a request that comes now and has so many tokens to prefill would have its first token."""
+        if self._stale or now - self._refreshed > REFRESH_SECONDS:
+            self._refresh(now)
+        wait = self._queue + self._overhead + num_new * self._token_seconds
+        if self._busy:
+            if self._head:
+                wait -= min(max(now - self._prefill_since, 0.0), self._head)
+            # What is late is expected to be late for as long again: a hang looks slower from moment to moment.
+            late = now - self._sign - self._patience
+            if late > 0:
+                wait += late
+        if self._tight:
+            wait += self._departures(num_new) * self._departure_seconds
+        return wait
+
+    @property
+    def token_seconds(self) -> float:
+        """Of prefill, for one token."""
+        return self._token_seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Between two tokens of a sequence, once another one runs there."""
+        return self._step
+
+    def speeds(self, now: float) -> tuple[Coefficients, Coefficients]:
+        """Prefill and decode, as believed now."""
+        prefill, decode = self.typical.prefill, self.typical.decode
+        if self.prefill.count:
+            prefill = self.prefill.coefficients.toward(prefill, _faded(now - self._measured[0]))
+        if self.decode.count:
+            decode = self.decode.coefficients.toward(decode, _faded(now - self._measured[1]))
+        return prefill, decode
+
+    def _refresh(self, now: float) -> None:
+        """Everything about a prediction that does not depend on the request, and on time only slowly."""
+        self._stale = False
+        self._refreshed = now
+        fresh = 0.0
+        if self._report is not None:
+            fresh = max(1 - max(now - self._report.at, 0.0) / REPORT_SECONDS, 0.0)
+        others, backlog = self._others * fresh, self._others_backlog * fresh
+        prefill, decode = self.speeds(now)
+        running = len(self.running) + others
+        self._token_seconds = prefill.slope
+        self._overhead = prefill.intercept
+        self._step = decode.at(running + len(self.waiting) + 1)
+        self._queue = (self.backlog + backlog) * prefill.slope
+        self._busy = bool(self.waiting or self.running)
+        head = next(iter(self.waiting.values())).num_new * prefill.slope if self.waiting else 0.0
+        self._patience = 2 * (self._step + prefill.intercept + head)
+        self._load = running + len(self.waiting)
+        self._tight = (self.max_sequences is not None and self._load >= self.max_sequences) or (
+            self.capacity is not None and self._held > self.capacity / 2
+        )
+        blocked = self.max_sequences is not None and running >= self.max_sequences
+        self._head = 0.0 if blocked else head
+        each = max(self._remaining / max(len(self.running), 1), 1.0)
+        self._departure_seconds = each * self._step / max(running, 1.0)
+
+    def _departures(self, num_new: int) -> float:
+        """How many of its sequences must end before one more, with so many tokens of its own, is let in."""
+        needed = 0.0
+        if self.max_sequences is not None:
+            needed = self._load + 1 - self.max_sequences
+        if self.capacity is not None and self._held + num_new > self.capacity:
+            each = self._held / max(self.num_requests, 1)
+            needed = max(needed, (self._held + num_new - self.capacity) / max(each, 1.0))
+        return min(max(needed, 0.0), self._load)
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def _changed(self, now: float) -> None:
+        """Who waits and who runs has changed: decoding is observed anew from here."""
+        self._window = (now, 0)
+        self._stale = True
+        self._uncounted += 1
+        if self._uncounted >= 4 and self._uncounted * 8 >= len(self.running) + len(self.waiting):
+            self._count()
+
+    def _count(self) -> None:
+        """What those that run have still to come and hold, from each one's own length. Rounding is gone afterwards."""
+        self._uncounted = self._came = 0
+        self._stale = True
+        remaining = held = 0.0
+        for work in self.running.values():
+            generated = self.progress - work.started
+            remaining += max(self._lengths.remaining(generated, work.limit), 1.0)
+            held += work.num_new + generated
+        self._remaining = remaining
+        self._held = held + self.backlog
+        self._promised = sum(work.expected for work in self.waiting.values())
+
+    def _learn_prefill(self) -> bool:
+        tokens, seconds, at = self._batch
+        self._batch = (0, 0.0, at)
+        if tokens < 1 or seconds <= 0:
+            return False
+        self.prefill.observe(tokens, seconds)
+        self._measured = (at, self._measured[1])
+        self._stale = True
+        return True
+
+    def check(self) -> None:
+        """Raise AssertionError unless the sums are those of the requests."""
+        if self.backlog != sum(work.num_new for work in self.waiting.values()):
+            raise AssertionError(f"endpoint view {self.name}: the backlog differs from the requests that wait")
+        if self.waiting.keys() & self.running.keys():
+            raise AssertionError(f"endpoint view {self.name}: a request waits and runs")
+        promised = sum(work.expected for work in self.waiting.values())
+        if abs(self._promised - promised) > 1e-6 * (1 + promised):
+            raise AssertionError(f"endpoint view {self.name}: the promised tokens differ from the requests that wait")
+
+
+def _faded(age: float) -> float:
+    """Share of what is believed of the peers in what is believed of an endpoint."""
+    return age / (age + FORGET_SECONDS) if age > 0 else 0.0
