@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from shoal.core.estimates import Coefficients, Line, OutputLengths
+from shoal.core.estimates import PEERS_RATE, Coefficients, Line, OutputLengths
 from shoal.core.fleet_types import EndpointReport, RouteRequest
 
 REPORT_SECONDS = 5.0
@@ -16,15 +16,24 @@ REPORT_SECONDS = 5.0
 FORGET_SECONDS = 20.0
 """A speed that was not seen for so long counts half, and that of the endpoint's peers the other half. So one that was
 slow and gets nothing for it comes to look worth a try, gets a request, and is seen anew."""
+TOLERANCE = 0.2
+"""Part of a typical speed by which an endpoint may differ from its peers and be taken for one of them. What runs there
+explains as much, and over an output of hundreds of steps it would outweigh any queue."""
+TYPICAL_PROMPT = 512.0
+"""Tokens of the prompt by which speeds of prefill are compared."""
 REFRESH_SECONDS = 0.5
 """How long what depends only slowly on time is kept."""
 
 
-class Typical(msgspec.Struct, frozen=True):
-    """The speed of a new endpoint: that of the median one, or of a GPU if nothing has been seen at all."""
+class FleetSpeeds:
+    """What the endpoints of a model showed together: the shape of their lines, and the speed of the median one, which
+    is supposed of those that were not seen of late. A GPU's, if none was ever seen."""
 
-    prefill: Coefficients = Coefficients(0.01, 1e-4)
-    decode: Coefficients = Coefficients(0.02, 1e-4)
+    def __init__(self) -> None:
+        self.prefill = Line(proportional=1.0, rate=PEERS_RATE)
+        self.decode = Line(proportional=0.0, rate=PEERS_RATE)
+        self.typical_prefill = Coefficients(0.01, 1e-4)
+        self.typical_decode = Coefficients(0.02, 1e-4)
 
 
 class Work(msgspec.Struct):
@@ -41,7 +50,7 @@ class Work(msgspec.Struct):
 
 class EndpointView:
     def __init__(
-        self, name: str, max_sequences: int | None, capacity: int | None, lengths: OutputLengths, typical: Typical
+        self, name: str, max_sequences: int | None, capacity: int | None, lengths: OutputLengths, speeds: FleetSpeeds
     ) -> None:
         self.name = name
         self.max_sequences = max_sequences
@@ -54,10 +63,10 @@ class EndpointView:
         self.running: dict[str, Work] = {}
         self.backlog = 0
         """Tokens to prefill for those that wait."""
-        self.typical = typical
-        self.prefill = Line(1.0)
+        self._fleet = speeds
+        self.prefill = Line(peers=speeds.prefill)
         """Seconds from one first token to the next, by the tokens prefilled between."""
-        self.decode = Line(0.25)
+        self.decode = Line(peers=speeds.decode)
         """Seconds of a step, by the sequences running."""
         self.progress = 0.0
         """Tokens that a sequence running all the time would have: the sum of tokens / running over all steps. What a
@@ -78,8 +87,10 @@ class EndpointView:
         """Since when the oldest request that waits may have been prefilled."""
         self._batch = (0, 0.0, 0.0)
         """The last first tokens: tokens prefilled, seconds that took, when. Those of one step are one observation."""
-        self._window = (0.0, 0)
-        """Decoding observed: since when, tokens since."""
+        self._window: tuple[float, int] | None = None
+        """Decoding observed: since the end of which step, tokens since. None until a step ends with those that run now."""
+        self._stepped = 0.0
+        """When tokens last came."""
         self._measured = (0.0, 0.0)
         """When prefill and decode were last observed."""
         self._report: EndpointReport | None = None
@@ -139,9 +150,13 @@ class EndpointView:
         self._came += tokens
         if self._came * 4 > self._remaining and self._came > 8 * running:
             self._count()
-        since, seen = self._window
+        self._stepped = now
+        since, seen = self._window or (now, 0)
+        if now <= since:
+            self._window = (since, seen)
+            return False  # these came with what began the window, they are not of it
         seen += tokens
-        if seen < running or now <= since:
+        if seen < running:
             self._window = (since, seen)
             return False
         self._window = (now, 0)
@@ -238,11 +253,12 @@ class EndpointView:
 
     def speeds(self, now: float) -> tuple[Coefficients, Coefficients]:
         """Prefill and decode, as believed now."""
-        prefill, decode = self.typical.prefill, self.typical.decode
+        prefill, decode = self._fleet.typical_prefill, self._fleet.typical_decode
+        sequences = max(len(self.running), 1)
         if self.prefill.count:
-            prefill = self.prefill.coefficients.toward(prefill, _faded(now - self._measured[0]))
+            prefill = _believed(self.prefill, prefill, TYPICAL_PROMPT, now - self._measured[0])
         if self.decode.count:
-            decode = self.decode.coefficients.toward(decode, _faded(now - self._measured[1]))
+            decode = _believed(self.decode, decode, sequences, now - self._measured[1])
         return prefill, decode
 
     def _refresh(self, now: float) -> None:
@@ -284,8 +300,8 @@ class EndpointView:
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
     def _changed(self, now: float) -> None:
-        """Who waits and who runs has changed: decoding is observed anew from here."""
-        self._window = (now, 0)
+        """Who waits and who runs has changed: decoding is observed anew, from the end of a step on."""
+        self._window = (now, 0) if now == self._stepped else None
         self._stale = True
         self._uncounted += 1
         if self._uncounted >= 4 and self._uncounted * 8 >= len(self.running) + len(self.waiting):
@@ -325,6 +341,12 @@ class EndpointView:
             raise AssertionError(f"endpoint view {self.name}: the promised tokens differ from the requests that wait")
 
 
-def _faded(age: float) -> float:
-    """Share of what is believed of the peers in what is believed of an endpoint."""
-    return age / (age + FORGET_SECONDS) if age > 0 else 0.0
+def _believed(own: Line, typical: Coefficients, x: float, age: float) -> Coefficients:
+    """A speed that was observed, the more toward the peers' the fewer and the older the observations are, and by the
+    part of its difference from theirs, at x, that is tolerated."""
+    share = max(1 / (1 + own.count), age / (age + FORGET_SECONDS))
+    usual = typical.at(x)
+    difference = abs(own.coefficients.at(x) - usual)
+    if difference * share < TOLERANCE * usual:
+        share = min(TOLERANCE * usual / difference, 1.0) if difference else 1.0
+    return own.coefficients.toward(typical, share)

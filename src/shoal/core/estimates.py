@@ -8,7 +8,9 @@ import msgspec
 
 RATE = 1 / 16
 """Weight of a new observation once there are as many as make this their mean: the last 16 or so count."""
-RIDGE = 0.05
+PEERS_RATE = 1 / 512
+"""The same for what all endpoints of a model showed together."""
+RIDGE = 0.2
 """Pull of the slope to what is believed beforehand, as a variance of x relative to its squared mean."""
 MOST_SURPRISE = 4.0
 """A value is taken for at most so many times what was expected, and at least that fraction: one hiccup does not
@@ -37,33 +39,42 @@ class Coefficients(msgspec.Struct, frozen=True):
 class Line:
     """A line through what was observed of late: seconds of a prefill by its tokens, of a step by its sequences.
 
-    `proportional` is the share of the mean that is believed to grow with x before x was seen to vary: 1 is a line
-    through the origin, 0 a constant.
+    Where x varied too little to tell the slope, the line has the shape of `peers`, a line through what all endpoints
+    showed, at its own height. A line without peers starts with `proportional`, the share of the mean that grows with x:
+    1 is a line through the origin, 0 a constant.
     """
 
-    __slots__ = ("_covariance", "_mean_x", "_mean_y", "_variance", "coefficients", "count", "proportional")
+    __slots__ = ("_covariance", "_mean_x", "_mean_y", "_variance", "coefficients", "count", "peers", "proportional", "rate")
 
-    def __init__(self, proportional: float) -> None:
+    def __init__(self, *, peers: Line | None = None, proportional: float = 0.0, rate: float = RATE) -> None:
+        self.peers = peers
         self.proportional = proportional
+        self.rate = rate
         self.count = 0
         self.coefficients = Coefficients(0.0, 0.0)
         self._mean_x = self._mean_y = self._variance = self._covariance = 0.0
 
     def observe(self, x: float, y: float) -> None:
-        """x > 0 and y >= 0."""
+        """x > 0 and y > 0."""
+        if self.peers is not None:
+            self.peers.observe(x, y)
         if self.count >= TRUSTED:
             expected = self.coefficients.at(x)
             y = min(max(y, expected / MOST_SURPRISE), expected * MOST_SURPRISE)
         self.count += 1
-        weight = max(1 / self.count, RATE)
+        weight = max(1 / self.count, self.rate)
         dx, dy = x - self._mean_x, y - self._mean_y
         self._mean_x += weight * dx
         self._mean_y += weight * dy
         self._variance = (1 - weight) * (self._variance + weight * dx * dx)
         self._covariance = (1 - weight) * (self._covariance + weight * dx * dy)
         steepest = self._mean_y / self._mean_x
+        believed = steepest * self.proportional
+        if self.peers is not None:
+            shape = self.peers.coefficients
+            believed = shape.slope * self._mean_y / shape.at(self._mean_x)
         pull = RIDGE * self._mean_x * self._mean_x
-        slope = (self._covariance + pull * self.proportional * steepest) / (self._variance + pull)
+        slope = (self._covariance + pull * believed) / (self._variance + pull)
         slope = min(max(slope, 0.0), steepest)
         self.coefficients = Coefficients(max(self._mean_y - slope * self._mean_x, 0.0), slope)
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal.core.endpoint_view import EndpointView, Typical
+from shoal.core.endpoint_view import TYPICAL_PROMPT, EndpointView, FleetSpeeds
 from shoal.core.estimates import Line, OutputLengths
 from shoal.core.fleet_types import EndpointReport, RouteRequest
 from shoal.core.prefix_index import PrefixIndex
@@ -26,7 +26,7 @@ PolicyName = Literal["predicted_completion", "least_tokens", "prefix_affinity", 
 DEFAULT_CAPACITY = 1 << 18
 """Tokens of prompts remembered of an endpoint that does not say how large its KV cache is."""
 SPEEDS_A_MEDIAN = 64
-"""Observations of speed after which the median endpoint is looked for again."""
+"""Observations of speed after which the median endpoint is looked for again; at first after 1, 2, 4, 8 and so on."""
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +70,7 @@ class Router:
         self.lengths = OutputLengths()
         self.prefixes = PrefixIndex()
         self.views: dict[str, EndpointView] = {}
-        self._typical = Typical()
+        self._speeds = FleetSpeeds()
         self._turn = 0
         self._learned = 0
 
@@ -82,7 +82,7 @@ class Router:
         """An endpoint of which nothing is known yet, in the place of one of the same name. Its cache is empty."""
         capacity = None if num_blocks is None else num_blocks * block_size
         self._find_typical()
-        view = EndpointView(name, max_sequences, capacity, self.lengths, self._typical)
+        view = EndpointView(name, max_sequences, capacity, self.lengths, self._speeds)
         view.turn = self._next_turn()
         self.views[name] = view
         self.prefixes.add(name, (capacity or DEFAULT_CAPACITY) // self.config.block_size)
@@ -183,20 +183,17 @@ class Router:
 
     def _has_learned(self) -> None:
         self._learned += 1
-        if self._learned % SPEEDS_A_MEDIAN == 0:
+        if self._learned % SPEEDS_A_MEDIAN == 0 or self._learned & (self._learned - 1) == 0:
             self._find_typical()
 
     def _find_typical(self) -> None:
         """The median endpoint, for prefill and for decode: what is supposed of those that have not been seen of late."""
-        before = self._typical
-        prefill = _median([view.prefill for view in self.views.values()], 512.0)
+        prefill = _median([view.prefill for view in self.views.values()], TYPICAL_PROMPT)
+        if prefill is not None:
+            self._speeds.typical_prefill = prefill.coefficients
         decode = _median([view.decode for view in self.views.values()], 8.0)
-        self._typical = Typical(
-            before.prefill if prefill is None else prefill.coefficients,
-            before.decode if decode is None else decode.coefficients,
-        )
-        for view in self.views.values():
-            view.typical = self._typical
+        if decode is not None:
+            self._speeds.typical_decode = decode.coefficients
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds."""
