@@ -13,9 +13,9 @@ from shoal.core.fleet_types import EndpointReport, RouteRequest
 
 REPORT_SECONDS = 5.0
 """A report counts less the older it is, and nothing after so long."""
-FORGET_SECONDS = 20.0
-"""A speed that was not seen for so long counts half, and that of the endpoint's peers the other half. So one that was
-slow and gets nothing for it comes to look worth a try, gets a request, and is seen anew."""
+FORGET_SECONDS = 15.0
+"""A speed that was not seen is believed less and less, and no more after so long: that of its peers is, instead. So an
+endpoint that was slow and gets nothing for it comes to look worth a try, gets a request, and is seen anew."""
 TOLERANCE = 0.2
 """Part of a typical speed by which an endpoint may differ from its peers and be taken for one of them. What runs there
 explains as much, and over an output of hundreds of steps it would outweigh any queue."""
@@ -344,7 +344,7 @@ class EndpointView:
 def _believed(own: Line, typical: Coefficients, x: float, age: float) -> Coefficients:
     """A speed that was observed, the more toward the peers' the fewer and the older the observations are, and by the
     part of its difference from theirs, at x, that is tolerated."""
-    share = max(1 / (1 + own.count), age / (age + FORGET_SECONDS))
+    share = max(1 / (1 + own.count), min(age / FORGET_SECONDS, 1.0))
     usual = typical.at(x)
     difference = abs(own.coefficients.at(x) - usual)
     if difference * share < TOLERANCE * usual:

@@ -11,7 +11,9 @@ RATE = 1 / 16
 PEERS_RATE = 1 / 512
 """The same for what all endpoints of a model showed together."""
 RIDGE = 0.2
-"""Pull of the slope to what is believed beforehand, as a variance of x relative to its squared mean."""
+"""Pull of the slope to the peers', as a variance of x relative to its squared mean."""
+PEERS_RIDGE = 0.01
+"""Pull of the slope of all together to what is believed before anything is seen."""
 MOST_SURPRISE = 4.0
 """A value is taken for at most so many times what was expected, and at least that fraction: one hiccup does not
 condemn, and what really slowed down is known for it after a few values."""
@@ -44,7 +46,17 @@ class Line:
     1 is a line through the origin, 0 a constant.
     """
 
-    __slots__ = ("_covariance", "_mean_x", "_mean_y", "_variance", "coefficients", "count", "peers", "proportional", "rate")
+    __slots__ = (
+        "_covariance",
+        "_mean_x",
+        "_mean_y",
+        "_variance",
+        "coefficients",
+        "count",
+        "peers",
+        "proportional",
+        "rate",
+    )
 
     def __init__(self, *, peers: Line | None = None, proportional: float = 0.0, rate: float = RATE) -> None:
         self.peers = peers
@@ -69,11 +81,12 @@ class Line:
         self._variance = (1 - weight) * (self._variance + weight * dx * dx)
         self._covariance = (1 - weight) * (self._covariance + weight * dx * dy)
         steepest = self._mean_y / self._mean_x
-        believed = steepest * self.proportional
-        if self.peers is not None:
+        if self.peers is None:
+            believed, ridge = steepest * self.proportional, PEERS_RIDGE
+        else:
             shape = self.peers.coefficients
-            believed = shape.slope * self._mean_y / shape.at(self._mean_x)
-        pull = RIDGE * self._mean_x * self._mean_x
+            believed, ridge = shape.slope * self._mean_y / shape.at(self._mean_x), RIDGE
+        pull = ridge * self._mean_x * self._mean_x
         slope = (self._covariance + pull * believed) / (self._variance + pull)
         slope = min(max(slope, 0.0), steepest)
         self.coefficients = Coefficients(max(self._mean_y - slope * self._mean_x, 0.0), slope)

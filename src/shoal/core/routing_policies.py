@@ -16,6 +16,10 @@ from shoal.core.endpoint_view import EndpointView
 from shoal.core.fleet_types import RouteRequest
 
 
+SLACK_REQUESTS = 4
+"""By how many requests an endpoint may be over the load limit."""
+
+
 class Question(msgspec.Struct, frozen=True):
     request: RouteRequest
     expected: float
@@ -145,11 +149,11 @@ def _by_outstanding(view: EndpointView) -> tuple[float, int]:
 
 
 def _under_limit(question: Question, views: Sequence[EndpointView], limit: float) -> list[EndpointView]:
-    """Those with at most `limit` times the mean of outstanding tokens, this request's included in the mean: never
-    none, for the least is no more than the mean."""
+    """Those with at most `limit` times the mean of outstanding tokens, and a few requests like this one: never none,
+    for the least is no more than the mean. Without those few, a fleet with little to do would have no affinity."""
     loads = [view.outstanding for view in views]
-    most = limit * (sum(loads) + question.request.num_prompt + question.expected) / len(views)
-    return [view for view, load in zip(views, loads, strict=True) if load <= most] or [min(views, key=_by_outstanding)]
+    most = limit * sum(loads) / len(views) + SLACK_REQUESTS * (question.request.num_prompt + question.expected)
+    return [view for view, load in zip(views, loads, strict=True) if load <= most]
 
 
 def _number(text: str) -> int:
