@@ -168,7 +168,6 @@ class EndpointView:
             return False
         self.decode.observe(sequences, seconds)
         self._measured = (self._measured[0], now)
-        self._stale = True
         return True
 
     def finished(self, request_id: str, now: float) -> Work | None:
@@ -209,6 +208,8 @@ class EndpointView:
             backlog = min(others, waiting or 0) * (self._held / own if own else 0.0)
         else:
             backlog = max(backlog - self.backlog, 0) if others else 0.0
+        if not others and not self._others:
+            return
         # Half of the last value: own requests that are on their way are counted here and not there for a moment.
         self._others = (self._others + others) / 2 if self._others >= 0.25 or others else 0.0
         self._others_backlog = (self._others_backlog + backlog) / 2 if others else 0.0
@@ -232,7 +233,9 @@ class EndpointView:
         wait = self._queue + self._overhead + num_new * self._token_seconds
         if self._busy:
             if self._head:
-                wait -= min(max(now - self._prefill_since, 0.0), self._head)
+                done = now - self._prefill_since
+                if done > 0:
+                    wait -= done if done < self._head else self._head
             # What is late is expected to be late for as long again: a hang looks slower from moment to moment.
             late = now - self._sign - self._patience
             if late > 0:
@@ -327,7 +330,6 @@ class EndpointView:
             return False
         self.prefill.observe(tokens, seconds)
         self._measured = (at, self._measured[1])
-        self._stale = True
         return True
 
     def check(self) -> None:
