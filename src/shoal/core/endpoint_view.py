@@ -19,6 +19,8 @@ endpoint that was slow and gets nothing for it comes to look worth a try, gets a
 TOLERANCE = 0.2
 """Part of a typical speed by which an endpoint may differ from its peers and be taken for one of them. What runs there
 explains as much, and over an output of hundreds of steps it would outweigh any queue."""
+LONGEST_PERIOD = 8
+"""Requests after which prefill that goes on without a break is observed."""
 TYPICAL_PROMPT = 512.0
 """Tokens of the prompt by which speeds of prefill are compared."""
 REFRESH_SECONDS = 0.5
@@ -65,7 +67,8 @@ class EndpointView:
         """Tokens to prefill for those that wait."""
         self._fleet = speeds
         self.prefill = Line(peers=speeds.prefill)
-        """Seconds from one first token to the next, by the tokens prefilled between."""
+        """Seconds that something waited without a break, by the tokens prefilled meanwhile: not of one request alone,
+        for an engine fills what one leaves of a step with the next, and their sum is all that can be told."""
         self.decode = Line(peers=speeds.decode)
         """Seconds of a step, by the sequences running."""
         self.progress = 0.0
@@ -85,8 +88,9 @@ class EndpointView:
         """When it last did what it should."""
         self._prefill_since = 0.0
         """Since when the oldest request that waits may have been prefilled."""
-        self._batch = (0, 0.0, 0.0)
-        """The last first tokens: tokens prefilled, seconds that took, when. Those of one step are one observation."""
+        self._period: tuple[float, int, int] | None = None
+        """Prefill observed: since when, tokens and requests since. None while nothing waits, or what waits was held up by
+        something else."""
         self._window: tuple[float, int] | None = None
         """Decoding observed: since the end of which step, tokens since. None until a step ends with those that run now."""
         self._stepped = 0.0
@@ -108,6 +112,7 @@ class EndpointView:
         self.finished(request.id, now)
         if not self.waiting:
             self._prefill_since = now
+            self._period = (now, 0, 0)
             if not self.running:
                 self._sign = max(self._sign, now)
         work = Work(max(request.num_prompt - num_cached, 1), request.num_output, expected)
@@ -124,12 +129,7 @@ class EndpointView:
             return False
         self.backlog -= work.num_new
         self._promised -= work.expected
-        tokens, seconds, at = self._batch
-        learned = False
-        if now - at > seconds / 5:
-            learned = self._learn_prefill()
-            tokens, seconds = 0, now - self._prefill_since
-        self._batch = (tokens + work.num_new, seconds, now)
+        learned = self._observe_prefill(work.num_new, now)
         self._prefill_since = now
         work.started = self.progress
         self.running[request_id] = work
@@ -173,14 +173,13 @@ class EndpointView:
     def finished(self, request_id: str, now: float) -> Work | None:
         work = self.waiting.get(request_id)
         if work is not None:
-            if next(iter(self.waiting)) == request_id:
-                self._prefill_since = now
+            self._hold_up(now)
             del self.waiting[request_id]
             self.backlog -= work.num_new
             self._promised -= work.expected
         else:
             if self._departures(0) > 0:
-                self._prefill_since = now  # until now the oldest could not be let in
+                self._hold_up(now)  # until now the oldest could not be let in
             work = self.running.pop(request_id, None)
             if work is None:
                 return None
@@ -323,14 +322,23 @@ class EndpointView:
         self._held = held + self.backlog
         self._promised = sum(work.expected for work in self.waiting.values())
 
-    def _learn_prefill(self) -> bool:
-        tokens, seconds, at = self._batch
-        self._batch = (0, 0.0, at)
-        if tokens < 1 or seconds <= 0:
+    def _observe_prefill(self, num_new: int, now: float) -> bool:
+        if self._period is None:
             return False
-        self.prefill.observe(tokens, seconds)
-        self._measured = (at, self._measured[1])
+        since, tokens, requests = self._period
+        tokens, requests = tokens + num_new, requests + 1
+        self._period = (since, tokens, requests)
+        if (self.waiting and requests < LONGEST_PERIOD) or now <= since:
+            return False
+        self._period = (now, 0, 0) if self.waiting else None
+        self.prefill.observe(tokens, now - since)
+        self._measured = (now, self._measured[1])
         return True
+
+    def _hold_up(self, now: float) -> None:
+        """What waits was not prefilled all the time until now, or not all of what was prefilled was seen."""
+        self._prefill_since = now
+        self._period = (now, 0, 0) if self.waiting else None
 
     def check(self) -> None:
         """Raise AssertionError unless the sums are those of the requests."""

@@ -16,7 +16,7 @@ from shoal.core.endpoint_view import EndpointView
 from shoal.core.fleet_types import RouteRequest
 
 
-SLACK_REQUESTS = 4
+SLACK_REQUESTS = 2
 """By how many requests an endpoint may be over the load limit."""
 
 
@@ -152,8 +152,12 @@ def _under_limit(question: Question, views: Sequence[EndpointView], limit: float
     """Those with at most `limit` times the mean of outstanding tokens, and a few requests like this one: never none,
     for the least is no more than the mean. Without those few, a fleet with little to do would have no affinity."""
     loads = [view.outstanding for view in views]
-    most = limit * sum(loads) / len(views) + SLACK_REQUESTS * (question.request.num_prompt + question.expected)
-    return [view for view, load in zip(views, loads, strict=True) if load <= most]
+    most, expected = limit * sum(loads) / len(views), question.expected
+    return [
+        view
+        for view, load in zip(views, loads, strict=True)
+        if load <= most + SLACK_REQUESTS * (question.num_new(view) + expected)
+    ]
 
 
 def _number(text: str) -> int:
