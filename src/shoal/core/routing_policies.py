@@ -1,0 +1,175 @@
+"""How an endpoint is chosen, one small class a way. A policy is told everything and changes nothing.
+
+Ties go to the endpoint whose last request is longest ago (`EndpointView.turn`, no two are equal), so every choice
+follows from the calls alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import msgspec
+
+from shoal.core.endpoint_view import EndpointView
+from shoal.core.fleet_types import RouteRequest
+
+
+SLACK_REQUESTS = 2
+"""By how many requests an endpoint may be over the load limit."""
+
+
+class Question(msgspec.Struct, frozen=True):
+    request: RouteRequest
+    expected: float
+    """Tokens of output, in the mean."""
+    cached: dict[str, int]
+    """Tokens of the prompt that endpoints probably have; those that have none are left out."""
+    now: float
+
+    def num_new(self, view: EndpointView) -> int:
+        """Tokens to prefill there: the last one is computed in any case."""
+        return max(self.request.num_prompt - self.cached.get(view.name, 0), 1)
+
+
+class Policy(Protocol):
+    uses_prefix: bool
+    """Whether it looks at `Question.cached`."""
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        """One of at least one."""
+
+
+class RoundRobin:
+    """Each in turn, whatever it has to do."""
+
+    uses_prefix = False
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        return min(views, key=_by_turn)
+
+
+class LeastTokens:
+    """The one with the fewest tokens to prefill and to generate, as far as this gateway knows."""
+
+    uses_prefix = False
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        return min(views, key=_by_outstanding)
+
+
+class PredictedCompletion:
+    """The one that would have ended the request first.
+
+    A request's end: what is queued ahead of it, its own prefill without what the endpoint has cached, and as many steps
+    as its output is expected to take, all at the endpoint's own speed.
+    """
+
+    uses_prefix = True
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        now, expected, cached = question.now, question.expected, question.cached
+        num_prompt = question.request.num_prompt
+        best, least = views[0], float("inf")
+        for view in views:
+            num_new = max(num_prompt - cached.get(view.name, 0), 1) if cached else num_prompt
+            cost = view.first_token_in(num_new, now) + expected * view.step_seconds
+            if cost < least or (cost == least and view.turn < best.turn):
+                best, least = view, cost
+        return best
+
+
+class PrefixAffinity:
+    """The one with most of the prompt cached, among those that are not over the limit; else the one with the fewest
+    tokens."""
+
+    uses_prefix = True
+
+    def __init__(self, load_limit: float) -> None:
+        self.load_limit = load_limit
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        cached = question.cached
+        allowed = _under_limit(question, views, self.load_limit)
+        return min(allowed, key=lambda view: (-cached.get(view.name, 0), view.outstanding, view.turn))
+
+
+class SessionAffinity:
+    """Requests of a session go to the same endpoint, on every gateway, by rendezvous hashing: each endpoint has a
+    pseudo-random rank for each session, and the first that is not over the limit gets it. When an endpoint comes or
+    goes only its own sessions move. Requests without a session go where the fewest tokens are."""
+
+    uses_prefix = False
+
+    def __init__(self, load_limit: float) -> None:
+        self.load_limit = load_limit
+        self._seeds: dict[str, int] = {}
+
+    def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
+        session = question.request.session
+        if not session:
+            return min(views, key=_by_outstanding)
+        digest = _number(session)
+        allowed = _under_limit(question, views, self.load_limit)
+        return max(allowed, key=lambda view: (_mix(digest ^ self._seed(view.name)), view.name))
+
+    def _seed(self, name: str) -> int:
+        seed = self._seeds.get(name)
+        if seed is None:
+            if len(self._seeds) > 4096:
+                self._seeds.clear()
+            seed = self._seeds[name] = _number(name)
+        return seed
+
+
+def make_policy(name: str, load_limit: float) -> Policy:
+    """ValueError for a name that is no policy; its message is for the user."""
+    if name == "prefix_affinity":
+        return PrefixAffinity(load_limit)
+    if name == "session_affinity":
+        return SessionAffinity(load_limit)
+    plain: dict[str, type[RoundRobin] | type[LeastTokens] | type[PredictedCompletion]] = {
+        "round_robin": RoundRobin,
+        "least_tokens": LeastTokens,
+        "predicted_completion": PredictedCompletion,
+    }
+    if name not in plain:
+        known = ", ".join([*plain, "prefix_affinity", "session_affinity"])
+        raise ValueError(f"policy {name!r} is not known; the policies are {known}")
+    return plain[name]()
+
+
+def _by_turn(view: EndpointView) -> int:
+    return view.turn
+
+
+def _by_outstanding(view: EndpointView) -> tuple[float, int]:
+    return view.outstanding, view.turn
+
+
+def _under_limit(question: Question, views: Sequence[EndpointView], limit: float) -> list[EndpointView]:
+    """Those with at most `limit` times the mean of outstanding tokens, and a few requests like this one: never none,
+    for the least is no more than the mean. Without those few, a fleet with little to do would have no affinity."""
+    loads = [view.outstanding for view in views]
+    most, expected = limit * sum(loads) / len(views), question.expected
+    return [
+        view
+        for view, load in zip(views, loads, strict=True)
+        if load <= most + SLACK_REQUESTS * (question.num_new(view) + expected)
+    ]
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+MASK = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    """A bijection of 64 bits in which every bit depends on every other: two rounds of multiply and shift."""
+    value = (value * 0x9E3779B97F4A7C15) & MASK
+    value ^= value >> 32
+    value = (value * 0xD6E8FEB86659FD93) & MASK
+    return value ^ (value >> 32)
