@@ -153,6 +153,7 @@ class Flight:
         num_new = len(output.token_ids)
         tokens += output.token_ids
         attempt.num_tokens += num_new
+        attempt.member.tokens += num_new
         self.num_delivered += num_new
         if self.num_moves == 0:
             self.num_cached = max(self.num_cached, output.num_cached)

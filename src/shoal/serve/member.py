@@ -35,6 +35,10 @@ class Member:
         self.report: EndpointReport | None = None
         self.completed = 0
         self.failures = 0
+        self.tokens = 0
+        """That came from it, of whichever requests."""
+        self.tokens_seen = 0
+        """Of these, how many the router was told of."""
 
     def become(self, state: EndpointState, reason: str | None = None) -> None:
         self.state, self.reason, self.since = state, reason, time.monotonic()
@@ -49,6 +53,7 @@ class Member:
             block_size=info.block_size,
             now=now,
         )
+        self.tokens_seen = self.tokens
         self.epoch += 1
         self.watch = ProgressWatch(self.health, now)
         self.breaker.reset()
@@ -106,12 +111,18 @@ class Member:
             self.watch.stepped(report.at)
         else:
             self.watch.alive(report.at)
+        if self.tokens > self.tokens_seen:
+            self.router.progressed(self.name, self.tokens - self.tokens_seen, report.at)
+            self.tokens_seen = self.tokens
         self.router.reported(self.name, report, report.at)
         return stepped or not self.attempts
 
     def status(self, now: float) -> EndpointStatus:
         has_info = hasattr(self.endpoint, "info")
         report = self.report
+        speed = self.router.speed(self.name, now)
+        if speed is not None and not speed.known:
+            speed = None
         return EndpointStatus(
             name=self.name,
             kind=self.endpoint.kind,
@@ -124,6 +135,9 @@ class Member:
             restarts=self.restarts,
             spare=self.spare,
             requests=len(self.attempts),
+            tokens=int(self.router.outstanding(self.name)),
+            prefill_speed=None if speed is None else speed.prefill,
+            decode_seconds=None if speed is None else speed.decode_seconds,
             num_running=None if report is None else report.num_running,
             num_waiting=None if report is None else report.num_waiting,
             kv_usage=None if report is None else report.kv_usage,

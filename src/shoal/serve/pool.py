@@ -71,10 +71,6 @@ class Pool:
         return min(member.endpoint.info.max_len for member in self._known())
 
     @property
-    def block_size(self) -> int:
-        return max(member.endpoint.info.block_size for member in self._known())
-
-    @property
     def is_known(self) -> bool:
         """Whether an endpoint has said what it is."""
         return any(hasattr(member.endpoint, "info") for member in self.members.values())
@@ -101,7 +97,7 @@ class Pool:
                 id=request.id,
                 num_prompt=len(request.prompt),
                 num_output=request.max_tokens * request.n,
-                blocks=tuple(chain(request.prompt, self.block_size, request.cache_salt)),
+                blocks=tuple(chain(request.prompt, self.router.config.block_size, request.cache_salt)),
                 session=session,
                 tenant=tenant,
                 priority=request.priority,
