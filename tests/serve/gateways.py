@@ -20,10 +20,15 @@ ENGINE = {"dtype": "float32", "threads": 1, "max_sequences": 8, "max_batch_token
 
 
 class RunningFleet:
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str, key: str = "") -> None:
         self.process = process
         self.url = url
-        self.client = httpx.Client(base_url=url, timeout=60)
+        self.client = self.client_of(key)
+
+    def client_of(self, key: str) -> httpx.Client:
+        """Somebody with this key; with none where it is empty."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, timeout=60, headers=headers)
 
     def model(self, number: int = 0) -> dict[str, Any]:
         """FleetStatus of one model."""
@@ -47,8 +52,9 @@ def pid_of(endpoint: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def running_fleet(folder: Path, deployment: dict[str, Any]) -> Iterator[RunningFleet]:
-    """On any free port. Ends with SIGTERM, and with it everything that it started."""
+def running_fleet(folder: Path, deployment: dict[str, Any], key: str = "") -> Iterator[RunningFleet]:
+    """On any free port. Ends with SIGTERM, and with it everything that it started. `key`: of the fleet's own client,
+    where the deployment has keys; it needs the scope read, metrics or admin."""
     file = folder / f"fleet-{len(list(folder.glob('fleet-*.yaml')))}.yaml"
     file.write_text(yaml.safe_dump({"port": 0, **deployment}))
     process = subprocess.Popen(
@@ -61,7 +67,7 @@ def running_fleet(folder: Path, deployment: dict[str, Any]) -> Iterator[RunningF
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "http://" in line, f"the fleet did not start: {line!r}"
-        fleet = RunningFleet(process, line.split()[-1].removesuffix("/v1"))
+        fleet = RunningFleet(process, line.split()[-1].removesuffix("/v1"), key)
         wait_until(lambda: fleet.client.get("/ready").status_code == 200, 30, "the fleet to be ready")
         yield fleet
     finally:

@@ -86,25 +86,35 @@ class Reception:
             raise ApiError(503, "the server is shutting down", code="draining")
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
-        await self._reserve(request, who, request_id)
+        key = request.headers.get("idempotency-key")
+        await self._reserve(who, key, request_id)
+        try:
+            return await self._answer(request, body, raw, who, request_id)
+        except ApiError:
+            if key is not None and self._journal is not None:
+                # There is no answer that a second request could be told of: it may be sent again.
+                await self._journal.unreserve(who.tenant, key[:256], request_id)
+            raise
+
+    async def _answer(
+        self, request: Request, body: ChatRequest | CompletionRequest, raw: bytes, who: Principal, request_id: str
+    ) -> Answer:
         generator = self.generator(body.model)
         prompts = _prompts(generator, body)
         jobs = await self._jobs(generator, body, prompts, request_id, who)
-        position = None
+        position = entry = None
         if self._journal is not None and len(jobs) == 1 and jobs[0].wanted is None:
             position = Position.parse("", jobs[0].request.n)
-            self._journal.accepted(
-                JournalEntry(
-                    request_id=request_id,
-                    tenant=who.tenant,
-                    model=generator.pool.name,
-                    route="chat" if isinstance(body, ChatRequest) else "completions",
-                    body=raw,
-                    request=jobs[0].request,
-                    created=time.time(),
-                )
+            entry = JournalEntry(
+                request_id=request_id,
+                tenant=who.tenant,
+                model=generator.pool.name,
+                route="chat" if isinstance(body, ChatRequest) else "completions",
+                body=raw,
+                request=jobs[0].request,
+                created=time.time(),
             )
-        return await self._run(request, body, generator, jobs, request_id, position)
+        return await self._run(request, body, generator, jobs, request_id, position, entry=entry)
 
     async def resume(self, request: Request, request_id: str) -> Answer:
         """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
@@ -112,6 +122,14 @@ class Reception:
             raise ApiError(404, "this server keeps no journal: `journal.location` is not set", code="no_journal")
         who: Principal = request.state.principal
         found = await self._claimed(request_id, who)
+        try:
+            return await self._go_on(request, request_id, found)
+        except BaseException:
+            # Refused, not ended: without this it would count as under way here, and nobody could have the rest.
+            self._journal.released(request_id)
+            raise
+
+    async def _go_on(self, request: Request, request_id: str, found: JournaledRequest) -> Answer:
         entry = found.entry
         kind: type[ChatRequest] | type[CompletionRequest]
         kind = ChatRequest if entry.route == "chat" else CompletionRequest
@@ -128,14 +146,16 @@ class Reception:
         """Make a request this gateway's own, wherever it ran. Raises ApiError."""
         journal = self._journal
         assert journal is not None
-        here = self._running.pop(request_id, None)
-        if here is not None:
-            here.hand_over()  # its client is here again: nobody reads the other connection any more
         until = time.monotonic() + CLAIM_SECONDS
         while True:
             found = await journal.load(request_id, who.tenant)
             if found is None:
                 raise ApiError(404, f"there is no request {request_id!r}, or it ended long ago", code="unknown_request")
+            here = self._running.pop(request_id, None)
+            if here is not None:
+                # Its client is here again: nobody reads the other connection any more. Only now, when it is known to be
+                # this tenant's: nobody else's request may end a stream.
+                here.hand_over()
             if not found.ended:
                 found = await journal.claim(request_id, who.tenant)
             if found is not None:
@@ -144,8 +164,7 @@ class Reception:
                 raise ApiError(409, "another gateway goes on with this request", code="claimed", retry_after=1.0)
             await asyncio.sleep(0.1)
 
-    async def _reserve(self, request: Request, who: Principal, request_id: str) -> None:
-        key = request.headers.get("idempotency-key")
+    async def _reserve(self, who: Principal, key: str | None, request_id: str) -> None:
         if key is None or self._journal is None:
             return
         earlier = await self._journal.reserve(who.tenant, key[:256], request_id)
@@ -164,8 +183,11 @@ class Reception:
         jobs: list[Job],
         request_id: str,
         position: Position | None,
+        *,
+        entry: JournalEntry | None = None,
         created: float | None = None,
     ) -> Answer:
+        """`entry`: what the journal is to have of it, once it is admitted."""
         prompts = [job.request.prompt for job in jobs]
         form: ChatFormat | CompletionFormat
         if isinstance(body, ChatRequest):
@@ -186,7 +208,7 @@ class Reception:
         recorder = None
         if position is not None and self._journal is not None:
             recorder = RequestLog(self._journal, request_id)
-        work = self._begin(generator, jobs, usage, answer, who, request.state.arrived, request_id, recorder)
+        work = self._begin(generator, jobs, usage, answer, who, request.state.arrived, request_id, recorder, entry)
         try:
             async with _cancelled_by_disconnect(request):
                 if isinstance(answer, WholeAnswer):
@@ -230,6 +252,7 @@ class Reception:
         arrived: float,
         request_id: str,
         recorder: RequestLog | None,
+        entry: JournalEntry | None,
     ) -> Work:
         """Raises ApiError."""
         limiter, tenant, journal = self.tenants.limiter, who.tenant, self._journal
@@ -237,6 +260,8 @@ class Reception:
         refusal = limiter.check(tenant, cost, time.monotonic())
         if refusal is not None:
             raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
+        if journal is not None and entry is not None:
+            journal.accepted(entry)
 
         def end(error: ApiError | None) -> None:
             limiter.settle(tenant, cost, usage.prompt + usage.completion, time.monotonic())
@@ -244,7 +269,8 @@ class Reception:
                 del self._running[request_id]
             if recorder is None or journal is None:
                 return
-            if error is not None and error.code in RESUMABLE:
+            # One that the client is back for is only refused if it never began here again: it can be asked for later.
+            if error is not None and (error.code in RESUMABLE or (entry is None and not work.flights)):
                 journal.released(request_id)
             else:
                 journal.ended(request_id)
