@@ -147,6 +147,16 @@ def test_what_is_unknown_or_makes_no_sense_is_refused(fleet: RunningFleet) -> No
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_event_id", wrong
 
 
+def test_a_refused_try_does_not_cost_the_stream(fleet: RunningFleet) -> None:
+    whole, parts = Received(), Received()
+    ask(fleet, whole)
+    ask(fleet, parts, events=40)
+    wrong = fleet.client.get(f"/v1/streams/{parts.request_id}", headers={"last-event-id": "x"})
+    assert wrong.status_code == 400 and not parts.is_done
+    go_on(fleet, parts)
+    assert parts.all == whole.all
+
+
 def test_a_request_is_done_once_for_one_idempotency_key(fleet: RunningFleet) -> None:
     headers = {"idempotency-key": "order-66"}
     body = {"prompt": [1, 2], "max_tokens": 4}
