@@ -48,6 +48,8 @@ ROUND = 10
 larger than what `max_sequences` sequences of `max_len` need."""
 PROMPT_TOKENS = 160
 MOST_AUC, LEAST_CONTROL_AUC = 0.60, 0.95
+ENOUGH = 200
+"""Probes of either kind for which a prober that only guesses has an upper bound below MOST_AUC, 13 times in 14."""
 BLOCK = 16
 VOCAB = 49152
 FIRST_TOKEN_ID = 17
@@ -235,13 +237,16 @@ def report_probing(isolated: Probing, shared: Probing) -> bool:
         cells += [f"{seen.found:.0f}", f"{seen.again:.0f}", f"{seen.foreign:.2f}"]
         print(f"| {' | '.join(cells)} |")
     cached = len(isolated.hits) * ((PROMPT_TOKENS - 1) // BLOCK * BLOCK)
-    auc, control = auc_of_faster(isolated.hits, isolated.misses)[0], auc_of_faster(shared.hits, shared.misses)[0]
+    auc, _, high = auc_of_faster(isolated.hits, isolated.misses)
+    control = auc_of_faster(shared.hits, shared.misses)[0]
+    enough = len(isolated.hits) >= ENOUGH
     verdicts = {
-        f"isolated AUC at most {MOST_AUC}": max(auc, 1 - auc) <= MOST_AUC,
+        f"isolated: AUC {'and its upper bound ' if enough else ''}at most {MOST_AUC}": max(auc, 1 - auc) <= MOST_AUC
+        and (high <= MOST_AUC or not enough),
         "isolated: the prober is told of no cached token and the engine found none": not any(isolated.told)
         and not isolated.found,
         "isolated: the victim's prompts were all in the cache": isolated.again == cached,
-        f"control AUC at least {LEAST_CONTROL_AUC}": control >= LEAST_CONTROL_AUC,
+        f"control: AUC at least {LEAST_CONTROL_AUC}": control >= LEAST_CONTROL_AUC,
         "control: every replayed prompt was found, and nobody was told": shared.found == cached
         and set(shared.told) == {None},
     }
