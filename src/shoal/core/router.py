@@ -76,9 +76,7 @@ class Router:
 
     # --- endpoints --------------------------------------------------------------------------------------------------
 
-    def add(
-        self, name: str, max_sequences: int | None, num_blocks: int | None, block_size: int, now: float
-    ) -> None:
+    def add(self, name: str, max_sequences: int | None, num_blocks: int | None, block_size: int, now: float) -> None:
         """An endpoint of which nothing is known yet, in the place of one of the same name. Its cache is empty."""
         capacity = None if num_blocks is None else num_blocks * block_size
         self._find_typical()

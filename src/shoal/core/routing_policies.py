@@ -15,7 +15,6 @@ import msgspec
 from shoal.core.endpoint_view import EndpointView
 from shoal.core.fleet_types import RouteRequest
 
-
 SLACK_REQUESTS = 2
 """By how many requests an endpoint may be over the load limit."""
 

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from shoal.serve.books import Book
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Job, Piece
-from shoal.serve.metrics import RequestTimer
 from shoal.serve.openai_format import Usage, joined
 
 _encode = msgspec.json.Encoder().encode
@@ -28,14 +28,14 @@ class Work:
     def __init__(
         self,
         jobs: list[Job],
-        timers: list[RequestTimer],
+        book: Book,
         usage: Usage,
         answer: WholeAnswer | EventStream,
         on_end: Callable[[ApiError | None], None],
     ) -> None:
         """`on_end` is called once, when all have ended, with the error if there was one."""
         self._jobs = jobs
-        self._timers = timers
+        self._book = book
         self._usage = usage
         self._answer = answer
         self._on_end = on_end
@@ -52,14 +52,15 @@ class Work:
                 if flight is not None:
                     self.flights.append(flight)
         except ApiError as error:
+            self._book.discard()
             self._end(error)
             raise
 
     def _taker(self, number: int, n: int) -> Callable[[Piece], None]:
-        timer, usage, first, show = self._timers[number], self._usage, number * n, self._answer.piece
+        book, usage, first, show = self._book, self._usage, number * n, self._answer.piece
 
         def take(piece: Piece) -> None:
-            timer.observe(piece)
+            book.piece(number, first + piece.index, piece)
             usage.add(piece)
             if piece.finish is None:
                 show(first + piece.index, piece)
@@ -87,8 +88,6 @@ class Work:
     def abandon(self) -> None:
         """The client is gone."""
         if not self._is_over:
-            for timer in self._timers:
-                timer.abandon()
             self._end(ApiError(499, "the client left", code="client_left"))
 
     def _end(self, error: ApiError | None) -> None:
@@ -97,6 +96,7 @@ class Work:
         self._is_over = True
         for flight in self.flights:
             flight.abort()
+        self._book.close(error)
         self._on_end(error)
 
 
@@ -138,6 +138,7 @@ class EventStream:
     def __init__(self, form: Any, usage: Usage, position: Position | None, *, wants_usage: bool) -> None:
         """`position`: of a stream that can be gone on with, what its client has of each choice; it is written into the
         events and moves on with them."""
+        self.headers = list(_HEADERS)
         self._form = form
         self._position = position
         self._plain: dict[int, _Plain] = {}
@@ -220,7 +221,7 @@ class EventStream:
 
     async def _send_all(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers})
         while self._unsent or not self._is_complete:
             if not self._unsent:
                 self._wake = loop.create_future()
