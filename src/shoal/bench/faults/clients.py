@@ -20,7 +20,8 @@ from shoal.bench.http_client import Answer, ConnectionLost, Exchange, events
 
 End = Literal["completed", "refused", "failed", "lost"]
 """refused: not accepted (429 or 503) · failed: ended with an error that says so · lost: no end within the bound."""
-Phase = Literal["queued", "prefill", "first_token", "decode", "last_token"]
+Phase = Literal["queued", "prefill", "first_token", "decode", "last_token", "unseen"]
+"""unseen: its answer comes whole."""
 _RETRY_SECONDS = 0.05
 _LONGEST_BACKOFF = 1.0
 
@@ -267,7 +268,7 @@ class Load:
             self._watchers.remove((phase, watcher))
 
     def census(self) -> dict[Phase, int]:
-        """Requests under way by phase; those that do not stream are seen as queued or in prefill until they end."""
+        """Requests under way, by phase."""
         found: dict[Phase, int] = {}
         for outcome, spec in self._client.live.values():
             phase = self._phase(outcome, spec)
@@ -276,6 +277,8 @@ class Load:
 
     def _phase(self, outcome: Outcome, spec: Spec) -> Phase:
         done = outcome.num_tokens
+        if not spec.stream:
+            return "unseen"
         if done == 0:
             return "prefill" if time.monotonic() - outcome.sent >= self.prefill_seconds else "queued"
         if done == 1:

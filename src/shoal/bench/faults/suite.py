@@ -24,10 +24,6 @@ from shoal.bench.processes import comes_true
 from shoal.core.fleet_types import EndpointStatus
 
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "first_token", "decode", "last_token")
-_SETTLE_SECONDS = 15.0
-"""In which a fleet without requests must have freed everything."""
-_WARM_SECONDS = 1.0
-"""Of load before a fault, so that requests are in every phase."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +40,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     undisturbed_seconds: float = 10.0
     patience: float = 60.0
     """A request without an end after so many seconds is lost."""
+    warm_seconds: float = 1.0
+    """Of load before a fault, so that requests are in every phase."""
+    settle_seconds: float = 15.0
+    """In which a fleet without requests must have freed everything."""
     return_seconds: float = 120.0
     """In which an endpoint must serve again."""
     greedy_only: bool = False
@@ -210,13 +210,13 @@ class Suite:
         load = self._load()
         if kind.loaded:
             load.start()
-            await asyncio.sleep(_WARM_SECONDS)
+            await asyncio.sleep(self._options.warm_seconds)
         self.arena.target = self._pick(kind)
         try:
             fault = kind.make(self.arena, True)
             try:
                 await fault.inject()
-                await asyncio.sleep(min(kind.window, 1.0))
+                await asyncio.sleep(min(kind.window, self._options.warm_seconds))
                 proof = await fault.verify()
             finally:
                 await fault.heal()
@@ -231,7 +231,7 @@ class Suite:
         load = self._load()
         if kind.loaded:
             load.start()
-            await asyncio.sleep(_WARM_SECONDS)
+            await asyncio.sleep(self._options.warm_seconds)
         extra: list[Outcome] = []
         try:
             for number in range(self._options.kills if kind.by_phase else 1):
@@ -291,11 +291,11 @@ class Suite:
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     async def _settle(self) -> bool:
-        return await comes_true(lambda: self._watch.all_ready and self._watch.idle, _SETTLE_SECONDS, every=0.05)
+        return await comes_true(lambda: self._watch.all_ready and self._watch.idle, self._options.settle_seconds, every=0.05)
 
     async def _look_for_leaks(self, row: Row, before: dict[str, int]) -> None:
         if not await self._settle():
-            row.breaches.append(f"the fleet was not idle and ready {_SETTLE_SECONDS:g} s after the last request")
+            row.breaches.append(f"the fleet was not idle and ready {self._options.settle_seconds:g} s after the last request")
         row.kv_left = self._watch.kv_usage
 
         def grown() -> dict[str, int]:
