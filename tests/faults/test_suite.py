@@ -31,6 +31,7 @@ def options(*faults: str, kills: int = 1) -> Options:
         undisturbed_seconds=0.5,
         warm_seconds=0.3,
         settle_seconds=3.0,
+        window=1.5,
         patience=5.0,
         return_seconds=8.0,
     )

@@ -418,6 +418,9 @@ def faults(
     requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 24,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of the longest answer.")] = 48,
     patience: Annotated[float, typer.Option(min=1.0, help="Seconds after which a request is lost.")] = 60.0,
+    window: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for which hangs, partitions and the like last.")
+    ] = None,
     greedy_only: Annotated[
         bool, typer.Option("--greedy-only", help="For endpoints whose sampling cannot be repeated elsewhere.")
     ] = False,
@@ -454,6 +457,7 @@ def faults(
         requests=requests,
         max_tokens=max_tokens,
         patience=patience,
+        window=window,
         greedy_only=greedy_only,
         model=model,
         headers={} if api_key is None else {"authorization": f"Bearer {api_key}"},

@@ -249,7 +249,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="hang",
-        about="SIGSTOP for 5 s: the process lives, its sockets are open, nothing comes",
+        about="SIGSTOP for a while: the process lives, its sockets are open, nothing comes",
         make=_on_process(injectors.Hang),
         lacks=_PROCESS,
         target=_has_process,
@@ -266,7 +266,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="slow",
-        about="stopped for 80% of the time, 5 s long",
+        about="stopped for 80% of the time",
         make=_on_process(injectors.Slow),
         lacks=_PROCESS,
         target=_has_process,
@@ -292,7 +292,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="cut",
-        about="connections to an endpoint reset after 1,500 bytes of answer, for 2 s",
+        about="connections to an endpoint reset after 1,500 bytes of answer",
         make=_on_link(injectors.cut),
         lacks=_LINK,
         target=_has_proxy,
@@ -301,7 +301,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="partition",
-        about="nothing passes to or from an endpoint for 6 s, then what was held arrives late",
+        about="nothing passes to or from an endpoint for a while, then what was held arrives late",
         make=_on_link(injectors.partition),
         lacks=_LINK,
         target=_has_proxy,
@@ -310,7 +310,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="partition-replies",
-        about="one way: an endpoint hears and is not heard for 6 s",
+        about="one way: an endpoint hears and is not heard",
         make=_on_link(injectors.partition_replies),
         lacks=_LINK,
         target=_has_proxy,
@@ -319,7 +319,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="delay",
-        about="200 ms more each way, for 4 s",
+        about="200 ms more each way",
         make=_on_link(injectors.delay),
         lacks=_LINK,
         target=_has_proxy,
@@ -328,7 +328,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="throttle",
-        about="4,000 bytes a second, for 4 s",
+        about="4,000 bytes a second",
         make=_on_link(injectors.throttle),
         lacks=_LINK,
         target=_has_proxy,
@@ -385,7 +385,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="slow-reader",
-        about="a client that asks for much and reads nothing for 4 s",
+        about="a client that asks for much and reads nothing",
         make=lambda arena, control: hostile.SlowReader(arena.gateway(decoy=control), arena.headers, arena.model),
         lacks=_nothing,
         contract=_HARMLESS,
@@ -393,7 +393,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="slow-loris",
-        about="16 connections that send their headers a byte at a time, for 4 s",
+        about="16 connections that send their headers a byte at a time",
         make=lambda arena, control: hostile.SlowLoris(arena.gateway(decoy=control)),
         lacks=_nothing,
         contract=_HARMLESS,
@@ -408,7 +408,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="no-files",
-        about="the gateway may open no more files, for 3 s, while connections arrive",
+        about="the gateway may open no more files while connections arrive",
         make=_no_files,
         lacks=_nothing,
         contract=Contract(refusals=True),

@@ -17,7 +17,7 @@ from shoal.bench.faults.proxy import Counters, ProxyThread, Rules
 from shoal.bench.processes import Process, comes_true, descendants, find
 from shoal.core.fleet_types import EndpointStatus
 
-_EFFECT_SECONDS = 2.0
+_EFFECT_SECONDS = 1.0
 """A signal or a reset takes effect within this, or it did not take effect."""
 _SAMPLE_SECONDS = 0.05
 

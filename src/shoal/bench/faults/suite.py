@@ -40,6 +40,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     undisturbed_seconds: float = 10.0
     patience: float = 60.0
     """A request without an end after so many seconds is lost."""
+    window: float | None = None
+    """Seconds for which faults that stay do so; None is each one's own."""
     warm_seconds: float = 1.0
     """Of load before a fault, so that requests are in every phase."""
     settle_seconds: float = 15.0
@@ -216,7 +218,7 @@ class Suite:
             fault = kind.make(self.arena, True)
             try:
                 await fault.inject()
-                await asyncio.sleep(min(kind.window, self._options.warm_seconds))
+                await asyncio.sleep(min(self._window(kind), self._options.warm_seconds))
                 proof = await fault.verify()
             finally:
                 await fault.heal()
@@ -250,7 +252,7 @@ class Suite:
         began = time.monotonic()
         try:
             await fault.inject()
-            await asyncio.sleep(kind.window)
+            await asyncio.sleep(self._window(kind))
             row.evidence.append(await fault.verify())
             row.injected += 1
         finally:
@@ -282,6 +284,9 @@ class Suite:
         able = [endpoint for endpoint in self._watch.ready if kind.target(self.arena, endpoint)]
         return max(able, key=lambda endpoint: (endpoint.requests, self._rng.random()), default=None)
 
+    def _window(self, kind: Kind) -> float:
+        return self._options.window if kind.window and self._options.window is not None else kind.window
+
     def _open_client_proxies(self) -> None:
         for gateway in self._deployment.gateways:
             if gateway.url not in self.arena.client_proxies:
@@ -291,11 +296,15 @@ class Suite:
     # --- what must hold ---------------------------------------------------------------------------------------------
 
     async def _settle(self) -> bool:
-        return await comes_true(lambda: self._watch.all_ready and self._watch.idle, self._options.settle_seconds, every=0.05)
+        return await comes_true(
+            lambda: self._watch.all_ready and self._watch.idle, self._options.settle_seconds, every=0.05
+        )
 
     async def _look_for_leaks(self, row: Row, before: dict[str, int]) -> None:
         if not await self._settle():
-            row.breaches.append(f"the fleet was not idle and ready {self._options.settle_seconds:g} s after the last request")
+            row.breaches.append(
+                f"the fleet was not idle and ready {self._options.settle_seconds:g} s after the last request"
+            )
         row.kv_left = self._watch.kv_usage
 
         def grown() -> dict[str, int]:
