@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -91,16 +92,31 @@ def _check_keys(tree: dict[Any, Any], kind: type[msgspec.Struct], source: str, p
                 f"{prefix}{key}", [f"{prefix}{name}" for name in everywhere], n=1, cutoff=0.0
             )
             raise ConfigError(f"{source}: unknown key {prefix}{key}; the nearest is {prefix}{near[0].strip('.')}")
-        inner_kind = fields[key]
-        if isinstance(inner_kind, type) and issubclass(inner_kind, msgspec.Struct):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {prefix}{key} must be a mapping of keys to values, not {value!r}")
-            _check_keys(value, inner_kind, source, f"{prefix}{key}.")
+        inner_kind, is_list = _struct_of(fields[key])
+        if inner_kind is not None:
+            if is_list and not isinstance(value, list):
+                raise ConfigError(f"{source}: {prefix}{key} must be a list, not {value!r}")
+            for number, item in enumerate(value if is_list else [value]):
+                where = f"{prefix}{key}[{number}]" if is_list else f"{prefix}{key}"
+                if item is None and not is_list:
+                    continue
+                if not isinstance(item, dict):
+                    raise ConfigError(f"{source}: {where} must be a mapping of keys to values, not {item!r}")
+                _check_keys(item, inner_kind, source, f"{where}.")
         elif key.endswith("_bytes") and isinstance(value, str):
             try:
                 tree[key] = parse_bytes(value)
             except ValueError as error:
                 raise ConfigError(f"{source}: {prefix}{key}: {error}") from None
+
+
+def _struct_of(kind: Any) -> tuple[type[msgspec.Struct] | None, bool]:
+    """The struct that a field is, or may be, or is a list of; and whether it is a list."""
+    is_list = get_origin(kind) is list
+    for option in get_args(kind) if is_list or isinstance(kind, UnionType) else (kind,):
+        if isinstance(option, type) and issubclass(option, msgspec.Struct):
+            return option, is_list
+    return None, False
 
 
 def _nested(fields: dict[str, Any]) -> list[tuple[str, str]]:

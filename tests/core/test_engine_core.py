@@ -245,8 +245,8 @@ def test_a_worker_failure_ends_what_runs_and_spares_what_waits() -> None:
     assert first is not None and second is not None
     outputs = core.commit(first.plan_id, WorkerFailure(first.plan_id, "the device is gone"), 0.0)
     assert [(o.request_id, o.finish, o.error) for o in outputs] == [
-        ("r0", "error", "the device is gone"),
-        ("r1", "error", "the device is gone"),
+        ("r0", "lost", "the device is gone"),
+        ("r1", "lost", "the device is gone"),
     ]
     core.check()
     assert core.commit(second.plan_id, WorkerFailure(second.plan_id, ""), 0.0) == []
@@ -432,3 +432,34 @@ CoreMachine.TestCase.settings = settings(
     max_examples=200, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestCoreMachine = CoreMachine.TestCase
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 4])
+def test_a_request_goes_on_elsewhere_with_what_it_has(cut: int) -> None:
+    """Cut off after any number of tokens, the sequences that have not ended end as they would have."""
+    config = make_config(num_blocks=100, max_len=64)
+    whole = Request(id="r", prompt=[1, 2, 3, 4, 5], max_tokens=10, n=3, min_tokens=2, stop_token_ids=[7])
+    expected, _ = run(config, [whole])
+    begun = {index: tokens[:cut] for (_, index), (tokens, _) in expected.items()}
+    left = {index: tokens for index, tokens in begun.items() if len(expected["r", index][0]) > len(tokens)}
+    assert left, "the control: something is left to do"
+    rest, _ = run(config, [msgspec.structs.replace(whole, resume=left)])
+    assert {key: (begun[key[1]] + tokens, finish) for key, (tokens, finish) in rest.items()} == {
+        key: value for key, value in expected.items() if key[1] in left
+    }
+
+
+@pytest.mark.parametrize(
+    ("resume", "words"),
+    [
+        ({}, "no sequence"),
+        ({2: [1]}, "sequence 2"),
+        ({0: [1] * 4}, "4 tokens already"),
+        ({1: [VOCAB]}, "token ids"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(resume: dict[int, list[int]], words: str) -> None:
+    core = EngineCore(make_config())
+    rejected = core.add(Request(id="r", prompt=[1], max_tokens=4, n=2, resume=resume), 0.0)
+    assert rejected is not None and rejected.field == "resume" and words in rejected.reason
+    assert not core.has_work()

@@ -100,7 +100,7 @@ def test_a_lost_rank_ends_what_runs_and_what_waits_goes_on(
         struck = time.monotonic()
         ended = (await running)[-1]
         assert time.monotonic() - struck < NOTICED_SECONDS
-        assert ended.finish == "error" and f"rank {rank}" in (ended.error or ""), ended
+        assert ended.finish == "lost" and f"rank {rank}" in (ended.error or ""), ended
         assert tokens(await waiting) == expected
         after = rank_processes(client.pid)
         assert len(after) == 2 and not set(after) & set(before)

@@ -10,13 +10,17 @@ import msgspec
 import pytest
 
 from shoal.checkpoint.builtin import pull
+from shoal.checkpoint.resolve import resolve
 from shoal.core.config import EngineConfig, LaunchConfig
 from shoal.core.layout import Layout, LayoutError
-from shoal.core.types import Request
+from shoal.core.types import Output, Request
 from shoal.engine.executor import open_executor
 from shoal.engine.memory import OutOfMemory
 from shoal.engine.step_log import read_ranks, read_submitted
-from shoal.serve.engine_group import EngineGroup
+from shoal.serve.errors import ApiError
+from shoal.serve.metrics import own_engines
+from shoal.serve.pool import Pool
+from shoal.serve.session import open_session, single
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.parallel.engines import Counts, Tokens, requests, run_layout
 
@@ -127,17 +131,33 @@ def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path
 
 def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2: Path, expected: Tokens) -> None:
     config = EngineConfig(model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512)
+    files = resolve(str(smollm2))
 
-    async def answer(group: EngineGroup, request: Request) -> list[int]:
-        return [token async for output in group.generate(request) for token in output.token_ids]
+    class Collected:
+        """Of one request of one sequence."""
+
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.whole = asyncio.get_running_loop().create_future()
+
+        def output(self, output: Output) -> None:
+            self.tokens += output.token_ids
+            if output.finish is not None:
+                self.whole.set_result(self.tokens)
+
+        def failed(self, error: ApiError) -> None:
+            self.whole.set_exception(error)
+
+    async def answer(pool: Pool, request: Request) -> list[int]:
+        collected = Collected()
+        pool.submit(request, collected)
+        return await collected.whole
 
     async def run() -> tuple[list[list[int]], list[int]]:
-        group = await EngineGroup.start(config)
-        try:
-            answers = await asyncio.gather(*(answer(group, request) for request in SMOLLM2_WORK))
-            return answers, [e.load.generated_tokens for e in group._engines if e.load is not None]
-        finally:
-            await group.stop()
+        async with open_session(single(config, "m"), {"m": files}) as session:
+            pool = session.fleet.pools["m"]
+            answers = await asyncio.gather(*(answer(pool, request) for request in SMOLLM2_WORK))
+            return answers, [engine.load.generated_tokens for engine in own_engines(pool) if engine.load]
 
     answers, generated = asyncio.run(run())
     assert dict(zip(expected, answers, strict=True)) == expected

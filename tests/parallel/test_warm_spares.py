@@ -56,7 +56,7 @@ def test_a_spare_takes_over_and_another_is_started(checkpoint: Path, num_spares:
         await asyncio.sleep(0.1)
         assert not running.done(), "the control: it runs until the fault"
         os.kill(first[1], signal.SIGKILL)
-        assert (await running)[-1].finish == "error"
+        assert (await running)[-1].finish == "lost"
         assert tokens(await waiting) == expected
         after = rank_processes(client.pid)
         seen.extend(before + after)

@@ -92,12 +92,14 @@ def main(checkpoint: str, config_json: str) -> int:
 
     config = msgspec.json.decode(config_json, type=ServeConfig)
     listener = listen(config)
+    files = resolve(checkpoint)
+    deployment = config.deployment(files)
     return asyncio.run(
         serve(
-            config,
-            resolve(checkpoint),
+            deployment,
+            {deployment.models[0].name: files},
             listener,
-            on_ready=lambda url, engine: print("ready", url, engine.pid, flush=True),
+            on_ready=lambda url, session: print("ready", url, session.fleet.members()[0].endpoint.pid, flush=True),
         )
     )
 

@@ -257,3 +257,34 @@ def test_a_model_without_experts_has_no_report_of_them(server: RunningServer) ->
     answer = server.client.get("/v1/experts")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "no_experts"
     assert "shoal:expert_imbalance" not in server.client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0, "ignore_eos": True},
+        {"temperature": 1.0, "seed": 5, "ignore_eos": True, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 5, "presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "seed": 5, "guided_regex": "[a-z]{30,40}"},
+        {"temperature": 0, "min_tokens": 20, "logprobs": 2},
+    ],
+    ids=["greedy", "seed", "penalties", "grammar", "min_tokens and logprobs"],
+)
+def test_a_completion_is_resumed_as_it_would_have_gone_on(server: RunningServer, fields: dict[str, Any]) -> None:
+    asked = {"prompt": [7, 8, 9], "max_tokens": 24, "n": 2, "return_token_ids": True, **fields}
+    whole = server.client.post("/v1/completions", json=asked).json()["choices"]
+    cut = 9
+    begun = {str(choice["index"]): choice["token_ids"][:cut] for choice in whole if len(choice["token_ids"]) > cut}
+    assert begun, "the control: something is left to do"
+    rest = server.client.post("/v1/completions", json=asked | {"resume": begun}).json()["choices"]
+    for expected, choice in zip([whole[int(index)] for index in begun], rest, strict=True):
+        assert choice["token_ids"] == expected["token_ids"][cut:]
+        assert expected["text"].endswith(choice["text"])
+        assert choice["finish_reason"] == expected["finish_reason"]
+
+
+def test_what_cannot_be_resumed_is_refused(server: RunningServer) -> None:
+    for resume, words in (({"3": [1]}, "sequence 3"), ({"0": [10**9]}, "token ids"), ({"0": [1] * 16}, "already")):
+        answer = complete(server, max_tokens=16, resume=resume)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "resume"
+        assert words in answer.json()["error"]["message"]

@@ -204,7 +204,7 @@ def test_a_failed_step_ends_what_ran_and_what_waits_goes_on(
                 if output.finish is not None:
                     finals[output.request_id] = output
     assert started and len(FailingOnce.made) == 2
-    assert finals["runs"].finish == "error" and finals["runs"].error == "the device fell off"
+    assert finals["runs"].finish == "lost" and finals["runs"].error == "the device fell off"
     assert finals["waits"].finish == "length" and tokens["waits"] == expected
     first, second = FailingOnce.made
     assert first.config.kv_cache_bytes is None and second.config.kv_cache_bytes, "sized as the scheduler knows it"
@@ -231,4 +231,4 @@ def test_a_worker_that_cannot_be_replaced_ends_the_engine(checkpoint: Path, monk
         while front.poll(0):
             message = from_engine.decode(front.recv())
             ends += [o.finish for o in message.outputs if o.finish] if isinstance(message, Step) else []
-        assert ends == ["error"], "the client was told before"
+        assert ends == ["lost"], "the client was told before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shoal.core.health import HealthConfig
 from tests.checkpoints import make_checkpoint
 from tests.serve.running import RunningServer, alive, running, state_of, wait_until
 
@@ -67,7 +69,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, streaming:
 
 
 def test_readiness_is_progress(checkpoint: Path) -> None:
-    with running(checkpoint, stall_seconds=1.0) as server:
+    with running(checkpoint, health=HealthConfig(stall_seconds=1.0, first_seconds=1.0)) as server:
         stream = Stream(server)
         assert server.client.get("/ready").status_code == 200, "control: it makes steps"
         os.kill(server.engine_pid, signal.SIGSTOP)
@@ -127,16 +129,27 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
             server.process.wait(0.5)  # control: it drains
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(20) == 0
-        assert b"engine_lost" in stream.rest() and not alive(server.engine_pid)
+        assert b'"stopped"' in stream.rest() and not alive(server.engine_pid)
 
 
-def test_a_lost_engine_ends_the_server_with_an_error(checkpoint: Path) -> None:
+def test_a_lost_engine_is_started_anew_and_its_streams_go_on(checkpoint: Path) -> None:
+    asked = {"max_tokens": 600, "temperature": 0.8, "seed": 7}
     with running(checkpoint) as server:
-        stream = Stream(server)
+        undisturbed = text_of(Stream(server, **asked))
+        stream = Stream(server, **asked)
         os.kill(server.engine_pid, signal.SIGKILL)
-        rest = stream.rest()
-        assert b"engine_lost" in rest and rest.endswith(b"data: [DONE]\n\n")
-        assert server.process.wait(20) == 1
+        assert text_of(stream) == undisturbed
+        assert not alive(server.engine_pid), "the control: it was killed"
+        (model,) = server.client.get("/fleet").json()["models"]
+        assert model["migrations"] == 1 and model["endpoints"][0]["restarts"] == 1
+        assert model["endpoints"][0]["address"] != f"pid {server.engine_pid}"
+
+
+def text_of(stream: Stream) -> str:
+    events = (stream.first + stream.rest()).decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
 
 
 def test_a_key_guards_everything_but_health(checkpoint: Path) -> None:

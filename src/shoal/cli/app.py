@@ -54,8 +54,17 @@ ENGINE_FLAGS = {
     "step_log": "step_log",
 }
 """The field's names, which users know from other engines, and EngineConfig's."""
-SERVER_FLAGS = ("served_model_name", "host", "port", "api_key", "allow_remote", "drain_seconds", "stall_seconds")
-"""Named as in ServeConfig."""
+DEPLOYMENT_FLAGS = {
+    "host": "host",
+    "port": "port",
+    "api_key": "api_key",
+    "allow_remote": "allow_remote",
+    "drain_seconds": "drain_seconds",
+    "stall_seconds": "health.stall_seconds",
+}
+"""And GatewayConfig's keys."""
+SERVER_FLAGS = {"served_model_name": "served_model_name", **DEPLOYMENT_FLAGS}
+"""And ServeConfig's."""
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -180,6 +189,14 @@ def _engine_flags(context: typer.Context) -> dict[str, Any]:
     return {key: context.params.get(flag) for flag, key in ENGINE_FLAGS.items()}
 
 
+def _require_none_beside(flag: str, context: typer.Context, allowed: set[str]) -> None:
+    """Everything else is in the file."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in allowed and context.params.get(name) not in (None, False):
+            raise typer.BadParameter(f"goes into the file of {flag}", param_hint=parameter.opts[-1])
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"shoal {__version__}")
@@ -201,7 +218,18 @@ def root(
 @app.command()
 def serve(
     context: typer.Context,
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A built-in name, a checkpoint directory, a .gguf file, or a hub id.",
+            autocompletion=_complete_model,
+            show_default=False,
+        ),
+    ] = None,
+    deployment: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Serve the fleet of this file.", rich_help_panel=_SERVER),
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]", rich_help_panel=_SERVER)
     ] = None,
@@ -223,7 +251,7 @@ def serve(
     ] = None,
     stall_seconds: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Not ready after so long without a step. [default: 30]", rich_help_panel=_SERVER),
+        typer.Option(min=0.1, help="An engine may take so long for a step. [default: 2]", rich_help_panel=_SERVER),
     ] = None,
     config: Annotated[
         Path | None,
@@ -276,11 +304,17 @@ def serve(
     - `shoal serve model.gguf --max-model-len 4096 --kv-cache-memory 2GiB`
     - `shoal serve smollm2-135m --config serve.yaml`
     - `shoal serve smollm2-135m --tensor-parallel-size 2`
+    - `shoal serve --deployment fleet.yaml`
     """
-    from shoal.cli.serving import run_server
+    from shoal.cli.serving import run_deployment, run_server
 
+    if deployment is not None:
+        _require_none_beside("--deployment", context, {"deployment", *DEPLOYMENT_FLAGS})
+        return run_deployment(deployment, {key: context.params[flag] for flag, key in DEPLOYMENT_FLAGS.items()})
+    if model is None:
+        raise typer.BadParameter("name a model, or a fleet with --deployment FILE.yaml", param_hint="MODEL")
     engine = {f"engine.{key}": value for key, value in _engine_flags(context).items()}
-    flags = engine | {key: context.params[key] for key in SERVER_FLAGS}
+    flags = engine | {key: context.params[flag] for flag, key in SERVER_FLAGS.items()}
     return run_server(model, config, flags, record, load_report=load_report, load_report_json=load_report_json)
 
 

@@ -218,7 +218,7 @@ async def _answer(generator: Generator, line: RequestLine, defaults: Defaults, t
             try:
                 return identity | await _generate(generator, body, f"line-{line.number}", tally)
             except ApiError as error:
-                if error.code == "engine_lost":
+                if error.code in ("endpoints_lost", "no_endpoint"):
                     raise EngineLost(error.message) from None
                 if error.status != 429:
                     raise

@@ -127,7 +127,7 @@ class Conversation:
                     if piece.error:
                         raise ApiError(500, f"generation failed: {piece.error}")
         except ApiError as error:
-            if error.code == "engine_lost":
+            if error.code in ("endpoints_lost", "no_endpoint"):
                 raise EngineLost(error.message) from None
             advice = ": /reset begins a new conversation" if error.code == "context_length_exceeded" else ""
             console.print(f"{error.message}{advice}", style="red", markup=False, soft_wrap=True)

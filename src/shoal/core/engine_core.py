@@ -76,9 +76,10 @@ class EngineCore:
         limit = min(len(request.prompt) + request.max_tokens, self.config.max_len)
         order = now + request.priority * self.config.priority_aging
         sequences = []
-        for index in range(request.n):
+        for index, generated in sequences_of(request).items():
             self._num_arrivals += 1
             sequence = Sequence(request, index, (order, self._num_arrivals), limit)
+            sequence.tokens += generated
             sequences.append(sequence)
             self.scheduler.enqueue(sequence)
         self._sequences[request.id] = sequences
@@ -117,8 +118,10 @@ class EngineCore:
             return no(f"max_tokens must be at least 1, got {request.max_tokens}", "max_tokens")
         if request.n < 1:
             return no(f"n must be at least 1, got {request.n}", "n")
+        if (reason := resume_error(request, config.max_len, config.vocab_size)) is not None:
+            return no(reason, "resume")
         num_waiting = len(self.scheduler.waiting)
-        if num_waiting + request.n > config.max_waiting:
+        if num_waiting + len(sequences_of(request)) > config.max_waiting:
             return no(f"{num_waiting} sequences are waiting; the limit is {config.max_waiting}", None, retryable=True)
         return None
 
@@ -170,7 +173,7 @@ class EngineCore:
         return outputs
 
     def fail(self, message: str, now: float) -> list[Output]:
-        """As a commit of a `WorkerFailure`, for workers that were lost while no plan was in flight: the KV is gone.
+        """As a commit of a `WorkerFailure`, for workers that were lost while no plan was in flight: their KV is gone.
 
         `now` is unused by the core but is recorded with the call.
         """
@@ -237,7 +240,7 @@ class EngineCore:
         self._in_flight.clear()
         self._drawn.clear()
         self._failures += 1
-        return [self._finish(sequence, "error", error=message) for sequence in self.scheduler.reset()]
+        return [self._finish(sequence, "lost", error=message) for sequence in self.scheduler.reset()]
 
     # --- what others see --------------------------------------------------------------------------------------------
 
@@ -279,6 +282,28 @@ class EngineCore:
             raise AssertionError("engine core: the requests differ from what is queued")
         if len(self._in_flight) > self.config.depth:
             raise AssertionError("engine core: more plans in flight than depth allows")
+
+
+def sequences_of(request: Request) -> dict[int, list[int]]:
+    """Sequences that a request asks for, by index, with the tokens that each has already."""
+    return {index: [] for index in range(request.n)} if request.resume is None else request.resume
+
+
+def resume_error(request: Request, max_len: int, vocab_size: int) -> str | None:
+    """What is wrong with `request.resume`; None if nothing is."""
+    if request.resume is None:
+        return None
+    if not request.resume:
+        return "resume names no sequence"
+    most = min(request.max_tokens, max_len - len(request.prompt))
+    for index, generated in request.resume.items():
+        if not 0 <= index < request.n:
+            return f"resume names sequence {index}; with n = {request.n} they lie in [0, {request.n})"
+        if len(generated) >= most:
+            return f"sequence {index} has {len(generated)} tokens already, and {most} are the most it may have"
+        if generated and not 0 <= min(generated) <= max(generated) < vocab_size:
+            return f"resume: token ids must lie in [0, {vocab_size})"
+    return None
 
 
 def _validate(config: SchedulerConfig) -> None:

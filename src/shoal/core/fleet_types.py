@@ -16,9 +16,10 @@ EndpointState = Literal["starting", "ready", "suspect", "fenced", "draining", "d
 """starting: not yet of use · ready · suspect: has work and makes no step, gets nothing new · fenced: what it had was
 moved, what it says of it is dropped; ready again once it makes a step · draining: gets nothing new, and is removed or
 stopped once what it has is done or moved · down: its process or its connections are gone."""
-FailureKind = Literal["lost", "refused", "overloaded", "hung", "error"]
+FailureKind = Literal["lost", "refused", "overloaded", "hung", "error", "drained"]
 """lost: process or connection gone · refused: it cannot be connected to · overloaded: 429 or 503 of its own · hung: no
-progress · error: it answered 5xx. A client's mistake (4xx) is none of these: it is the answer."""
+progress · error: it answered 5xx · drained: it is taken away. A client's mistake (4xx) is none of these: it is the
+answer."""
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,10 +58,15 @@ class EndpointListener(Protocol):
 
 class Endpoint(Protocol):
     name: str
-    kind: EndpointKind
-    address: str
     info: EndpointInfo
     """Once `start` has returned."""
+
+    @property
+    def kind(self) -> EndpointKind: ...
+
+    @property
+    def address(self) -> str:
+        """A URL, or "pid 123" of an engine of the fleet's own."""
 
     async def start(self, listener: EndpointListener) -> None:
         """Until it can take requests. Raises EndpointStartError, whose message is for the user."""

@@ -16,15 +16,18 @@ import zmq
 import zmq.asyncio
 
 from shoal.core.config import EngineConfig
+from shoal.core.engine_core import sequences_of
 from shoal.core.expert_load import ExpertLoad
+from shoal.core.fleet_types import EndpointFailure
 from shoal.core.start_report import StartProgress
 from shoal.core.types import EngineLoad, Output, Rejected, Request
+from shoal.serve.endpoint import Attempt, EndpointStartError
 from shoal.serve.messages import Abort, Add, EngineInfo, Started, StartFailed, Starting, Step, Stop, encode, from_engine
 
 Progress = Callable[[StartProgress], None]
 
 
-class EngineStartError(Exception):
+class EngineStartError(EndpointStartError):
     """The engine did not start. The message is for the user."""
 
 
@@ -40,6 +43,16 @@ class RequestRejected(Exception):
         self.rejected = rejected
 
 
+class _Running:
+    """An attempt under way and how many of its sequences have not ended."""
+
+    __slots__ = ("attempt", "left")
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.left = len(sequences_of(attempt.request))
+
+
 class EngineClient:
     """Made by `start`, ended by `stop`. For one asyncio loop."""
 
@@ -47,7 +60,7 @@ class EngineClient:
         self._process = process
         self._directory = directory
         self._on_step = on_step
-        self._streams: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._running: dict[str, _Running] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -57,12 +70,11 @@ class EngineClient:
         self.load: EngineLoad | None = None
         self.experts: list[ExpertLoad] = []
         """What its experts have computed, once it has said so; of a group, an entry for each engine."""
-        self.progress_at = time.monotonic()
-        """Monotonic second of the engine's last sign of progress."""
         self.num_spares = 0
         """Warm ones that are ready."""
         self.lost: str | None = None
         """Why the engine is gone; None while it runs."""
+        self.when_lost: Callable[[str], None] = lambda reason: None
 
     @classmethod
     async def start(
@@ -88,7 +100,6 @@ class EngineClient:
             process.stdin.write(msgspec.json.encode(config) + b"\n")
             started = await client._wait_until_started(on_progress or (lambda progress: None))
             client.info, client.load = started.info, started.load
-            client.progress_at = time.monotonic()
         except BaseException:
             await client._kill()
             raise
@@ -102,7 +113,7 @@ class EngineClient:
     @property
     def num_streams(self) -> int:
         """Requests under way."""
-        return len(self._streams)
+        return len(self._running)
 
     async def _wait_until_started(self, on_progress: Progress) -> Started:
         ended = asyncio.create_task(self._process.wait())
@@ -123,36 +134,45 @@ class EngineClient:
         finally:
             ended.cancel()
 
+    def submit(self, attempt: Attempt) -> None:
+        """Outputs of all its sequences go to the attempt as they come, each sequence's last one with `finish`."""
+        if self.lost is not None:
+            failure = EndpointFailure(kind="lost", message=self.lost)
+            asyncio.get_running_loop().call_soon(attempt.ended, failure)
+            return
+        self._running[attempt.request.id] = _Running(attempt)
+        self._send_soon(Add(attempt.request))
+
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Outputs of all its sequences as they come, each sequence's last one with `finish`.
+        """Outputs of all its sequences as they come, to be awaited.
 
         Leaving the iterator early aborts what is left of the request. Raises RequestRejected or EngineLost.
         """
-        if self.lost is not None:
-            raise EngineLost(self.lost)
-        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
-        self._streams[request.id] = queue
-        left = request.n
+        attempt = _Awaited(request)
+        self.submit(attempt)
+        left = len(sequences_of(request))
         try:
-            await self._socket.send(encode(Add(request)))
             while left:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    left = 0
-                    raise item
-                if item.finish is not None:
-                    left -= 1
+                item = await attempt.queue.get()
+                if isinstance(item, Rejected):
+                    raise RequestRejected(item)
+                if isinstance(item, EndpointFailure):
+                    raise EngineLost(item.message)
+                left -= item.finish is not None
                 yield item
         finally:
-            del self._streams[request.id]
-            if left and self.lost is None:
-                self.abort(request.id)
+            self.abort(request.id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request or one of its sequences; it frees its blocks before the engine's next step."""
+        running = self._running.get(request_id)
+        if running is None:
+            return
+        if index is None:
+            del self._running[request_id]
         self._send_soon(Abort(request_id, index))
 
-    def _send_soon(self, message: Abort | Stop) -> None:
+    def _send_soon(self, message: Add | Abort | Stop) -> None:
         # Not awaited: it is called from code that is being cancelled. Without a high-water mark it never waits anyway.
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send(encode(message))
@@ -165,18 +185,21 @@ class EngineClient:
             self.load = message.load
             if message.experts is not None:
                 self.experts = [message.experts]
-            self.progress_at = message.progress_at
             self.num_spares = message.num_spares
-            for rejected in message.rejected:
-                self._put(rejected.request_id, RequestRejected(rejected))
-            for output in message.outputs:
-                self._put(output.request_id, output)
             self._on_step(message)
-
-    def _put(self, request_id: str, item: Output | Exception) -> None:
-        queue = self._streams.get(request_id)
-        if queue is not None:
-            queue.put_nowait(item)
+            for rejected in message.rejected:
+                running = self._running.pop(rejected.request_id, None)
+                if running is not None:
+                    running.attempt.ended(rejected)
+            for output in message.outputs:
+                running = self._running.get(output.request_id)
+                if running is None:
+                    continue  # it was given up
+                if output.finish is not None:
+                    running.left -= 1
+                    if not running.left:
+                        del self._running[output.request_id]
+                running.attempt.output(output)
 
     async def _watch(self) -> None:
         """Until the process ends, or says what cannot be read: then it is of no use any more."""
@@ -187,16 +210,21 @@ class EngineClient:
         finally:
             ended.cancel()
         if self._process.returncode is None:
-            self.lost = f"a message of the engine cannot be read: {reading.exception()}"
+            self._lose(f"a message of the engine cannot be read: {reading.exception()}")
         else:
-            self.lost = f"the engine process ended with status {self._process.returncode}"
-        for queue in self._streams.values():
-            queue.put_nowait(EngineLost(self.lost))
+            self._lose(f"the engine process ended with status {self._process.returncode}")
+
+    def _lose(self, reason: str) -> None:
+        self.lost = reason
+        running, self._running = self._running, {}
+        for one in running.values():
+            one.attempt.ended(EndpointFailure(kind="lost", message=reason))
+        self.when_lost(reason)
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Wait for what runs, at most so long, then end the process. Nothing of it is left afterwards."""
         deadline = time.monotonic() + drain_seconds
-        while self._streams and self.lost is None and time.monotonic() < deadline:
+        while self._running and self.lost is None and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self.lost is None:
             self._send_soon(Stop())
@@ -208,9 +236,7 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         if self.lost is None:
-            self.lost = "the engine was stopped"
-        for queue in self._streams.values():
-            queue.put_nowait(EngineLost(self.lost))
+            self._lose("the engine was stopped")
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -218,6 +244,16 @@ class EngineClient:
         self._socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _Awaited:
+    """An attempt whose outputs are put into a queue."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.queue: asyncio.Queue[Output | EndpointFailure | Rejected] = asyncio.Queue()
+        self.output: Callable[[Output], None] = self.queue.put_nowait
+        self.ended: Callable[[EndpointFailure | Rejected], None] = self.queue.put_nowait
 
 
 def _environment() -> dict[str, str]:

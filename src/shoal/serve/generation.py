@@ -5,9 +5,10 @@ The one copy of this path: chat and completions over HTTP, `shoal generate` and 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -15,11 +16,12 @@ import msgspec
 from shoal.checkpoint.chat_template import TemplateError
 from shoal.checkpoint.text_stream import TextStream
 from shoal.checkpoint.tokenizer import Tokenizer
-from shoal.core.types import FinishReason, Grammar, Request, Sampling, TokenLogprobs
+from shoal.core.engine_core import resume_error, sequences_of
+from shoal.core.types import FinishReason, Grammar, Output, Request, Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
-from shoal.serve.engine_client import EngineLost, RequestRejected
-from shoal.serve.engine_group import Engine
 from shoal.serve.errors import ApiError, invalid
+from shoal.serve.flight import Flight
+from shoal.serve.pool import Pool
 from shoal.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -62,13 +64,67 @@ class Piece(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+class TextRun:
+    """The text of a job: outputs in, pieces out. Of a job that goes on, the text begins behind what it had."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        job: Job,
+        on_piece: Callable[[Piece], None],
+        on_error: Callable[[ApiError], None],
+    ) -> None:
+        request = job.request
+        self.flight: Flight
+        self._include_stop = job.include_stop
+        self._on_piece = on_piece
+        self.failed = on_error
+        self._streams = {
+            index: TextStream(
+                tokenizer,
+                job.stop,
+                prompt_ids=request.prompt if job.continues_prompt else (),
+                skip_special_tokens=job.skip_special_tokens,
+                include_stop=job.include_stop,
+            )
+            for index in sequences_of(request)
+        }
+        """Of the sequences that have not ended."""
+        for index, tokens in sequences_of(request).items():
+            self._streams[index].push(tokens)
+
+    def output(self, output: Output) -> None:
+        stream = self._streams.get(output.index)
+        if stream is None:
+            return
+        ids = output.token_ids
+        text, stopped = stream.push(ids[:-1] if output.stop_token is not None and not self._include_stop else ids)
+        finish = output.finish
+        stop_reason: str | int | None = output.stop_token
+        if finish is not None and stopped is None:
+            text += stream.flush()
+            stopped = stream.stopped
+        if stopped is not None:
+            stop_reason = stopped
+        ended_here = stopped is not None and finish is None
+        if stopped is not None:
+            finish = "stop"
+        if finish is not None:
+            del self._streams[output.index]
+        self._on_piece(
+            Piece(output.index, text, ids, output.logprobs, finish, stop_reason, output.num_cached, output.error)
+        )
+        if ended_here:
+            self.flight.abort(output.index)
+
+
 class Generator:
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
-        self.engine = engine
+    def __init__(self, pool: Pool, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
+        self.pool = pool
         self.tokenizer = tokenizer
         self.limits = limits
-        self.vocab_size = engine.info.spec.vocab_size
-        self.max_len = engine.info.max_len
+        self.vocab_size = pool.vocab_size
+        self.max_len = pool.max_len
         self.grammars = GrammarCompiler(vocabulary_of_checkpoint(checkpoint, self.vocab_size))
 
     async def close(self) -> None:
@@ -148,7 +204,9 @@ class Generator:
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    async def job(self, body: ChatRequest | CompletionRequest, prompt: list[int], request_id: str) -> Job:
+    async def job(
+        self, body: ChatRequest | CompletionRequest, prompt: list[int], request_id: str, cache_salt: str = ""
+    ) -> Job:
         """Check everything that can be wrong with a request. Raises ApiError."""
         field = "messages" if isinstance(body, ChatRequest) else "prompt"
         if len(prompt) >= self.max_len:
@@ -183,7 +241,11 @@ class Generator:
             stop_token_ids=list(dict.fromkeys(stop_ids)),
             priority=body.priority,
             deadline=None if body.timeout is None else time.monotonic() + body.timeout,
+            cache_salt=cache_salt,
+            resume=body.resume if isinstance(body, CompletionRequest) else None,
         )
+        if (reason := resume_error(request, self.max_len, self.vocab_size)) is not None:
+            raise invalid(reason, "resume")
         stops = stop_strings(body, self.limits)
         return Job(
             request,
@@ -233,52 +295,34 @@ class Generator:
 
     # --- text -------------------------------------------------------------------------------------------------------
 
+    def begin(
+        self,
+        job: Job,
+        on_piece: Callable[[Piece], None],
+        on_error: Callable[[ApiError], None],
+        *,
+        tenant: str = "",
+        session: str = "",
+    ) -> Flight:
+        """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError."""
+        run = TextRun(self.tokenizer, job, on_piece, on_error)
+        run.flight = self.pool.submit(job.request, run, tenant=tenant, session=session)
+        return run.flight
+
     async def run(self, job: Job) -> AsyncIterator[Piece]:
-        """Pieces of all sequences as they come. Leaving early aborts the rest. Raises ApiError."""
-        request = job.request
-        streams = [
-            TextStream(
-                self.tokenizer,
-                job.stop,
-                prompt_ids=request.prompt if job.continues_prompt else (),
-                skip_special_tokens=job.skip_special_tokens,
-                include_stop=job.include_stop,
-            )
-            for _ in range(request.n)
-        ]
-        finished = [False] * request.n
-        outputs = self.engine.generate(request)
+        """Pieces to be awaited. Leaving early aborts the rest. Raises ApiError."""
+        queue: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+        flight = self.begin(job, queue.put_nowait, queue.put_nowait)
+        left = len(sequences_of(job.request))
         try:
-            async for output in outputs:
-                if finished[output.index]:
-                    continue  # it went on for a step or two after its stop string
-                stream = streams[output.index]
-                ids = output.token_ids
-                shown = ids[:-1] if output.stop_token is not None and not job.include_stop else ids
-                text, stopped = stream.push(shown)
-                finish, reason = output.finish, output.stop_token
-                if stopped is None and finish is not None:
-                    text += stream.flush()
-                    stopped = stream.stopped
-                stop_reason: str | int | None = reason if stopped is None else stopped
-                if stopped is not None:
-                    if finish is None:
-                        self.engine.abort(request.id, output.index)
-                    finish = "stop"
-                finished[output.index] = finish is not None
-                yield Piece(
-                    output.index, text, ids, output.logprobs, finish, stop_reason, output.num_cached, output.error
-                )
-                if all(finished):
-                    return
-        except RequestRejected as error:
-            rejected = error.rejected
-            status = 429 if rejected.retryable else 400
-            raise ApiError(status, rejected.reason, param=rejected.field) from None
-        except EngineLost as error:
-            raise ApiError(503, f"{error}", code="engine_lost") from None
+            while left:
+                item = await queue.get()
+                if isinstance(item, ApiError):
+                    raise item
+                left -= item.finish is not None
+                yield item
         finally:
-            await outputs.aclose()  # type: ignore[attr-defined]
+            flight.abort()
 
 
 def _plain_message(message: dict[str, Any], number: int) -> dict[str, Any]:

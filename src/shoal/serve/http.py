@@ -20,41 +20,32 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
 from shoal.core.expert_load import ExpertReport
-from shoal.serve.engine_group import Engine
+from shoal.serve.answer import EventStream, WholeAnswer, Work, disconnected
 from shoal.serve.errors import ApiError, invalid
-from shoal.serve.generation import Generator, Job, Piece
-from shoal.serve.messages import HEARTBEAT_SECONDS
-from shoal.serve.metrics import ServerMetrics
-from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage, joined
+from shoal.serve.fleet_routes import FleetRoutes
+from shoal.serve.generation import Generator
+from shoal.serve.metrics import ServerMetrics, own_engines
+from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage
 from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Limits, TokenizeRequest, decode
+from shoal.serve.session import Session
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
 class Server:
-    """The application over one engine. `app` is what an ASGI server runs."""
+    """The application over a fleet. `app` is what an ASGI server runs."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        generator: Generator,
-        *,
-        model: str,
-        limits: Limits,
-        stall_seconds: float,
-        api_key: str | None,
-    ) -> None:
-        self.engine = engine
-        self.generator = generator
-        self.model = model
+    def __init__(self, session: Session, *, limits: Limits, api_key: str | None) -> None:
+        self.fleet = fleet = session.fleet
+        self.generators = session.generators
+        """By the model's name; the first one serves requests that name none."""
         self.limits = limits
-        self.stall_seconds = stall_seconds
-        self.metrics = ServerMetrics(engine)
-        self.draining = False
+        self.metrics = ServerMetrics(fleet)
         self._api_key = api_key.encode() if api_key else None
         self._started = int(time.time())
         get, post = ["GET"], ["POST"]
+        operate = FleetRoutes(fleet, session.add_any, session.deployment.drain_seconds)
         self._routes = [
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
@@ -63,6 +54,12 @@ class Server:
             Route("/v1/completions", self._guarded(self.completions), methods=post),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
             Route("/detokenize", self._guarded(self.detokenize), methods=post),
+            Route("/fleet", self._guarded(operate.status), methods=get),
+            Route("/fleet/endpoints", self._guarded(operate.add), methods=post),
+            Route("/fleet/endpoints/{name}/drain", self._guarded(operate.drain), methods=post),
+            Route("/fleet/endpoints/{name}/undrain", self._guarded(operate.undrain), methods=post),
+            Route("/fleet/endpoints/{name}/restart", self._guarded(operate.restart), methods=post),
+            Route("/fleet/endpoints/{name}", self._guarded(operate.remove), methods=["DELETE"]),
             Route("/metrics", self._guarded(self.prometheus), methods=get),
             Route("/ready", self._guarded(self.ready), methods=get),
             Route("/health", self._guarded(self.health), methods=get),
@@ -144,144 +141,119 @@ class Server:
             raise ApiError(408, f"the body did not arrive within {self.limits.body_seconds:g} s") from None
         return b"".join(parts)
 
-    def _check_model(self, name: str) -> None:
-        if name and name != self.model:
-            raise ApiError(
-                404,
-                f"model {name!r} does not exist; this server has {self.model!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def _generator(self, name: str) -> Generator:
+        """Of the model that is asked for."""
+        generator = self.generators.get(name)
+        if generator is not None:
+            return generator
+        if not name:
+            return next(iter(self.generators.values()))
+        known = ", ".join(repr(known) for known in self.generators)
+        raise ApiError(
+            404, f"model {name!r} does not exist; this server has {known}", param="model", code="model_not_found"
+        )
 
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
         body = decode(await self._body(request), ChatRequest, self.limits)
-        self._check_model(body.model)
+        generator = self._generator(body.model)
         if isinstance(body.tool_choice, dict) or body.tool_choice not in (None, "none", "auto"):
             raise invalid("tool_choice must be 'none' or 'auto': a call cannot be forced", "tool_choice")
         tools = None if body.tool_choice == "none" else body.tools
-        prompt = self.generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
-        return await self._answer(request, body, [prompt], ChatFormat)
+        prompt = generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
+        return await self._answer(request, generator, body, [prompt], ChatFormat)
 
     async def completions(self, request: Request) -> Response | EventStream:
         body = decode(await self._body(request), CompletionRequest, self.limits)
-        self._check_model(body.model)
+        generator = self._generator(body.model)
         if body.suffix:
             raise invalid("suffix is not supported", "suffix")
         if body.echo and body.logprobs is not None:
             raise invalid("echo together with logprobs is not supported", "echo")
-        return await self._answer(request, body, self.generator.prompts(body), CompletionFormat)
+        return await self._answer(request, generator, body, generator.prompts(body), CompletionFormat)
 
     async def _answer(
         self,
         request: Request,
+        generator: Generator,
         body: ChatRequest | CompletionRequest,
         prompts: list[list[int]],
         make_format: Any,
     ) -> Response | EventStream:
-        if self.draining:
+        if self.fleet.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         request_id: str = request.state.request_id
-        jobs = [await self.generator.job(body, p, f"{request_id}-{i}") for i, p in enumerate(prompts)]
-        form = make_format(body, self.generator.tokenizer, self.model, request_id, prompts)
+        cache_salt = (body.cache_salt or "") if isinstance(body, CompletionRequest) else ""
+        jobs = [await generator.job(body, p, f"{request_id}-{i}", cache_salt) for i, p in enumerate(prompts)]
+        form = make_format(body, generator.tokenizer, generator.pool.name, request_id, prompts)
         usage = Usage(sum(map(len, prompts)))
-        pieces = self._pieces(jobs, usage, request.state.arrived)
+        num_choices = sum(job.request.n for job in jobs)
+        timers = [self.metrics.timer(request.state.arrived, len(job.request.prompt), job.request.n) for job in jobs]
+        answer: EventStream | WholeAnswer
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(form, pieces, usage, sum(job.request.n for job in jobs), wants_usage)
-            # The first event is awaited here: what the engine refuses is an error status, not a broken stream.
-            async with _cancelled_by_disconnect(request):
-                first = await anext(events)
-            return EventStream(first, events)
-        collected: dict[int, list[Piece]] = {}
-        async with _cancelled_by_disconnect(request), contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
-            async for index, piece in source:
-                collected.setdefault(index, []).append(piece)
-                if piece.finish == "error":
-                    raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
-        choices = [joined(collected[index]) for index in sorted(collected)]
-        return _json(form.whole(choices, usage))
-
-    async def _pieces(self, jobs: list[Job], usage: Usage, arrived: float) -> AsyncIterator[tuple[int, Piece]]:
-        """Pieces of all jobs by choice number, interleaved as they come. `arrived`: monotonic second of the request."""
-        timers = [self.metrics.timer(arrived, len(job.request.prompt), job.request.n) for job in jobs]
-        queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-        async def pump(number: int, job: Job) -> None:
-            try:
-                async with contextlib.aclosing(self.generator.run(job)) as run:  # type: ignore[type-var]
-                    async for piece in run:
-                        timers[number].observe(piece)
-                        queue.put_nowait((number * job.request.n + piece.index, piece))
-                queue.put_nowait(None)
-            except asyncio.CancelledError:
-                timers[number].abandon()
-                raise
-            except Exception as error:
-                queue.put_nowait(error)
-
-        tasks = [asyncio.create_task(pump(number, job)) for number, job in enumerate(jobs)]
-        left = len(tasks)
+            answer = EventStream(form, usage, num_choices, wants_usage=wants_usage)
+        else:
+            answer = WholeAnswer(form, usage)
+        answer.work = Work(generator, jobs, timers, usage, answer.piece, answer.failed)
         try:
-            while left:
-                item = await queue.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, BaseException):
-                    raise item
-                else:
-                    usage.add(item[1])
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            async with _cancelled_by_disconnect(request):
+                if isinstance(answer, WholeAnswer):
+                    return _json(await answer.body())
+                await answer.begun()
+                return answer
+        except (asyncio.CancelledError, ClientDisconnect):
+            answer.work.abandon()
+            raise
 
     # --- everything else --------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model_entry()]})
+        return _json(
+            {"object": "list", "data": [self._model_entry(generator) for generator in self.generators.values()]}
+        )
 
     async def one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json(self._model_entry())
+        return _json(self._model_entry(self._generator(request.path_params["name"])))
 
-    def _model_entry(self) -> dict[str, Any]:
+    def _model_entry(self, generator: Generator) -> dict[str, Any]:
         return {
-            "id": self.model,
+            "id": generator.pool.name,
             "object": "model",
             "created": self._started,
             "owned_by": "shoal",
-            "max_model_len": self.generator.max_len,
+            "max_model_len": generator.max_len,
         }
 
     async def experts(self, request: Request) -> Response:
-        if self.engine.info.spec.moe is None:
-            raise ApiError(404, f"{self.model!r} has no experts", code="no_experts")
-        return _json(ExpertReport(engines=self.engine.experts))
+        generator = self._generator(request.query_params.get("model", ""))
+        loads = [load for engine in own_engines(generator.pool) for load in engine.experts]
+        if not any(engine.engine_info.spec.moe for engine in own_engines(generator.pool)):
+            raise ApiError(404, f"{generator.pool.name!r} has no experts", code="no_experts")
+        return _json(ExpertReport(engines=loads))
 
     async def tokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), TokenizeRequest, self.limits)
-        self._check_model(body.model)
+        generator = self._generator(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
         if body.messages is not None:
-            ids = self.generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt)
+            ids = generator.chat_prompt(body.messages, body.tools, body.add_generation_prompt)
         else:
             # Of any length, for counting is what this is for: on a thread, or every stream would wait for it.
-            ids = await asyncio.to_thread(self.generator.tokenizer.encode, body.prompt or "", body.add_special_tokens)
-        answer: dict[str, Any] = {"count": len(ids), "max_model_len": self.generator.max_len, "tokens": ids}
+            ids = await asyncio.to_thread(generator.tokenizer.encode, body.prompt or "", body.add_special_tokens)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": generator.max_len, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = [self.generator.tokenizer.token_text(i) for i in ids]
+            answer["token_strs"] = [generator.tokenizer.token_text(i) for i in ids]
         return _json(answer)
 
     async def detokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), DetokenizeRequest, self.limits)
-        self._check_model(body.model)
-        if any(i >= self.generator.vocab_size for i in body.tokens):
-            raise invalid(f"token ids must lie in [0, {self.generator.vocab_size})", "tokens")
-        return _json({"prompt": self.generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
+        generator = self._generator(body.model)
+        if any(i >= generator.vocab_size for i in body.tokens):
+            raise invalid(f"token ids must lie in [0, {generator.vocab_size})", "tokens")
+        return _json({"prompt": generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
 
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -297,77 +269,14 @@ class Server:
         return _json({"ready": reason is None, "reason": reason}, status=200 if reason is None else 503)
 
     def unready_reason(self) -> str | None:
-        """Why requests should go elsewhere; None if they need not. Progress decides: a process that lives may hang."""
-        if self.draining:
+        """Why requests should go elsewhere; None if they need not: every model has an endpoint that makes progress."""
+        if self.fleet.draining:
             return "the server is shutting down"
-        if self.engine.lost is not None:
-            return self.engine.lost
-        age = time.monotonic() - self.engine.progress_at
-        if age <= self.stall_seconds:
-            return None
-        if self.engine.num_streams:
-            return f"the engine has work and has made no step for {age:.1f} s"
-        # An idle engine gives a sign of life every second, which may be late on a busy machine.
-        return f"the engine has given no sign of life for {age:.1f} s" if age > 3 * HEARTBEAT_SECONDS else None
-
-
-class EventStream:
-    """Server-sent events. The client's leaving cancels the generation at once, not at the next event."""
-
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
-        self._first = first
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        watch = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait([pump, watch], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (pump, watch):
-                task.cancel()
-            await asyncio.gather(pump, watch, return_exceptions=True)
-            await self._rest.aclose()  # type: ignore[attr-defined]
-
-    async def _pump(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for event in self._rest:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _events(
-    form: Any, pieces: AsyncIterator[tuple[int, Piece]], usage: Usage, num_choices: int, wants_usage: bool
-) -> AsyncIterator[bytes]:
-    """The stream's events as bytes; the first comes with the first piece."""
-    opening = b"".join(_event(chunk) for chunk in form.opening(num_choices))
-    async with contextlib.aclosing(pieces) as source:  # type: ignore[type-var]
-        try:
-            async for index, piece in source:
-                if piece.finish == "error":
-                    raise ApiError(500, f"generation failed: {piece.error}", code="generation_failed")
-                yield opening + _event(form.chunk(index, piece))
-                opening = b""
-        except ApiError as error:
-            if opening:
-                raise
-            yield _event(error.body())
-            yield b"data: [DONE]\n\n"
-            return
-    if wants_usage:
-        yield _event(form.usage_chunk(usage))
-    yield b"data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        for pool in self.fleet.pools.values():
+            if not any(member.state == "ready" for member in pool.members.values()):
+                reasons = "; ".join(f"{m.name}: {m.reason or m.state}" for m in pool.members.values())
+                return f"no endpoint of {pool.name!r} is ready ({reasons or 'it has none'})"
+        return None
 
 
 @contextlib.asynccontextmanager
@@ -378,7 +287,7 @@ async def _cancelled_by_disconnect(request: Request) -> AsyncIterator[None]:
 
     async def watch() -> None:
         nonlocal left
-        await _disconnected(request.receive)
+        await disconnected(request.receive)
         left = True
         if body is not None:
             body.cancel()

@@ -11,17 +11,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from shoal.core import metrics as defined
 from shoal.core.metrics import Metric
-from shoal.core.types import FinishReason
-from shoal.serve.engine_group import Engine
+from shoal.core.types import EngineLoad, FinishReason
+from shoal.serve.fleet import Fleet
 from shoal.serve.generation import Piece
+from shoal.serve.pool import Pool
+from shoal.serve.shoal_endpoint import ShoalEndpoint
 
 
 class ServerMetrics:
     """One registry a server; nothing global."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
+        self.registry.register(_EngineCollector(fleet))
         self._ttft, self._itl, self._e2e = (self._histogram(m) for m in (defined.TTFT, defined.ITL, defined.E2E))
         self._prompt_length = self._histogram(defined.PROMPT_LENGTH)
         self._output_length = self._histogram(defined.OUTPUT_LENGTH)
@@ -80,26 +82,41 @@ class RequestTimer:
         self._num_unfinished = 0
 
 
+def own_engines(pool: Pool) -> list[ShoalEndpoint]:
+    """Those of a pool's endpoints that are engines which the fleet started, and that are up."""
+    endpoints = [member.endpoint for member in pool.members.values()]
+    return [one for one in endpoints if isinstance(one, ShoalEndpoint) and one.pid is not None]
+
+
 class _EngineCollector:
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    """Over all engines that the fleet started: every count is their sum."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        load = self._engine.load
-        if load is None:
+        engines = [engine for pool in self._fleet.pools.values() for engine in own_engines(pool)]
+        loads = [(engine.load, engine) for engine in engines if engine.load is not None]
+        if not loads:
             return
+        names = EngineLoad.__struct_fields__
+        load = EngineLoad(**{name: sum(getattr(one, name) for one, _ in loads if one is not None) for name in names})
         held = load.num_blocks - load.num_free_blocks
-        capacity = held * self._engine.info.block_size
+        capacity = sum(
+            (one.num_blocks - one.num_free_blocks) * engine.info.block_size for one, engine in loads if one is not None
+        )
+        now = time.monotonic()
+        ages = [m.watch.silence(now) for m in self._fleet.members() if m.attempts and m.state != "down"]
         for metric, value in (
             (defined.RUNNING, load.num_running),
             (defined.WAITING, load.num_waiting),
             (defined.KV_USAGE, held / load.num_blocks),
             (defined.KV_FILL, load.num_live_tokens / capacity if capacity else 1.0),
-            (defined.PROGRESS_AGE, time.monotonic() - self._engine.progress_at),
-            (defined.WARM_SPARES, self._engine.num_spares),
+            (defined.PROGRESS_AGE, max(ages, default=0.0)),
+            (defined.WARM_SPARES, sum(engine.num_spares for engine in engines)),
         ):
             yield GaugeMetricFamily(metric.name, metric.help, value)
         for metric, count in (
@@ -112,10 +129,10 @@ class _EngineCollector:
             (defined.FAILURES, load.failures),
         ):
             yield CounterMetricFamily(metric.name, metric.help, count)
-        yield from self._imbalance()
+        yield from self._imbalance(engines)
 
-    def _imbalance(self) -> Iterator[GaugeMetricFamily]:
-        metric, loads = defined.EXPERT_IMBALANCE, self._engine.experts
+    def _imbalance(self, engines: list[ShoalEndpoint]) -> Iterator[GaugeMetricFamily]:
+        metric, loads = defined.EXPERT_IMBALANCE, [load for engine in engines for load in engine.experts]
         if not loads:
             return
         family = GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)

@@ -130,6 +130,11 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt: str | list[Any]
     """Text, token ids, or a list of either."""
     logprobs: Annotated[int, Meta(ge=0)] | None = None
+    resume: dict[int, list[Annotated[int, Meta(ge=0)]]] | None = None
+    """For other gateways: the sequences to generate, by index, with the tokens that each has already. What comes are
+    those that follow, as they would have followed (core/types.py)."""
+    cache_salt: str | None = None
+    """For other gateways, which derive it from their tenants. Of a client it is refused."""
     echo: bool | None = False
     suffix: str | None = None
     add_special_tokens: bool = True

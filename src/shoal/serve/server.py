@@ -1,4 +1,4 @@
-"""`shoal serve`: start the engine, listen, drain on SIGTERM or Ctrl-C, leave nothing behind."""
+"""`shoal serve`: start the fleet, listen, drain on SIGTERM or Ctrl-C, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,42 +9,34 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
-import msgspec
 import uvicorn
 
 from shoal.checkpoint.resolve import ModelFiles
 from shoal.core.config import EngineConfig
+from shoal.serve.deployment import Deployment, GatewayConfig
 from shoal.serve.engine_client import Progress
-from shoal.serve.engine_group import Engine
-from shoal.serve.generation import Generator
 from shoal.serve.http import Server
 from shoal.serve.http_connection import LimitedConnection
-from shoal.serve.protocol import Limits
-from shoal.serve.session import open_generator
+from shoal.serve.session import Session, open_session, single
 
 
-class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServeConfig(GatewayConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model on engines of its own: the deployment that needs no file."""
+
     engine: EngineConfig
     served_model_name: str | None = None
     """What clients ask for; None is the model's own name."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 is any free one."""
-    api_key: str | None = None
-    allow_remote: bool = False
-    """Listen beyond loopback. The connection is not encrypted: put TLS in front."""
-    drain_seconds: float = 30.0
-    """How long requests may go on after SIGTERM before they are ended."""
-    stall_seconds: float = 30.0
-    """An engine that has work and makes no step for so long is not ready."""
-    limits: Limits = Limits()
+
+    def deployment(self, files: ModelFiles) -> Deployment:
+        settings = {name: getattr(self, name) for name in GatewayConfig.__struct_fields__}
+        return single(self.engine, self.served_model_name or files.name, **settings)
 
 
 class ListenError(Exception):
     """The address cannot be listened on. The message is for the user."""
 
 
-def listen(config: ServeConfig) -> socket.socket:
+def listen(config: GatewayConfig) -> socket.socket:
     """Bind first, load later: a taken port is known at once. Raises ListenError."""
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -66,24 +58,22 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 async def serve(
-    config: ServeConfig,
-    files: ModelFiles,
+    deployment: Deployment,
+    files: dict[str, ModelFiles],
     listener: socket.socket,
     *,
     on_progress: Progress | None = None,
-    on_ready: Callable[[str, Engine], None] | None = None,
+    on_ready: Callable[[str, Session], None] | None = None,
     recording: str | None = None,
 ) -> int:
-    """Until a signal ends it. Returns the exit status: 0, or 1 if the engine was lost."""
+    """Until a signal ends it. `files` has each model's by its name. Returns the exit status."""
     stop, hurry = asyncio.Event(), asyncio.Event()  # the first signal, and one more while requests go on
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
     opening = contextlib.AsyncExitStack()
     async with opening:
-        session = open_generator(
-            config.engine, files, limits=config.limits, on_progress=on_progress, recording=recording
-        )
+        session = open_session(deployment, files, on_progress=on_progress, recording=recording)
         starting = asyncio.create_task(opening.enter_async_context(session))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -92,27 +82,19 @@ async def serve(
             await asyncio.gather(starting, return_exceptions=True)
             return 0
         stopping.cancel()
-        return await _listen_until_stopped(config, files, listener, stop, hurry, starting.result(), on_ready)
+        await _listen_until_stopped(starting.result(), listener, stop, hurry, on_ready)
+        return 0
 
 
 async def _listen_until_stopped(
-    config: ServeConfig,
-    files: ModelFiles,
+    session: Session,
     listener: socket.socket,
     stop: asyncio.Event,
     hurry: asyncio.Event,
-    generator: Generator,
-    on_ready: Callable[[str, Engine], None] | None,
-) -> int:
-    engine = generator.engine
-    server = Server(
-        engine,
-        generator,
-        model=config.served_model_name or files.name,
-        limits=config.limits,
-        stall_seconds=config.stall_seconds,
-        api_key=config.api_key,
-    )
+    on_ready: Callable[[str, Session], None] | None,
+) -> None:
+    config = session.deployment
+    server = Server(session, limits=config.limits, api_key=config.api_key)
     front = _Front(
         uvicorn.Config(
             server.app,
@@ -130,19 +112,18 @@ async def _listen_until_stopped(
         await asyncio.sleep(0.005)
     if on_ready is not None:
         host, port = listener.getsockname()[:2]
-        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
-    while not stop.is_set() and engine.lost is None and not listening.done():
-        await asyncio.sleep(0.05)
-    server.draining = True
+        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", session)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([listening, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    session.fleet.draining = True
     front.should_exit = True  # closes the listener, then waits for what runs, at most drain_seconds
-    lost = engine.lost
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait([listening, hurrying], return_when=asyncio.FIRST_COMPLETED)
     hurrying.cancel()
     if not listening.done():
-        await engine.stop()  # ends every stream with an error, and with them the connections
+        await session.fleet.stop()  # ends every stream with an error, and with them the connections
     await listening
-    return 0 if lost is None else 1
 
 
 class _Front(uvicorn.Server):

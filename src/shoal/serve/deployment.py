@@ -1,0 +1,120 @@
+"""The deployment: what is served, by which endpoints, and by which rules. Read from the file that users write."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from shoal.core.config import EngineConfig
+from shoal.core.health import HealthConfig
+from shoal.core.layout import Layout
+from shoal.core.router import RoutingConfig
+from shoal.serve.fleet import SupervisionConfig
+from shoal.serve.pool import FailoverConfig
+from shoal.serve.protocol import Limits
+
+
+class EndpointAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A server that runs already."""
+
+    openai: str
+    """Its URL, with or without /v1."""
+    model: str | None = None
+    """What it calls the model; None is the one that it serves."""
+    api_key: str | None = None
+    name: str | None = None
+
+
+class ModelDeployment(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model that clients ask for. Its engines are configured by the fields of EngineConfig, beside these."""
+
+    name: str
+    """What clients ask for."""
+    model: str = ""
+    """What is loaded: a built-in name, a checkpoint, a hub id. Of a model that runs elsewhere its tokenizer is needed.
+    Empty is `name`."""
+    replicas: int | None = None
+    """Engines to start; None is one, or none where `endpoints` are given."""
+    spares: int = 0
+    """Further engines that are kept loaded and get requests only while another endpoint is lost."""
+    endpoints: list[EndpointAddress] = []
+    routing: RoutingConfig = RoutingConfig()
+    failover: FailoverConfig = FailoverConfig()
+
+    @property
+    def num_engines(self) -> int:
+        """To start here, without spares: a data-parallel rank is an engine."""
+        replicas = (0 if self.endpoints else 1) if self.replicas is None else self.replicas
+        return replicas * self.layout.dp
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The front: where it listens and how it treats requests and endpoints."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 is any free one."""
+    api_key: str | None = None
+    allow_remote: bool = False
+    """Listen beyond loopback. The connection is not encrypted: put TLS in front."""
+    drain_seconds: float = 30.0
+    """How long requests may go on after SIGTERM, or at an endpoint that is drained."""
+    limits: Limits = Limits()
+    health: HealthConfig = HealthConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+
+
+class Deployment(GatewayConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    models: list[ModelDeployment]
+
+
+class DeploymentError(Exception):
+    """The deployment cannot be. The message names the key and says what would do."""
+
+
+def check(deployment: Deployment) -> None:
+    """Raise DeploymentError where the parts do not fit each other."""
+    if not deployment.models:
+        raise DeploymentError("models is empty: name at least one")
+    names = [model.name for model in deployment.models]
+    for number, model in enumerate(deployment.models):
+        where = f"models[{number}]"
+        if not model.name:
+            raise DeploymentError(f"{where}.name is empty")
+        if names.count(model.name) > 1:
+            raise DeploymentError(f"{where}.name is {model.name!r}, and another model has that name")
+        if model.num_engines == 0 and not model.endpoints:
+            raise DeploymentError(f"{where}: {model.name!r} has no endpoints and no replicas; give either")
+        for address in model.endpoints:
+            if not address.openai.startswith(("http://", "https://")):
+                raise DeploymentError(f"{where}.endpoints: {address.openai!r} is not a URL: write http://HOST:PORT")
+
+
+def wanted_files(deployment: Deployment) -> dict[str, str]:
+    """What is to be loaded, or read for its tokenizer, of each model: as users call it, by the model's name."""
+    return {model.name: model.model or model.name for model in deployment.models}
+
+
+def engine_configs(model: ModelDeployment, path: str) -> list[EngineConfig]:
+    """Of each engine to start, spares last: its share of the cores, or its devices."""
+    names = EngineConfig.__struct_fields__
+    config = EngineConfig(**{name: getattr(model, name) for name in names})
+    layout, count = config.layout, model.num_engines + model.spares
+    alone = Layout(tp=layout.tp, pp=layout.pp, ep=layout.ep, cp=layout.cp)
+    threads = config.threads
+    if threads is None and count > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // (count * alone.ranks))
+    configs = []
+    for number in range(count):
+        device = config.device
+        if device.startswith("cuda") and count > 1:
+            device = f"cuda:{int(device.partition(':')[2] or 0) + number * alone.ranks}"
+        step_log = config.step_log
+        if step_log is not None and count > 1:
+            step_log = f"{step_log}/replica-{number}"
+        configs.append(
+            msgspec.structs.replace(config, model=path, layout=alone, threads=threads, device=device, step_log=step_log)
+        )
+    return configs

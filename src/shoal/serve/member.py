@@ -1,0 +1,135 @@
+"""One endpoint of a fleet, and what the fleet knows of it: state, epoch, what it has to do, how it moves."""
+
+from __future__ import annotations
+
+import time
+
+from shoal.core.engine_core import sequences_of
+from shoal.core.fleet_types import EndpointFailure, EndpointReport, EndpointState, EndpointStatus
+from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
+from shoal.core.router import Router
+from shoal.core.types import Rejected
+from shoal.serve.endpoint import Endpoint
+from shoal.serve.flight import FlightAttempt
+
+
+class Member:
+    def __init__(self, endpoint: Endpoint, router: Router, health: HealthConfig, *, spare: bool = False) -> None:
+        self.endpoint = endpoint
+        self.name = endpoint.name
+        self.router = router
+        self.health = health
+        self.spare = spare
+        self.state: EndpointState = "starting"
+        self.reason: str | None = None
+        """Why it is not ready."""
+        self.since = time.monotonic()
+        """Monotonic second at which it came into its state."""
+        self.epoch = 0
+        self.restarts = 0
+        self.draining = False
+        self.watch = ProgressWatch(health, self.since)
+        self.breaker = CircuitBreaker(health)
+        self.attempts: dict[str, FlightAttempt] = {}
+        self.num_sequences = 0
+        self.report: EndpointReport | None = None
+        self.completed = 0
+        self.failures = 0
+
+    def become(self, state: EndpointState, reason: str | None = None) -> None:
+        self.state, self.reason, self.since = state, reason, time.monotonic()
+
+    def started(self, now: float) -> None:
+        """The endpoint is of use, for the first time or anew."""
+        info = self.endpoint.info
+        self.router.add(
+            self.name,
+            max_sequences=info.max_sequences,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            now=now,
+        )
+        self.epoch += 1
+        self.watch = ProgressWatch(self.health, now)
+        self.breaker.reset()
+        self.report = None
+        self.become("ready")
+
+    def takes(self, now: float, *, spares: bool) -> bool:
+        """Whether it may get a request now. `spares`: those that are kept back are needed."""
+        if self.state != "ready" or self.draining or (self.spare and not spares):
+            return False
+        most = self.endpoint.info.max_sequences
+        # A little more than runs at once: a slot that becomes free is filled without asking here first.
+        if most is not None and self.num_sequences >= most + max(1, most // 8):
+            return False
+        return self.breaker.allows(now)
+
+    # --- attempts ---------------------------------------------------------------------------------------------------
+
+    def submit(self, attempt: FlightAttempt, now: float) -> None:
+        self.attempts[attempt.request.id] = attempt
+        self.num_sequences += len(sequences_of(attempt.request))
+        self.watch.working(True, now)
+        self.breaker.sent(attempt.request.id)
+        self.router.dispatched(attempt.flight.route_now(), self.name, now)
+        self.endpoint.submit(attempt)
+
+    def heard(self, attempt: FlightAttempt, now: float) -> None:
+        """Its first token."""
+        self.breaker.worked(attempt.request.id)
+        self.router.first_token(attempt.flight.request.id, self.name, now)
+
+    def ended(self, attempt: FlightAttempt, reason: EndpointFailure | Rejected | None) -> None:
+        """Whatever the reason; None if the endpoint is not to blame."""
+        if self.attempts.pop(attempt.request.id, None) is None:
+            return
+        now = time.monotonic()
+        self.num_sequences -= len(sequences_of(attempt.request))
+        self.watch.working(bool(self.attempts), now)
+        self.router.finished(
+            attempt.flight.request.id, self.name, attempt.num_tokens, now, ok=reason is None and attempt.flight.is_over
+        )
+        if isinstance(reason, EndpointFailure):
+            self.failures += reason.kind != "drained"
+            self.breaker.failed(attempt.request.id, reason.kind, now, reason.retry_after)
+        elif isinstance(reason, Rejected):
+            self.breaker.worked(attempt.request.id)
+        else:
+            self.breaker.ended(attempt.request.id)
+
+    def reported(self, report: EndpointReport) -> bool:
+        """Whether it shows that the endpoint moves."""
+        before, self.report = self.report, report
+        stepped = report.steps is not None and (before is None or before.steps is None or report.steps > before.steps)
+        if stepped:
+            self.watch.stepped(report.at)
+        else:
+            self.watch.alive(report.at)
+        self.router.reported(self.name, report, report.at)
+        return stepped or not self.attempts
+
+    def status(self, now: float) -> EndpointStatus:
+        has_info = hasattr(self.endpoint, "info")
+        report = self.report
+        return EndpointStatus(
+            name=self.name,
+            kind=self.endpoint.kind,
+            address=self.endpoint.address,
+            state="draining" if self.draining and self.state != "down" else self.state,
+            reason=self.reason,
+            layout=self.endpoint.info.layout if has_info else "",
+            dtype=self.endpoint.info.dtype if has_info else "",
+            epoch=self.epoch,
+            restarts=self.restarts,
+            spare=self.spare,
+            requests=len(self.attempts),
+            num_running=None if report is None else report.num_running,
+            num_waiting=None if report is None else report.num_waiting,
+            kv_usage=None if report is None else report.kv_usage,
+            step_age=self.watch.silence(now),
+            median_step=self.watch.median_step,
+            breaker=self.breaker.state,
+            completed=self.completed,
+            failures=self.failures,
+        )

@@ -1,0 +1,250 @@
+"""The endpoints of one model and the requests for it: admission, routing, and what becomes of a request that fails.
+
+To those who generate text a pool looks like an engine that cannot break.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from shoal.core.fleet_types import EndpointFailure, ModelStatus, RouteRequest
+from shoal.core.hashing import chain
+from shoal.core.router import Router, RoutingConfig
+from shoal.core.types import Rejected, Request
+from shoal.serve.errors import ApiError
+from shoal.serve.flight import Flight, FlightAttempt, FlightObserver, Receiver
+from shoal.serve.member import Member
+
+
+class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    wait_seconds: float = 60.0
+    """How long a request waits for an endpoint after it lost the one it had."""
+    most_retries: int = 5
+    """Of one request, after answers that say that an endpoint is in trouble."""
+    most_lost: int = 3
+    """Endpoints that may die in a row with a request before it had a token there: it may be what they die of."""
+    hedge_seconds: float | None = None
+    """Ask a second endpoint where the first token is not there after so long. None is never."""
+
+
+class Pool:
+    def __init__(
+        self,
+        name: str,
+        routing: RoutingConfig,
+        failover: FailoverConfig,
+        observer: FlightObserver,
+        on_event: Callable[[str, str], None],
+    ) -> None:
+        self.name = name
+        self.failover = failover
+        self.router = Router(routing)
+        self.members: dict[str, Member] = {}
+        self.flights: dict[str, Flight] = {}
+        """All that have not ended."""
+        self._waiting: deque[Flight] = deque()
+        self._moving: deque[Flight] = deque()
+        """Lost the endpoint they had: they go first."""
+        self._observer = observer
+        self._on_event = on_event
+        self._pump_is_due = False
+        self.accepted = self.completed = self.failed = self.refused = 0
+        self.migrations = self.retries = self.hedges = 0
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    @property
+    def max_len(self) -> int:
+        """Of the endpoint that takes the least: a request must fit each, or it could not move."""
+        return min(member.endpoint.info.max_len for member in self._known())
+
+    @property
+    def vocab_size(self) -> int:
+        return min(member.endpoint.info.vocab_size for member in self._known())
+
+    @property
+    def block_size(self) -> int:
+        return max(member.endpoint.info.block_size for member in self._known())
+
+    def _known(self) -> list[Member]:
+        known = [member for member in self.members.values() if hasattr(member.endpoint, "info")]
+        if not known:
+            raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
+        return known
+
+    def submit(self, request: Request, receiver: Receiver, *, tenant: str = "", session: str = "") -> Flight:
+        """Accept a request, whose receiver then hears of its end whatever happens. Raises ApiError if it is refused."""
+        now = time.monotonic()
+        flight = Flight(
+            request,
+            receiver,
+            observer=self,
+            on_end=self._attempt_over,
+            on_failure=self._attempt_failed,
+            route=RouteRequest(
+                id=request.id,
+                num_prompt=len(request.prompt),
+                num_output=request.max_tokens * request.n,
+                blocks=tuple(chain(request.prompt, self.block_size, request.cache_salt)),
+                session=session,
+                tenant=tenant,
+                priority=request.priority,
+                deadline=request.deadline,
+            ),
+            arrived=now,
+        )
+        self.accepted += 1
+        self.flights[request.id] = flight
+        self._waiting.append(flight)
+        self._pump()
+        return flight
+
+    def pump_soon(self) -> None:
+        """Once what happens now was taken in: an engine that is lost says so for each request before it is gone."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Place what waits, as far as there is room."""
+        self._pump_is_due = False
+        now = time.monotonic()
+        for queue in (self._moving, self._waiting):
+            while queue:
+                if queue[0].is_over:
+                    queue.popleft()
+                    continue
+                member = self._choose(queue[0], now)
+                if member is None:
+                    return
+                flight = queue.popleft()
+                self._send(flight, member, now, "first" if flight.num_attempts == 0 else "again")
+
+    def _choose(self, flight: Flight, now: float) -> Member | None:
+        lost = any(member.state != "ready" for member in self.members.values() if not member.spare)
+        candidates = [name for name, member in self.members.items() if member.takes(now, spares=lost)]
+        name = self.router.route(flight.route_now(), candidates, now)
+        return None if name is None else self.members[name]
+
+    def _send(self, flight: Flight, member: Member, now: float, reason: str) -> None:
+        flight.dispatch(member, now, reason)
+        if self.failover.hedge_seconds is not None and flight.num_delivered == 0:
+            asyncio.get_running_loop().call_later(self.failover.hedge_seconds, self._hedge, flight)
+
+    def _hedge(self, flight: Flight) -> None:
+        """A second endpoint for a request whose first token is late. Whoever is first goes on."""
+        now = time.monotonic()
+        if flight.is_over or flight.first_token_at is not None or len(flight.attempts) != 1:
+            return
+        flight.avoid.append(flight.attempts[0].member.name)
+        member = self._choose(flight, now)
+        if member is not None and member is not flight.attempts[0].member:
+            self.hedges += 1
+            flight.dispatch(member, now, "hedge")
+
+    # --- what becomes of attempts -----------------------------------------------------------------------------------
+
+    def _attempt_over(self, flight: Flight, attempt: FlightAttempt) -> None:
+        """There is room again."""
+        if self._waiting or self._moving:
+            self.pump_soon()
+
+    def _attempt_failed(self, flight: Flight, attempt: FlightAttempt, reason: EndpointFailure | Rejected) -> None:
+        member = attempt.member
+        member.ended(attempt, reason)
+        self._attempt_over(flight, attempt)
+        if isinstance(reason, Rejected):
+            if not reason.retryable:
+                flight.fail(ApiError(400, reason.reason, param=reason.field))
+                return
+            reason = EndpointFailure(kind="overloaded", message=reason.reason)
+        flight.finish_what_is_complete()
+        if not flight.generated:
+            flight.abort()
+            return
+        if flight.attempts:
+            return  # another is under way
+        error = self._verdict(flight, attempt, reason)
+        if error is not None:
+            flight.fail(error)
+            return
+        if attempt.heard:
+            self.migrations += 1
+            self._on_event("migrated", f"{flight.request.id} leaves {member.name}: {reason.message}")
+        else:
+            self.retries += 1
+        flight.waiting_since = time.monotonic()
+        self._moving.append(flight)
+        self.pump_soon()
+
+    def _verdict(self, flight: Flight, attempt: FlightAttempt, reason: EndpointFailure) -> ApiError | None:
+        """None if the request is to go on."""
+        if reason.kind in ("lost", "hung"):
+            flight.barren += not attempt.heard
+            if flight.barren < self.failover.most_lost:
+                return None
+            return ApiError(
+                500, f"{flight.barren} endpoints in a row were lost with this request", code="endpoints_lost"
+            )
+        if reason.kind == "drained":
+            return None
+        flight.num_retries += 1
+        if flight.num_retries <= self.failover.most_retries:
+            return None
+        return ApiError(503, f"no endpoint could answer: {reason.message}", code="endpoint_failed")
+
+    def move_all(self, member: Member, failure: EndpointFailure) -> None:
+        """Take from an endpoint what it has. It is told to drop it, and is not listened to any more."""
+        for attempt in list(member.attempts.values()):
+            attempt.flight.attempt_ended(attempt, failure, gone=False)
+
+    def expire(self, now: float) -> None:
+        """End what has waited too long for an endpoint."""
+        for queue in (self._moving, self._waiting):
+            for flight in list(queue):
+                if flight.is_over:
+                    continue
+                deadline = flight.request.deadline
+                if deadline is not None and deadline <= now:
+                    flight.end_overdue()
+                elif now - flight.waiting_since > self.failover.wait_seconds:
+                    flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
+
+    # --- FlightObserver ---------------------------------------------------------------------------------------------
+
+    def dispatched(self, flight: Flight, member: Member, reason: str) -> None:
+        self._observer.dispatched(flight, member, reason)
+
+    def first_token(self, flight: Flight, member: Member) -> None:
+        self._observer.first_token(flight, member)
+
+    def done(self, flight: Flight, error: ApiError | None) -> None:
+        self.flights.pop(flight.request.id, None)
+        if error is None:
+            self.completed += 1
+        else:
+            self.failed += 1
+        self._observer.done(flight, error)
+
+    def status(self, now: float) -> ModelStatus:
+        waiting = [flight for queue in (self._moving, self._waiting) for flight in queue if not flight.is_over]
+        return ModelStatus(
+            name=self.name,
+            policy=self.router.config.policy,
+            endpoints=[member.status(now) for member in self.members.values()],
+            running=len(self.flights) - len(waiting),
+            waiting=len(waiting),
+            waiting_tokens=sum(flight.route.num_prompt for flight in waiting),
+            accepted=self.accepted,
+            completed=self.completed,
+            failed=self.failed,
+            refused=self.refused,
+            migrations=self.migrations,
+            retries=self.retries,
+            hedges=self.hedges,
+        )
