@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -66,11 +66,10 @@ class Outcome(msgspec.Struct):
     def first_token(self) -> float | None:
         return min((choice.times[0] for choice in self.choices.values() if choice.times), default=None)
 
-    @property
-    def longest_gap(self) -> float:
-        """Seconds between two events of one choice."""
-        times = [choice.times for choice in self.choices.values()]
-        return max((after - before for each in times for before, after in zip(each, each[1:], strict=False)), default=0)
+    def gaps(self) -> Iterator[tuple[float, float]]:
+        """(from, until) of every two tokens of a choice that follow each other."""
+        for choice in self.choices.values():
+            yield from zip(choice.times, choice.times[1:], strict=False)
 
 
 class Client:

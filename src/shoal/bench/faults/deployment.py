@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 import yaml
@@ -173,16 +173,20 @@ class Deployment:
         except msgspec.DecodeError as error:
             raise DeploymentError(f"GET /fleet is not what this version of shoal knows: {error}") from None
 
-    async def command(self, *words: str) -> str:
-        """`shoal fleet WORDS` at the first gateway that runs: empty, or what it complained of."""
-        url = self.urls()[0]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "shoal", "fleet", *words, "--url", url),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        said, _ = await process.communicate()
-        return "" if process.returncode == 0 else f"`shoal fleet {' '.join(words)}`: {said.decode(errors='replace')}"
+    async def operate(self, verb: str, name: str, *, within: float | None = None) -> str:
+        """What an operator asks of an endpoint, at the first gateway that runs: empty, or what was answered instead.
+
+        `within`: seconds after which requests that still run there move.
+        """
+        path = f"/fleet/endpoints/{quote(name)}/{verb}"
+        try:
+            body = b"{}" if within is None else msgspec.json.encode({"seconds": within})
+            answer = await fetch(
+                self.urls()[0], path, method="POST", headers=self._headers, body=body, seconds=self._start_seconds
+            )
+        except ConnectionLost as error:
+            return str(error)
+        return "" if answer.status < 300 else f"{path}: {answer.status} {answer.body.decode('utf-8', 'replace')[:200]}"
 
     def process_of(self, endpoint: EndpointStatus) -> Process | None:
         """What serves as the endpoint now; None where it is not a process that can be reached."""

@@ -13,6 +13,8 @@ from shoal.bench.faults.injectors import Kill, NotInjected, Operation
 from shoal.bench.processes import Process, comes_true
 from shoal.core.fleet_types import EndpointStatus
 
+_DRAIN_SECONDS = 0.5
+"""Shorter than most requests last, so that they have to move."""
 _RETURN_SECONDS = 120.0
 """In which an engine must be loaded again."""
 
@@ -27,10 +29,10 @@ def drain(deployment: Deployment, watch: FleetWatch, aim: str, target: EndpointS
         return f"{target.name} is {seen.state}" if seen.state == "draining" or seen.epoch > target.epoch else None
 
     async def act() -> str:
-        return await deployment.command("drain", aim)
+        return await deployment.operate("drain", aim, within=_DRAIN_SECONDS)
 
     async def undo() -> str:
-        return await deployment.command("add", target.name)
+        return await deployment.operate("undrain", target.name)
 
     return Operation(act, happened, undo=undo, seconds=5.0)
 
@@ -51,7 +53,9 @@ class RollingRestart:
             if process is None:
                 continue
             self._before[name] = process
-            said = await self._deployment.command("restart", "nobody" if self._aimed_at_nothing else name)
+            said = await self._deployment.operate(
+                "restart", "nobody" if self._aimed_at_nothing else name, within=_DRAIN_SECONDS
+            )
             if said and not self._aimed_at_nothing:
                 raise NotInjected(said)
             if not self._aimed_at_nothing and not await comes_true(partial(self._is_new, name), _RETURN_SECONDS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 import msgspec
@@ -48,19 +48,30 @@ class Tally(msgspec.Struct, kw_only=True):
     """Completed answers to requests whose answers differ without any fault: compared with nothing."""
     tokens: int = 0
     longest_gap: float = 0.0
+    """Seconds between two tokens of one choice."""
+    gap_at_fault: float = 0.0
+    """The longest of those that a fault fell into."""
     longest_ttft: float = 0.0
     complaints: list[str] = []
     """The first few things that went wrong, in words."""
 
 
-def tally(outcomes: Iterable[Outcome], references: Mapping[int, Outcome], unstable: Iterable[int] = ()) -> Tally:
-    """`references`: the undisturbed outcome by number of the spec."""
+def tally(
+    outcomes: Iterable[Outcome],
+    references: Mapping[int, Outcome],
+    unstable: Iterable[int] = (),
+    strikes: Sequence[tuple[float, float]] = (),
+) -> Tally:
+    """`references`: the undisturbed outcome by number of the spec. `strikes`: monotonic seconds of each fault."""
     result, not_compared = Tally(), frozenset(unstable)
     for outcome in outcomes:
         result.offered += 1
         result.breaks += outcome.breaks
         result.resumed += outcome.resumed
-        result.longest_gap = max(result.longest_gap, outcome.longest_gap)
+        for before, after in outcome.gaps():
+            result.longest_gap = max(result.longest_gap, after - before)
+            if any(before <= healed and after >= struck for struck, healed in strikes):
+                result.gap_at_fault = max(result.gap_at_fault, after - before)
         if outcome.first_token is not None:
             result.longest_ttft = max(result.longest_ttft, outcome.first_token - outcome.sent)
         result.tokens += sum(len(choice.token_ids) for choice in outcome.choices.values())

@@ -29,10 +29,13 @@ class Row(msgspec.Struct, kw_only=True):
     left_over: dict[str, int] = {}
     """Processes and open files more than before."""
     breaches: list[str] = []
+    """Promises of correctness that were broken."""
+    late: list[str] = []
+    """Promises of time that were broken: on a machine that does other things too, these alone may be its fault."""
 
     @property
     def ok(self) -> bool:
-        return not self.breaches
+        return not self.breaches and not self.late
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -65,7 +68,7 @@ class Report(msgspec.Struct, kw_only=True):
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.rows]
         lines += ["", "| fault | proof that it took effect | control, aimed at nothing |", "|---|---|---|"]
         lines += [f"| {row.fault} | {_shortened(row)} | {row.control} |" for row in self.rows if not row.skipped]
-        broken = [f"- {row.fault}: {breach}" for row in self.rows for breach in row.breaches]
+        broken = [f"- {row.fault}: {breach}" for row in self.rows for breach in row.breaches + row.late]
         return "\n".join([*lines, "", *(["Broken promises:", "", *broken] if broken else ["No promise was broken."])])
 
 
@@ -83,6 +86,7 @@ _COLUMNS = (
     "unequal",
     "resumed",
     "longest gap s",
+    "at the fault s",
     "detected s",
     "back s",
     "KV left",
@@ -102,7 +106,8 @@ def _cells(row: Row) -> list[str]:
         row.fault,
         str(row.injected),
         *map(str, counts),
-        f"{t.longest_gap:.2f}" + ("" if row.gap_limit is None else f" of {row.gap_limit:.2f}"),
+        f"{t.longest_gap:.2f}",
+        f"{t.gap_at_fault:.2f}" + ("" if row.gap_limit is None else f" of {row.gap_limit:.2f}"),
         _seconds(row.detection),
         _seconds(row.recovery),
         f"{row.kv_left:.1%}" if row.kv_left else "0",

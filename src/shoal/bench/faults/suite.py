@@ -127,6 +127,8 @@ class Suite:
         self._unstable: list[Spec] = []
         self._undisturbed = Tally()
         self._prefill_seconds = 0.05
+        self._strikes: list[tuple[float, float]] = []
+        """From when until when the faults of the present row struck."""
 
     def _urls(self) -> list[str]:
         urls = self._deployment.urls()
@@ -190,6 +192,7 @@ class Suite:
         if reason := kind.lacks(self.arena):
             return Row(fault=kind.name, skipped=reason)
         row = Row(fault=kind.name)
+        self._strikes.clear()
         await self._settle()
         before = self._deployment.footprint()
         if kind.through_proxies:
@@ -202,7 +205,7 @@ class Suite:
             outcomes = []
         finally:
             self._via_proxies = False
-        row.tally = tally(outcomes, self._references, [spec.number for spec in self._unstable])
+        row.tally = tally(outcomes, self._references, [spec.number for spec in self._unstable], self._strikes)
         await self._look_for_leaks(row, before)
         self._judge(kind, row)
         return row
@@ -256,6 +259,7 @@ class Suite:
             row.evidence.append(await fault.verify())
             row.injected += 1
         finally:
+            self._strikes.append((began, time.monotonic()))
             await fault.heal()
             row.breaches += fault.breaches
         if kind.contract.returns and target is not None:
@@ -327,10 +331,10 @@ class Suite:
         row.breaches += t.complaints
         if contract.gap_seconds is not None:
             row.gap_limit = self._undisturbed.longest_ttft + contract.gap_seconds
-            if t.longest_gap > row.gap_limit:
-                row.breaches.append(f"the longest gap was {t.longest_gap:.2f} s, over {row.gap_limit:.2f} s")
+            if t.gap_at_fault > row.gap_limit:
+                row.late.append(f"a fault made a gap of {t.gap_at_fault:.2f} s, over {row.gap_limit:.2f} s")
         if contract.detect_seconds is not None and (row.detection or 0.0) > contract.detect_seconds:
-            row.breaches.append(f"noticed after {row.detection:.2f} s, later than {contract.detect_seconds:g} s")
+            row.late.append(f"noticed after {row.detection:.2f} s, later than {contract.detect_seconds:g} s")
         if row.kv_left:
             row.breaches.append(f"{row.kv_left:.1%} of KV blocks were left in use")
         row.breaches += [f"{count} more {what} than before" for what, count in row.left_over.items()]
