@@ -249,7 +249,7 @@ class Fleet:
             return JSONResponse({"error": {"message": "too large"}}, 413)
         try:
             body = json.loads(await request.body())
-            assert body["model"] == "tiny" and 0 < body["max_tokens"] and body.get("n", 1) <= 8
+            assert body["model"] == "tiny" and body["max_tokens"] > 0 and body.get("n", 1) <= 8
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             return JSONResponse({"error": {"message": "a mistake of the client's"}}, 400)
         running = Running(f"r{len(self.requests)}", body)

@@ -1,4 +1,4 @@
-"""The contract of `shoal serve --deployment`, over engines of a tiny checkpoint: nothing lost, repeated, missing, other."""
+"""The contract of `shoal serve --deployment`, over engines of a tiny checkpoint: no token lost, repeated or other."""
 
 from __future__ import annotations
 

@@ -75,6 +75,13 @@ class Server:
                 raise DeploymentError(f"{self._command} did not answer {path} within {seconds:g} s: {self.tail()}")
             await asyncio.sleep(_POLL_SECONDS)
 
+    async def keep_running(self) -> None:
+        """Start it again whenever it has ended, until cancelled: what an operator's supervisor does."""
+        while True:
+            if self.status is not None:
+                self.start()
+            await asyncio.sleep(0.5)
+
     async def stop(self, seconds: float = 40.0) -> None:
         if self.process is None or self.status is not None:
             return

@@ -123,8 +123,8 @@ class Suite:
             specs=self._specs,
             client=self._client,
         )
-        self._references: dict[int, Outcome] = {}
-        self._unstable: list[Spec] = []
+        self.references: dict[int, Outcome] = {}
+        self.unstable: list[Spec] = []
         self._undisturbed = Tally()
         self._prefill_seconds = 0.05
         self._strikes: list[tuple[float, float]] = []
@@ -150,8 +150,8 @@ class Suite:
         for spec, outcome in zip(self._specs, await asyncio.gather(*map(ask, self._specs)), strict=True):
             if outcome.end != "completed":
                 raise DeploymentError(f"request {spec.label} {outcome.end} without any fault: {outcome.error}")
-            self._references[spec.number] = outcome
-        load = self._load()
+            self.references[spec.number] = outcome
+        load = self.load()
         began = time.monotonic()
         load.start()
         await asyncio.sleep(self._options.undisturbed_seconds)
@@ -162,10 +162,10 @@ class Suite:
         differing = {
             outcome.spec
             for outcome in outcomes
-            if outcome.end == "completed" and differences(outcome, self._references[outcome.spec])
+            if outcome.end == "completed" and differences(outcome, self.references[outcome.spec])
         }
-        self._unstable = [spec for spec in self._specs if spec.number in differing]
-        self._undisturbed = tally(outcomes, self._references, differing)
+        self.unstable = [spec for spec in self._specs if spec.number in differing]
+        self._undisturbed = tally(outcomes, self.references, differing)
         bad = self._undisturbed.failed + self._undisturbed.lost
         if bad:
             raise DeploymentError(f"{bad} requests failed without any fault: {self._undisturbed.complaints[0]}")
@@ -174,8 +174,9 @@ class Suite:
         self.arena.capacity = self._undisturbed.completed / seconds
         self.arena.tokens_per_second = self._undisturbed.tokens / seconds
 
-    def _load(self) -> Load:
-        lengths = {number: outcome.num_tokens for number, outcome in self._references.items()}
+    def load(self) -> Load:
+        """Clients that have not begun yet."""
+        lengths = {number: outcome.num_tokens for number, outcome in self.references.items()}
         load = Load(
             self._client,
             self._specs,
@@ -205,14 +206,14 @@ class Suite:
             outcomes = []
         finally:
             self._via_proxies = False
-        row.tally = tally(outcomes, self._references, [spec.number for spec in self._unstable], self._strikes)
+        row.tally = tally(outcomes, self.references, [spec.number for spec in self.unstable], self._strikes)
         await self._look_for_leaks(row, before)
         self._judge(kind, row)
         return row
 
     async def _control(self, kind: Kind) -> str:
         """The same fault aimed at nothing, under the same load: its proof must fail. Raises NotInjected if it holds."""
-        load = self._load()
+        load = self.load()
         if kind.loaded:
             load.start()
             await asyncio.sleep(self._options.warm_seconds)
@@ -233,7 +234,7 @@ class Suite:
         raise NotInjected(f"aimed at nothing it was proved all the same: {proof}")
 
     async def _under_load(self, kind: Kind, row: Row) -> list[Outcome]:
-        load = self._load()
+        load = self.load()
         if kind.loaded:
             load.start()
             await asyncio.sleep(self._options.warm_seconds)
@@ -242,12 +243,13 @@ class Suite:
             for number in range(self._options.kills if kind.by_phase else 1):
                 if kind.by_phase:
                     await load.reach(_PHASES[number % len(_PHASES)], 5.0)
-                extra += await self._inject(kind, row, load)
+                extra += await self.strike(kind, row, load)
         finally:
             await load.stop()
         return load.outcomes + extra
 
-    async def _inject(self, kind: Kind, row: Row, load: Load) -> list[Outcome]:
+    async def strike(self, kind: Kind, row: Row, load: Load) -> list[Outcome]:
+        """One fault, proved and healed, while clients are at work. What came of requests of its own is returned."""
         self.arena.target = target = self._pick(kind)
         fault = kind.make(self.arena, False)
         for phase, count in load.census().items():
@@ -348,7 +350,7 @@ class Suite:
             undisturbed=self._undisturbed,
             capacity=self.arena.capacity,
             tokens_per_second=self.arena.tokens_per_second,
-            unstable=[spec.label for spec in self._unstable],
+            unstable=[spec.label for spec in self.unstable],
             rows=rows,
         )
 
