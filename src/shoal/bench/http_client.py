@@ -87,6 +87,11 @@ class Exchange:
             await self._receive()
         return int(self._parser.get_status_code())
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer has begun."""
+        return self._has_head
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises ConnectionLost if it is cut short."""
         await self.head()

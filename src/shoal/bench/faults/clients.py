@@ -50,7 +50,9 @@ class Outcome(msgspec.Struct):
     usage: tuple[int, int] | None = None
     """Tokens of the prompt and of the answer, as the server counted them."""
     breaks: int = 0
-    """Connections lost after the request was sent."""
+    """Connections lost after an answer had begun."""
+    unanswered: int = 0
+    """Connections lost before that."""
     resumed: int = 0
     server_id: str | None = None
     """The request's id as the server answered it; streams are resumed under it."""
@@ -116,7 +118,8 @@ class Client:
                     if await self._exchange(exchange, outcome, spec):
                         return
                 except ConnectionLost as error:
-                    outcome.breaks += 1
+                    outcome.breaks += exchange.answered
+                    outcome.unanswered += not exchange.answered
                     outcome.error = str(error)
                 finally:
                     exchange.close()

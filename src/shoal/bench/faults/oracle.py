@@ -38,6 +38,8 @@ class Tally(msgspec.Struct, kw_only=True):
     lost: int = 0
     breaks: int = 0
     """Connections that ended before their answer did."""
+    unanswered: int = 0
+    """Connections that ended before their answer began; the request was sent again."""
     resumed: int = 0
     duplicate_tokens: int = 0
     missing_tokens: int = 0
@@ -67,6 +69,7 @@ def tally(
     for outcome in outcomes:
         result.offered += 1
         result.breaks += outcome.breaks
+        result.unanswered += outcome.unanswered
         result.resumed += outcome.resumed
         for before, after in outcome.gaps():
             result.longest_gap = max(result.longest_gap, after - before)

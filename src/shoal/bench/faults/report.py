@@ -16,6 +16,8 @@ class Row(msgspec.Struct, kw_only=True):
     control: str = ""
     """What the same proof said when the fault was aimed at nothing."""
     evidence: list[str] = []
+    events: list[str] = []
+    """What the fleet itself said of the time."""
     phases: dict[str, int] = {}
     """Requests under way when it struck, by phase."""
     tally: Tally = msgspec.field(default_factory=Tally)

@@ -194,6 +194,7 @@ class Suite:
             return Row(fault=kind.name, skipped=reason)
         row = Row(fault=kind.name)
         self._strikes.clear()
+        began = time.time()
         await self._settle()
         before = self._deployment.footprint()
         if kind.through_proxies:
@@ -208,6 +209,8 @@ class Suite:
             self._via_proxies = False
         row.tally = tally(outcomes, self.references, [spec.number for spec in self.unstable], self._strikes)
         await self._look_for_leaks(row, before)
+        if self._watch.status is not None:
+            row.events = [f"{e.kind}: {e.message}" for e in self._watch.status.events if e.time >= began]
         self._judge(kind, row)
         return row
 
@@ -329,7 +332,9 @@ class Suite:
         if t.refused and not contract.refusals:
             row.breaches.append(f"{t.refused} refused")
         if t.breaks and not contract.breaks:
-            row.breaches.append(f"{t.breaks} connections of clients were broken off")
+            row.breaches.append(f"{t.breaks} answers were broken off")
+        if t.unanswered and not (contract.breaks or contract.refusals):
+            row.breaches.append(f"{t.unanswered} connections were broken off before an answer")
         row.breaches += t.complaints
         if contract.gap_seconds is not None:
             row.gap_limit = self._undisturbed.longest_ttft + contract.gap_seconds
