@@ -55,7 +55,7 @@ def test_no_arguments_show_the_commands(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "message"),
     [
         (["prove"], "No such command"),
-        (["serve"], "Missing argument"),
+        (["serve"], "name a model"),
         (["serve", "m", "--prot", "1"], "No such option: --prot"),
         (["serve", "m", "--port", "70000"], "65535"),
         (["serve", "m", "--port", "many"], "--port"),

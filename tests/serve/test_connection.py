@@ -44,6 +44,8 @@ def answer_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
     [
         (b"no http at all\r\n\r\n", 400, "not a valid HTTP request"),
         (b"GET /\xff HTTP/1.1\r\n\r\n", 400, "not a valid HTTP request"),
+        (b"GET http://elsewhere/health HTTP/1.1\r\n\r\n", 400, "not a valid HTTP request"),
+        (b"OPTIONS * HTTP/1.1\r\n\r\n", 400, "not a valid HTTP request"),
         (b"GET / HTTP/1.1\r\nx-long: " + b"y" * 5000, 431, "larger than 4096 bytes"),
         (b"GET /health HT", 408, "0.5 s"),
         (b"", 408, "0.5 s"),

@@ -56,13 +56,14 @@ def _for_user(error: Exception) -> str | None:
     from shoal.engine.launch import LaunchError
     from shoal.serve.engine_client import EngineLost, EngineStartError
     from shoal.serve.server import ListenError
+    from shoal.serve.tenants import KeyFileError
 
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, EngineStartError | LaunchError):
         return _with_flags(str(error))
     told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError)
-    return str(error) if isinstance(error, told) else None
+    return str(error) if isinstance(error, (*told, KeyFileError)) else None
 
 
 def _with_flags(message: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal import __version__
+from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys_app, name="keys")
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Prove what a deployment promises.")
 app.add_typer(bench, name="bench")

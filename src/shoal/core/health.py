@@ -7,7 +7,6 @@ from those before it. Failures are counted only if they are the endpoint's: what
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 from typing import Literal
 
 import msgspec
@@ -69,7 +68,7 @@ class ProgressWatch:
 
     @property
     def median_step(self) -> float | None:
-        return median(self._steps) if self._steps else None
+        return sorted(self._steps)[len(self._steps) // 2] if self._steps else None
 
     @property
     def patience(self) -> float:
@@ -77,9 +76,9 @@ class ProgressWatch:
         config = self._config
         if not self._busy:
             return config.idle_seconds
-        if not self._steps:
+        if (median := self.median_step) is None:
             return max(config.stall_seconds, config.first_seconds)
-        learned = max(config.stall_steps * median(self._steps), config.stall_longest * max(self._steps))
+        learned = max(config.stall_steps * median, config.stall_longest * max(self._steps))
         return max(config.stall_seconds, learned)
 
     def silence(self, now: float) -> float:

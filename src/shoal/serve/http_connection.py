@@ -52,6 +52,12 @@ class LimitedConnection(HttpToolsProtocol):
         if self._head_timer is None:
             self._await_head()
 
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        # Of an absolute URL the application would see the path alone, and another server before it perhaps the host.
+        if not self.url.startswith(b"/"):
+            raise ValueError("the target is not a path")
+
     def on_headers_complete(self) -> None:
         self._in_body = True
         self._head_bytes = 0
