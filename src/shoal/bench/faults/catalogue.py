@@ -58,6 +58,8 @@ class Arena:
         self.client = client
         self.capacity = 0.0
         self.tokens_per_second = 0.0
+        self.longest_answer = 0.0
+        """Seconds from request to end, without faults."""
         self.target: EndpointStatus | None = None
         self._decoys: list[subprocess.Popen[bytes]] = []
         self.idle_proxy = ProxyThread("127.0.0.1", free_port())
@@ -221,6 +223,7 @@ def _overload(arena: Arena, control: bool) -> Fault:
         streamed or arena.specs,
         capacity=arena.capacity,
         tokens_per_second=arena.tokens_per_second,
+        deadline=max(2.0, 4 * arena.longest_answer),
         offered=0.5 if control else 3.0,
     )
 
@@ -423,7 +426,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="overload",
-        about="requests arrive at three times the capacity",
+        about="requests with deadlines arrive at three times the capacity",
         make=_overload,
         lacks=_nothing,
         contract=Contract(refusals=True),

@@ -18,8 +18,9 @@ import msgspec
 from shoal.bench.faults.workload import Spec
 from shoal.bench.http_client import Answer, ConnectionLost, Exchange, events
 
-End = Literal["completed", "refused", "failed", "lost"]
-"""refused: not accepted (429 or 503) · failed: ended with an error that says so · lost: no end within the bound."""
+End = Literal["completed", "refused", "expired", "failed", "lost"]
+"""refused: not accepted (429 or 503) · expired: ended at its own deadline with what it had · failed: ended with an
+error that says so · lost: no end within the bound."""
 Phase = Literal["queued", "prefill", "first_token", "decode", "last_token", "unseen"]
 """unseen: its answer comes whole."""
 _RETRY_SECONDS = 0.05
@@ -178,7 +179,9 @@ class Client:
 
 def _end_of_stream(outcome: Outcome, spec: Spec) -> None:
     finished = [choice for choice in outcome.choices.values() if choice.finish is not None]
-    if len(finished) == spec.num_choices:
+    if any(choice.finish == "deadline" for choice in finished):
+        outcome.end = "expired"
+    elif len(finished) == spec.num_choices:
         outcome.end = "completed"
     else:
         outcome.end = "failed"
@@ -213,7 +216,8 @@ def _take_whole(outcome: Outcome, answer: Answer) -> None:
             list(part.get("token_ids") or []), [], text, _logprobs(part), part["finish_reason"]
         )
     _take_usage(outcome, body)
-    outcome.end = "completed"
+    expired = any(choice.finish == "deadline" for choice in outcome.choices.values())
+    outcome.end = "expired" if expired else "completed"
 
 
 def _take_usage(outcome: Outcome, body: dict[str, Any]) -> None:

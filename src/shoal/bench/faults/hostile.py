@@ -15,6 +15,8 @@ import termios
 import time
 from collections.abc import Sequence
 
+import msgspec
+
 from shoal.bench.faults.clients import Client, Outcome
 from shoal.bench.faults.injectors import NotInjected
 from shoal.bench.faults.workload import COMPLETIONS, Spec
@@ -22,6 +24,7 @@ from shoal.bench.http_client import Answer, ConnectionLost, Exchange, events, fe
 from shoal.bench.processes import Process, comes_true, open_files
 
 _LONG = {"prompt": "fish", "max_tokens": 256, "ignore_eos": True, "return_token_ids": True, "stream": True, "seed": 5}
+_RECOVERY_SECONDS = 10.0
 _BAD_BODIES: tuple[bytes, ...] = (
     b"",
     b"{",
@@ -269,7 +272,10 @@ class NoFiles:
 
 
 class Overload:
-    """Requests arrive at three times the rate at which the fleet completes them, whatever becomes of those before."""
+    """Requests arrive at three times the rate at which the fleet completes them, whatever becomes of those before.
+
+    Each has a deadline. Goodput counts the tokens of answers that were whole in time.
+    """
 
     def __init__(
         self,
@@ -278,15 +284,19 @@ class Overload:
         *,
         capacity: float,
         tokens_per_second: float,
+        deadline: float,
         offered: float = 3.0,
     ) -> None:
         """`capacity`: requests a second without faults. `offered`: multiples of it, three but in the control."""
         self.breaches: list[str] = []
         self.outcomes: list[Outcome] = []
         self._client = client
-        self._specs = specs
+        self._specs = [
+            msgspec.structs.replace(spec, body=spec.body | {"timeout": round(deadline, 3)}) for spec in specs
+        ]
         self._capacity = capacity
         self._tokens_per_second = tokens_per_second
+        self._deadline = deadline
         self._offered = offered
         self._began = 0.0
         self._source: asyncio.Task[None] | None = None
@@ -308,17 +318,21 @@ class Overload:
         self._source.cancel()
         self.outcomes = list(await asyncio.gather(*self._sent))
         seconds = ended - self._began
-        answered = [outcome for outcome in self.outcomes if outcome.end in ("completed", "refused")]
-        offered = len(answered) / seconds
+        offered = sum(outcome.end in ("completed", "refused", "expired") for outcome in self.outcomes) / seconds
         if offered < 2.4 * self._capacity:
             raise NotInjected(f"{offered:.1f} requests a second were offered, {self._capacity:.1f} is the capacity")
-        good = [outcome for outcome in self.outcomes if outcome.end == "completed"]
+        good = [o for o in self.outcomes if o.end == "completed" and o.ended - o.sent <= self._deadline]
         times = [at for outcome in good for choice in outcome.choices.values() for at in choice.times]
-        rate = sum(at <= ended for at in times) / seconds
-        share = rate / self._tokens_per_second if self._tokens_per_second else 0.0
+        share = sum(at <= ended for at in times) / seconds / max(self._tokens_per_second, 1e-9)
         if share < 0.9:
             self.breaches.append(f"goodput under overload was {share:.0%} of capacity")
-        return f"{offered / self._capacity:.1f} x capacity offered for {seconds:.0f} s, goodput {share:.0%} of capacity"
+        calm = max(outcome.ended for outcome in self.outcomes) - ended
+        if calm > _RECOVERY_SECONDS:
+            self.breaches.append(f"requests of the overload were under way {calm:.1f} s after it")
+        return (
+            f"{offered / self._capacity:.1f} x capacity offered for {seconds:.0f} s with a deadline of "
+            f"{self._deadline:.1f} s, goodput {share:.0%} of capacity, calm {calm:.1f} s after"
+        )
 
     async def heal(self) -> None:
         if self._source is not None:

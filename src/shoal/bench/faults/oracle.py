@@ -34,6 +34,8 @@ class Tally(msgspec.Struct, kw_only=True):
     offered: int = 0
     completed: int = 0
     refused: int = 0
+    expired: int = 0
+    """Ended at a deadline that the client had set."""
     failed: int = 0
     lost: int = 0
     breaks: int = 0
@@ -80,6 +82,8 @@ def tally(
         result.tokens += sum(len(choice.token_ids) for choice in outcome.choices.values())
         if outcome.end == "refused":
             result.refused += 1
+        elif outcome.end == "expired":
+            result.expired += 1
         elif outcome.end == "failed":
             result.failed += 1
         elif outcome.end == "completed":

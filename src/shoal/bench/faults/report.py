@@ -80,6 +80,7 @@ _COLUMNS = (
     "offered",
     "completed",
     "refused",
+    "expired",
     "failed",
     "lost",
     "duplicate tokens",
@@ -101,7 +102,7 @@ def _cells(row: Row) -> list[str]:
     if row.skipped:
         return [row.fault, "0", *["-"] * (len(_COLUMNS) - 3), f"not tried: {row.skipped}"]
     t = row.tally
-    counts = [t.offered, t.completed, t.refused, t.failed, t.lost]
+    counts = [t.offered, t.completed, t.refused, t.expired, t.failed, t.lost]
     counts += [t.duplicate_tokens, t.missing_tokens, t.other_tokens, t.unequal, t.resumed]
     left_over = ", ".join(f"{count} {what}" for what, count in row.left_over.items()) or "0"
     return [
