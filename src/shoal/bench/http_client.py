@@ -175,7 +175,7 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[str | None
     """(id, data) of server-sent events; comments and other fields are passed over."""
     pending = b""
     async for chunk in chunks:
-        pending += chunk.replace(b"\r\n", b"\n")
+        pending = (pending + chunk).replace(b"\r\n", b"\n")
         *whole, pending = pending.split(b"\n\n")
         for block in whole:
             event_id, data = None, []

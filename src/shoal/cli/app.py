@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal import __version__
-from shoal.cli.keys import keys_app
 from shoal.cli.bench_commands import bench
+from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
 
 app = typer.Typer(
@@ -19,7 +19,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys_app, name="keys")
-
 app.add_typer(bench, name="bench")
 
 _ENGINE = "Engine"

@@ -62,13 +62,17 @@ class Server:
         """Exit status; None while it runs. A signal is negative."""
         return None if self.process is None else self.process.poll()
 
-    async def until_answers(self, path: str, seconds: float) -> None:
+    async def until_answers(self, path: str, seconds: float, headers: Mapping[str, str] | None = None) -> None:
         """Until GET `path` says 200. Raises DeploymentError with what the process said."""
         deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(ConnectionLost):
-                if (await fetch(self.url, path, seconds=5)).status == 200:
+                answer = await fetch(self.url, path, headers=headers or {}, seconds=5)
+                if answer.status == 200:
                     return
+                if answer.status in (401, 403):
+                    text = answer.body.decode("utf-8", "replace")[:200]
+                    raise DeploymentError(f"GET {path} answered {answer.status}; give --api-key: {text}")
             if self.status is not None:
                 raise DeploymentError(f"{self._command} exited with status {self.status}: {self.tail()}")
             if time.monotonic() > deadline:
@@ -116,7 +120,7 @@ class Deployment:
         start_seconds: float = 600.0,
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="shoal-faults-")
-        self._headers = dict(headers or {})
+        self.headers = dict(headers or {})
         self._start_seconds = start_seconds
         self.proxies: dict[str, ProxyThread] = {}
         """By the URL that the gateways know, without its path."""
@@ -157,7 +161,7 @@ class Deployment:
         for gateway in self.gateways:
             gateway.start()
         for gateway in self.gateways:
-            await gateway.until_answers("/ready", self._start_seconds)
+            await gateway.until_answers("/ready", self._start_seconds, self.headers)
 
     async def stop(self) -> None:
         await asyncio.gather(*(gateway.stop() for gateway in self.gateways))
@@ -171,7 +175,7 @@ class Deployment:
 
     async def status(self, gateway: int = 0) -> FleetStatus:
         """Raises ConnectionLost, or DeploymentError where there is no fleet to ask."""
-        answer = await fetch(self.gateways[gateway].url, "/fleet", headers=self._headers, seconds=5)
+        answer = await fetch(self.gateways[gateway].url, "/fleet", headers=self.headers, seconds=5)
         if answer.status != 200:
             text = answer.body.decode("utf-8", "replace")[:200]
             raise DeploymentError(f"GET /fleet answered {answer.status}: {text}")
@@ -189,7 +193,7 @@ class Deployment:
         try:
             body = b"{}" if within is None else msgspec.json.encode({"seconds": within})
             answer = await fetch(
-                self.urls()[0], path, method="POST", headers=self._headers, body=body, seconds=self._start_seconds
+                self.urls()[0], path, method="POST", headers=self.headers, body=body, seconds=self._start_seconds
             )
         except ConnectionLost as error:
             return str(error)

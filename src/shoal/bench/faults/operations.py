@@ -132,7 +132,7 @@ def stop_gateway(deployment: Deployment, decoy: Process | None, *, with_kill: bo
     async def undo() -> str:
         if gateway.status is not None:
             gateway.start()
-            await gateway.until_answers("/ready", _RETURN_SECONDS)
+            await gateway.until_answers("/ready", _RETURN_SECONDS, deployment.headers)
             await asyncio.sleep(0.5)  # so that the watch has seen it
         return ""
 
