@@ -36,6 +36,8 @@ ROUTES: dict[tuple[str, str], tuple[Scope, ...]] = {
     ("GET", "/fleet"): ("metrics", "admin"),
     ("POST", "/fleet/endpoints"): ("admin",),
     ("POST", "/fleet/endpoints/{name}/drain"): ("admin",),
+    ("POST", "/fleet/endpoints/{name}/undrain"): ("admin",),
+    ("POST", "/fleet/endpoints/{name}/restart"): ("admin",),
     ("DELETE", "/fleet/endpoints/{name}"): ("admin",),
     # Pages without data: what they show they fetch from /fleet, with a key.
     ("GET", "/dashboard"): OPEN,

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from shoal.core.engine_core import sequences_of
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight
-from shoal.serve.generation import Generator, Job, Piece
+from shoal.serve.generation import Job, Piece
 from shoal.serve.metrics import RequestTimer
 from shoal.serve.openai_format import Usage, joined
 
@@ -27,55 +27,68 @@ class Work:
 
     def __init__(
         self,
-        generator: Generator,
         jobs: list[Job],
         timers: list[RequestTimer],
         usage: Usage,
-        on_piece: Callable[[int, Piece], None],
-        on_error: Callable[[ApiError], None],
+        answer: WholeAnswer | EventStream,
+        on_end: Callable[[ApiError | None], None],
     ) -> None:
+        """`on_end` is called once, when all have ended, with the error if there was one."""
+        self._jobs = jobs
         self._timers = timers
         self._usage = usage
-        self._on_piece = on_piece
-        self._on_error = on_error
+        self._answer = answer
+        self._on_end = on_end
+        self._is_over = False
         self.left = sum(len(sequences_of(job.request)) for job in jobs)
         """Choices that have not ended."""
-        self._flights: list[Flight] = []
+        self.flights: list[Flight] = []
+
+    def begin(self, begin: Callable[[Job, Callable[[Piece], None], Callable[[ApiError], None]], Flight]) -> None:
+        """Raises ApiError, with nothing left running."""
         try:
-            for number, job in enumerate(jobs):
-                self._flights.append(generator.begin(job, self._taker(number, job.request.n), self._fail))
-        except BaseException:
-            self.abandon()
+            for number, job in enumerate(self._jobs):
+                self.flights.append(begin(job, self._taker(number, job.request.n), self._fail))
+        except ApiError as error:
+            self._end(error)
             raise
 
     def _taker(self, number: int, n: int) -> Callable[[Piece], None]:
-        timer, usage, first, on_piece = self._timers[number], self._usage, number * n, self._on_piece
+        timer, usage, first, show = self._timers[number], self._usage, number * n, self._answer.piece
 
         def take(piece: Piece) -> None:
             timer.observe(piece)
             usage.add(piece)
-            if piece.finish is not None:
-                self.left -= 1
-            if piece.finish == "error":
+            if piece.finish is None:
+                show(first + piece.index, piece)
+            elif piece.finish == "error":
                 self._fail(ApiError(500, f"generation failed: {piece.error}", code="generation_failed"))
             else:
-                on_piece(first + piece.index, piece)
+                self.left -= 1
+                show(first + piece.index, piece)
+                if not self.left:
+                    self._end(None)
 
         return take
 
     def _fail(self, error: ApiError) -> None:
-        self._on_error(error)
-        self._end()
+        self._answer.failed(error)
+        self._end(error)
 
     def abandon(self) -> None:
         """The client is gone."""
-        for timer in self._timers:
-            timer.abandon()
-        self._end()
+        if not self._is_over:
+            for timer in self._timers:
+                timer.abandon()
+            self._end(ApiError(499, "the client left", code="client_left"))
 
-    def _end(self) -> None:
-        for flight in self._flights:
+    def _end(self, error: ApiError | None) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        for flight in self.flights:
             flight.abort()
+        self._on_end(error)
 
 
 class WholeAnswer:

@@ -6,6 +6,7 @@ import os
 
 import msgspec
 
+from shoal.core.admission import AdmissionConfig
 from shoal.core.config import EngineConfig
 from shoal.core.health import HealthConfig
 from shoal.core.layout import Layout
@@ -13,6 +14,7 @@ from shoal.core.router import RoutingConfig
 from shoal.serve.fleet import SupervisionConfig
 from shoal.serve.pool import FailoverConfig
 from shoal.serve.protocol import Limits
+from shoal.serve.tenants import TenantSettings
 
 
 class EndpointAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +43,7 @@ class ModelDeployment(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fi
     endpoints: list[EndpointAddress] = []
     routing: RoutingConfig = RoutingConfig()
     failover: FailoverConfig = FailoverConfig()
+    admission: AdmissionConfig = AdmissionConfig()
 
     @property
     def num_engines(self) -> int:
@@ -60,6 +63,15 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Listen beyond loopback. The connection is not encrypted: put TLS in front."""
     drain_seconds: float = 30.0
     """How long requests may go on after SIGTERM, or at an endpoint that is drained."""
+    keys: str | None = None
+    """File of API keys (`shoal keys`). Without keys everybody who reaches the listener may do everything."""
+    cluster_secret: str | None = None
+    """File, made at the first start, from which the salts of the tenants' prefix caches are derived: gateways with the
+    same one share what their endpoints have cached. None is a secret that ends with the process."""
+    tenants: dict[str, TenantSettings] = {}
+    """Limits by tenant; `default` is for those that are not named."""
+    retry_ratio: float = 0.2
+    """Retries and hedges are at most so many for each request."""
     limits: Limits = Limits()
     health: HealthConfig = HealthConfig()
     supervision: SupervisionConfig = SupervisionConfig()

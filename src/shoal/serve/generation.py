@@ -119,13 +119,17 @@ class TextRun:
 
 
 class Generator:
-    def __init__(self, pool: Pool, tokenizer: Tokenizer, checkpoint: str, limits: Limits) -> None:
+    def __init__(self, pool: Pool, tokenizer: Tokenizer, checkpoint: str, limits: Limits, vocab_size: int) -> None:
         self.pool = pool
         self.tokenizer = tokenizer
         self.limits = limits
-        self.vocab_size = pool.vocab_size
-        self.max_len = pool.max_len
+        self.vocab_size = vocab_size
         self.grammars = GrammarCompiler(vocabulary_of_checkpoint(checkpoint, self.vocab_size))
+
+    @property
+    def max_len(self) -> int:
+        """Of a sequence. Raises ApiError 503 as long as no endpoint could be asked."""
+        return self.pool.max_len
 
     async def close(self) -> None:
         await self.grammars.close()
@@ -302,11 +306,12 @@ class Generator:
         on_error: Callable[[ApiError], None],
         *,
         tenant: str = "",
+        weight: float = 1.0,
         session: str = "",
     ) -> Flight:
         """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError."""
         run = TextRun(self.tokenizer, job, on_piece, on_error)
-        run.flight = self.pool.submit(job.request, run, tenant=tenant, session=session)
+        run.flight = self.pool.submit(job.request, run, tenant=tenant, weight=weight, session=session)
         return run.flight
 
     async def run(self, job: Job) -> AsyncIterator[Piece]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from math import ceil
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -20,14 +20,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
 from shoal.core.expert_load import ExpertReport
-from shoal.serve.answer import EventStream, WholeAnswer, Work, disconnected
+from shoal.serve.access import Access
+from shoal.serve.answer import EventStream
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.fleet_routes import FleetRoutes
 from shoal.serve.generation import Generator
 from shoal.serve.metrics import ServerMetrics, own_engines
-from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage
-from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Limits, TokenizeRequest, decode
+from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, decode
+from shoal.serve.reception import Reception
 from shoal.serve.session import Session
+from shoal.serve.tenants import KeyFile, Principal
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -36,13 +38,15 @@ _encode = msgspec.json.Encoder().encode
 class Server:
     """The application over a fleet. `app` is what an ASGI server runs."""
 
-    def __init__(self, session: Session, *, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, session: Session) -> None:
+        config = session.deployment
         self.fleet = fleet = session.fleet
         self.generators = session.generators
         """By the model's name; the first one serves requests that name none."""
-        self.limits = limits
+        self.limits = config.limits
         self.metrics = ServerMetrics(fleet)
-        self._api_key = api_key.encode() if api_key else None
+        self.access = Access(None if config.keys is None else KeyFile(Path(config.keys)), api_key=config.api_key)
+        self.reception = Reception(session, self.metrics)
         self._started = int(time.time())
         get, post = ["GET"], ["POST"]
         operate = FleetRoutes(fleet, session.add_any, session.deployment.drain_seconds)
@@ -86,24 +90,23 @@ class Server:
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 await send(message)
 
-            error = self._refusal(scope)
-            if error is not None:
-                self.metrics.rejected(error.status)
-            await (app if error is None else _error_response(error))(scope, receive, send_with_id)
+            principal = self._principal(scope)
+            if isinstance(principal, ApiError):
+                self.metrics.rejected(principal.status)
+                await _error_response(principal)(scope, receive, send_with_id)
+                return
+            scope["state"]["principal"] = principal
+            await app(scope, receive, send_with_id)
 
         return admit
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _principal(self, scope: Scope) -> Principal | ApiError:
+        """Who asks, or why nobody may ask so."""
         headers = scope["headers"]
         most, most_bytes = self.limits.headers, self.limits.header_bytes
         if len(headers) > most or sum(len(k) + len(v) for k, v in headers) > most_bytes:
             return ApiError(431, f"the request has more than {most} headers or {most_bytes} bytes of them")
-        if self._api_key is None or scope["path"] == "/health":
-            return None
-        given = next((v for k, v in headers if k == b"authorization"), b"")
-        if hmac.compare_digest(given, b"Bearer " + self._api_key):
-            return None
-        return ApiError(401, "missing or wrong API key: send `Authorization: Bearer KEY`", code="invalid_api_key")
+        return self.access.check(scope["method"], scope["path"], headers)
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
         """Errors become answers in OpenAI's form; what was not foreseen is a 500 without details."""
@@ -141,71 +144,13 @@ class Server:
             raise ApiError(408, f"the body did not arrive within {self.limits.body_seconds:g} s") from None
         return b"".join(parts)
 
-    def _generator(self, name: str) -> Generator:
-        """Of the model that is asked for."""
-        generator = self.generators.get(name)
-        if generator is not None:
-            return generator
-        if not name:
-            return next(iter(self.generators.values()))
-        known = ", ".join(repr(known) for known in self.generators)
-        raise ApiError(
-            404, f"model {name!r} does not exist; this server has {known}", param="model", code="model_not_found"
-        )
-
     # --- generation -------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Response | EventStream:
-        body = decode(await self._body(request), ChatRequest, self.limits)
-        generator = self._generator(body.model)
-        if isinstance(body.tool_choice, dict) or body.tool_choice not in (None, "none", "auto"):
-            raise invalid("tool_choice must be 'none' or 'auto': a call cannot be forced", "tool_choice")
-        tools = None if body.tool_choice == "none" else body.tools
-        prompt = generator.chat_prompt(body.messages, tools, body.add_generation_prompt, body.chat_template_kwargs)
-        return await self._answer(request, generator, body, [prompt], ChatFormat)
+        return await self.reception.answer(request, decode(await self._body(request), ChatRequest, self.limits))
 
     async def completions(self, request: Request) -> Response | EventStream:
-        body = decode(await self._body(request), CompletionRequest, self.limits)
-        generator = self._generator(body.model)
-        if body.suffix:
-            raise invalid("suffix is not supported", "suffix")
-        if body.echo and body.logprobs is not None:
-            raise invalid("echo together with logprobs is not supported", "echo")
-        return await self._answer(request, generator, body, generator.prompts(body), CompletionFormat)
-
-    async def _answer(
-        self,
-        request: Request,
-        generator: Generator,
-        body: ChatRequest | CompletionRequest,
-        prompts: list[list[int]],
-        make_format: Any,
-    ) -> Response | EventStream:
-        if self.fleet.draining:
-            raise ApiError(503, "the server is shutting down", code="draining")
-        request_id: str = request.state.request_id
-        cache_salt = (body.cache_salt or "") if isinstance(body, CompletionRequest) else ""
-        jobs = [await generator.job(body, p, f"{request_id}-{i}", cache_salt) for i, p in enumerate(prompts)]
-        form = make_format(body, generator.tokenizer, generator.pool.name, request_id, prompts)
-        usage = Usage(sum(map(len, prompts)))
-        num_choices = sum(job.request.n for job in jobs)
-        timers = [self.metrics.timer(request.state.arrived, len(job.request.prompt), job.request.n) for job in jobs]
-        answer: EventStream | WholeAnswer
-        if body.stream:
-            wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            answer = EventStream(form, usage, num_choices, wants_usage=wants_usage)
-        else:
-            answer = WholeAnswer(form, usage)
-        answer.work = Work(generator, jobs, timers, usage, answer.piece, answer.failed)
-        try:
-            async with _cancelled_by_disconnect(request):
-                if isinstance(answer, WholeAnswer):
-                    return _json(await answer.body())
-                await answer.begun()
-                return answer
-        except (asyncio.CancelledError, ClientDisconnect):
-            answer.work.abandon()
-            raise
+        return await self.reception.answer(request, decode(await self._body(request), CompletionRequest, self.limits))
 
     # --- everything else --------------------------------------------------------------------------------------------
 
@@ -215,7 +160,7 @@ class Server:
         )
 
     async def one_model(self, request: Request) -> Response:
-        return _json(self._model_entry(self._generator(request.path_params["name"])))
+        return _json(self._model_entry(self.reception.generator(request.path_params["name"])))
 
     def _model_entry(self, generator: Generator) -> dict[str, Any]:
         return {
@@ -223,11 +168,11 @@ class Server:
             "object": "model",
             "created": self._started,
             "owned_by": "shoal",
-            "max_model_len": generator.max_len,
+            "max_model_len": generator.max_len if generator.pool.is_known else None,
         }
 
     async def experts(self, request: Request) -> Response:
-        generator = self._generator(request.query_params.get("model", ""))
+        generator = self.reception.generator(request.query_params.get("model", ""))
         loads = [load for engine in own_engines(generator.pool) for load in engine.experts]
         if not any(engine.engine_info.spec.moe for engine in own_engines(generator.pool)):
             raise ApiError(404, f"{generator.pool.name!r} has no experts", code="no_experts")
@@ -235,7 +180,7 @@ class Server:
 
     async def tokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), TokenizeRequest, self.limits)
-        generator = self._generator(body.model)
+        generator = self.reception.generator(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -250,7 +195,7 @@ class Server:
 
     async def detokenize(self, request: Request) -> Response:
         body = decode(await self._body(request), DetokenizeRequest, self.limits)
-        generator = self._generator(body.model)
+        generator = self.reception.generator(body.model)
         if any(i >= generator.vocab_size for i in body.tokens):
             raise invalid(f"token ids must lie in [0, {generator.vocab_size})", "tokens")
         return _json({"prompt": generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
@@ -279,32 +224,6 @@ class Server:
         return None
 
 
-@contextlib.asynccontextmanager
-async def _cancelled_by_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancels the body of the `async with` when the client leaves; raises ClientDisconnect then."""
-    body = asyncio.current_task()
-    left = False
-
-    async def watch() -> None:
-        nonlocal left
-        await disconnected(request.receive)
-        left = True
-        if body is not None:
-            body.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left:
-            raise
-        if body is not None:
-            body.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()
-
-
 def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     given = next((value for key, value in headers if key == b"x-request-id"), b"").decode("latin-1")
     # The client's own id is kept for its logs but made unique: two requests may carry the same.
@@ -318,7 +237,11 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _error_response(error: ApiError) -> Response:
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
+    headers = {}
+    if error.status in (429, 503):
+        headers["retry-after"] = str(max(1, ceil(error.retry_after or 0.0)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return _json(error.body(), error.status, headers)
 
 

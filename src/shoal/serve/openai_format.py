@@ -18,8 +18,10 @@ _LEAST_LOGPROB = -9999.0
 
 
 class Usage:
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, shows_cached: bool = True) -> None:
+        """`shows_cached`: whether it may be told how much was found in the prefix cache, which tells what is there."""
         self.prompt = prompt_tokens
+        self._shows_cached = shows_cached
         self.completion = 0
         self.cached = 0
 
@@ -32,7 +34,7 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "prompt_tokens_details": {"cached_tokens": self.cached if self._shows_cached else None},
         }
 
 

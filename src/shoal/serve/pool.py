@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from shoal.core.admission import AdmissionConfig, AdmissionQueue, QueuedRequest, Refused
 from shoal.core.fleet_types import EndpointFailure, ModelStatus, RouteRequest
 from shoal.core.hashing import chain
+from shoal.core.retry_budget import RetryBudget
 from shoal.core.router import Router, RoutingConfig
 from shoal.core.types import Rejected, Request
 from shoal.serve.errors import ApiError
@@ -38,6 +40,8 @@ class Pool:
         name: str,
         routing: RoutingConfig,
         failover: FailoverConfig,
+        admission: AdmissionConfig,
+        budget: RetryBudget,
         observer: FlightObserver,
         on_event: Callable[[str, str], None],
     ) -> None:
@@ -47,9 +51,10 @@ class Pool:
         self.members: dict[str, Member] = {}
         self.flights: dict[str, Flight] = {}
         """All that have not ended."""
-        self._waiting: deque[Flight] = deque()
+        self._queue = AdmissionQueue(admission)
         self._moving: deque[Flight] = deque()
         """Lost the endpoint they had: they go first."""
+        self._budget = budget
         self._observer = observer
         self._on_event = on_event
         self._pump_is_due = False
@@ -64,12 +69,13 @@ class Pool:
         return min(member.endpoint.info.max_len for member in self._known())
 
     @property
-    def vocab_size(self) -> int:
-        return min(member.endpoint.info.vocab_size for member in self._known())
-
-    @property
     def block_size(self) -> int:
         return max(member.endpoint.info.block_size for member in self._known())
+
+    @property
+    def is_known(self) -> bool:
+        """Whether an endpoint has said what it is."""
+        return any(hasattr(member.endpoint, "info") for member in self.members.values())
 
     def _known(self) -> list[Member]:
         known = [member for member in self.members.values() if hasattr(member.endpoint, "info")]
@@ -77,7 +83,9 @@ class Pool:
             raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
         return known
 
-    def submit(self, request: Request, receiver: Receiver, *, tenant: str = "", session: str = "") -> Flight:
+    def submit(
+        self, request: Request, receiver: Receiver, *, tenant: str = "", weight: float = 1.0, session: str = ""
+    ) -> Flight:
         """Accept a request, whose receiver then hears of its end whatever happens. Raises ApiError if it is refused."""
         now = time.monotonic()
         flight = Flight(
@@ -98,9 +106,24 @@ class Pool:
             ),
             arrived=now,
         )
+        answer = self._queue.offer(
+            QueuedRequest(
+                id=request.id,
+                tokens=max(1, flight.route.num_prompt + flight.route.num_output),
+                arrived=now,
+                tenant=tenant,
+                weight=weight,
+                priority=request.priority,
+                deadline=request.deadline,
+            ),
+            now,
+        )
+        if isinstance(answer, Refused):
+            self.refused += 1
+            raise ApiError(answer.status, answer.message, code=answer.reason, retry_after=answer.retry_after)
         self.accepted += 1
         self.flights[request.id] = flight
-        self._waiting.append(flight)
+        self._budget.request(now)
         self._pump()
         return flight
 
@@ -114,16 +137,24 @@ class Pool:
         """Place what waits, as far as there is room."""
         self._pump_is_due = False
         now = time.monotonic()
-        for queue in (self._moving, self._waiting):
-            while queue:
-                if queue[0].is_over:
-                    queue.popleft()
-                    continue
-                member = self._choose(queue[0], now)
+        while self._moving:
+            flight = self._moving[0]
+            if not flight.is_over:
+                member = self._choose(flight, now)
                 if member is None:
                     return
-                flight = queue.popleft()
-                self._send(flight, member, now, "first" if flight.num_attempts == 0 else "again")
+                self._send(flight, member, now, "again")
+            self._moving.popleft()
+        place: dict[str, Member] = {}
+
+        def can_place(item: QueuedRequest) -> bool:
+            member = self._choose(self.flights[item.id], now)
+            if member is not None:
+                place[item.id] = member
+            return member is not None
+
+        while (item := self._queue.take(can_place, now)) is not None:
+            self._send(self.flights[item.id], place[item.id], now, "first")
 
     def _choose(self, flight: Flight, now: float) -> Member | None:
         lost = any(member.state != "ready" for member in self.members.values() if not member.spare)
@@ -143,7 +174,7 @@ class Pool:
             return
         flight.avoid.append(flight.attempts[0].member.name)
         member = self._choose(flight, now)
-        if member is not None and member is not flight.attempts[0].member:
+        if member is not None and member is not flight.attempts[0].member and self._budget.retry(now):
             self.hedges += 1
             flight.dispatch(member, now, "hedge")
 
@@ -151,7 +182,7 @@ class Pool:
 
     def _attempt_over(self, flight: Flight, attempt: FlightAttempt) -> None:
         """There is room again."""
-        if self._waiting or self._moving:
+        if self._queue or self._moving:
             self.pump_soon()
 
     def _attempt_failed(self, flight: Flight, attempt: FlightAttempt, reason: EndpointFailure | Rejected) -> None:
@@ -194,7 +225,7 @@ class Pool:
         if reason.kind == "drained":
             return None
         flight.num_retries += 1
-        if flight.num_retries <= self.failover.most_retries:
+        if flight.num_retries <= self.failover.most_retries and self._budget.retry(time.monotonic()):
             return None
         return ApiError(503, f"no endpoint could answer: {reason.message}", code="endpoint_failed")
 
@@ -205,15 +236,16 @@ class Pool:
 
     def expire(self, now: float) -> None:
         """End what has waited too long for an endpoint."""
-        for queue in (self._moving, self._waiting):
-            for flight in list(queue):
-                if flight.is_over:
-                    continue
-                deadline = flight.request.deadline
-                if deadline is not None and deadline <= now:
-                    flight.end_overdue()
-                elif now - flight.waiting_since > self.failover.wait_seconds:
-                    flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
+        for item in self._queue.expire(now):
+            if item.id in self.flights:
+                self.flights[item.id].end_overdue()
+        nobody = not any(member.state == "ready" for member in self.members.values())
+        for flight in [one for one in self.flights.values() if not one.attempts]:
+            deadline = flight.request.deadline
+            if deadline is not None and deadline <= now:
+                flight.end_overdue()
+            elif (nobody or flight.num_attempts) and now - flight.waiting_since > self.failover.wait_seconds:
+                flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
 
     # --- FlightObserver ---------------------------------------------------------------------------------------------
 
@@ -225,6 +257,7 @@ class Pool:
 
     def done(self, flight: Flight, error: ApiError | None) -> None:
         self.flights.pop(flight.request.id, None)
+        self._queue.remove(flight.request.id)
         if error is None:
             self.completed += 1
         else:
@@ -232,7 +265,7 @@ class Pool:
         self._observer.done(flight, error)
 
     def status(self, now: float) -> ModelStatus:
-        waiting = [flight for queue in (self._moving, self._waiting) for flight in queue if not flight.is_over]
+        waiting = [flight for flight in self.flights.values() if not flight.attempts]
         return ModelStatus(
             name=self.name,
             policy=self.router.config.policy,

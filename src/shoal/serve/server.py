@@ -94,7 +94,7 @@ async def _listen_until_stopped(
     on_ready: Callable[[str, Session], None] | None,
 ) -> None:
     config = session.deployment
-    server = Server(session, limits=config.limits, api_key=config.api_key)
+    server = Server(session)
     front = _Front(
         uvicorn.Config(
             server.app,

@@ -8,9 +8,10 @@ import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
-from shoal.checkpoint.resolve import ModelFiles
+from shoal.checkpoint.resolve import ModelFiles, load_spec
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
+from shoal.core.retry_budget import RetryBudget
 from shoal.serve.deployment import Deployment, EndpointAddress, ModelDeployment, engine_configs
 from shoal.serve.endpoint import Endpoint, EndpointStartError
 from shoal.serve.engine_client import EngineStartError, Progress
@@ -44,7 +45,11 @@ class Session:
         self.files = files
         """Of each model, by its name."""
         self.models = {model.name: model for model in deployment.models}
-        pools = {m.name: Pool(m.name, m.routing, m.failover, observer, self._event) for m in deployment.models}
+        budget = RetryBudget(ratio=deployment.retry_ratio)
+        pools = {
+            model.name: Pool(model.name, model.routing, model.failover, model.admission, budget, observer, self._event)
+            for model in deployment.models
+        }
         self.fleet = Fleet(pools, deployment.health, deployment.supervision)
         self.generators: dict[str, Generator] = {}
         self._numbers = {name: itertools.count() for name in pools}
@@ -59,7 +64,13 @@ class Session:
 
     def add_address(self, model: ModelDeployment, address: EndpointAddress) -> tuple[str, asyncio.Future[None]]:
         name = address.name or self._name(model.name)
-        endpoint: Endpoint = OpenAIEndpoint(name, address.openai, model=address.model, api_key=address.api_key)
+        endpoint: Endpoint = OpenAIEndpoint(
+            name,
+            address.openai,
+            model=address.model or "",
+            api_key=address.api_key,
+            vocab_size=load_spec(self.files[model.name].path).vocab_size,
+        )
         return name, self.fleet.add(endpoint, self.fleet.pools[model.name])
 
     def _name(self, model: str) -> str:
@@ -132,7 +143,9 @@ async def open_session(
         await session.start(on_progress, recording)
         for name, pool in session.fleet.pools.items():
             tokenizer = await loading[name]
-            session.generators[name] = Generator(pool, tokenizer, str(files[name].path), deployment.limits)
+            path = files[name].path
+            vocab_size = load_spec(path).vocab_size
+            session.generators[name] = Generator(pool, tokenizer, str(path), deployment.limits, vocab_size)
         try:
             yield session
         finally:
