@@ -220,9 +220,19 @@ class Deployment:
 class Sighting(NamedTuple):
     at: float
     state: str
+    breaker: str
     epoch: int
     restarts: int
-    address: str
+    failures: int
+
+    def shows(self, before: Sighting | None) -> bool:
+        """That something happened to the endpoint since `before`."""
+        if self.state != "ready" or self.breaker != "closed":
+            return True
+        counts = self.epoch, self.restarts, self.failures
+        return before is not None and any(
+            now > then for now, then in zip(counts, (before.epoch, before.restarts, before.failures), strict=True)
+        )
 
 
 class FleetWatch:
@@ -262,7 +272,7 @@ class FleetWatch:
         self.endpoints = {endpoint.name: endpoint for model in self.status.models for endpoint in model.endpoints}
         for name, seen in self.endpoints.items():
             history = self._history.setdefault(name, [])
-            sighting = Sighting(now, seen.state, seen.epoch, seen.restarts, seen.address)
+            sighting = Sighting(now, seen.state, seen.breaker, seen.epoch, seen.restarts, seen.failures)
             if not history or history[-1][1:] != sighting[1:]:
                 history.append(sighting)
 
@@ -288,23 +298,22 @@ class FleetWatch:
         return max((endpoint.kv_usage or 0.0 for endpoint in self.endpoints.values()), default=0.0)
 
     def noticed(self, name: str, since: float) -> float | None:
-        """Monotonic second at which the endpoint was first seen not ready, or in a new epoch, after `since`."""
+        """Monotonic second from which the fleet showed that something had happened to the endpoint after `since`."""
         history = self._history.get(name, [])
         before = [sighting for sighting in history if sighting.at <= since]
-        epoch = before[-1].epoch if before else 0
-        restarts = before[-1].restarts if before else 0
-        for sighting in history:
-            changed = sighting.state != "ready" or sighting.epoch > epoch or sighting.restarts > restarts
-            if sighting.at > since and changed:
-                return sighting.at
-        return None
+        last = before[-1] if before else None
+        return next((seen.at for seen in history if seen.at > since and seen.shows(last)), None)
 
     def restored(self, name: str, since: float) -> float | None:
         """Monotonic second from which it is ready for good, if it was noticed missing after `since`."""
         history = self._history.get(name, [])
-        if self.noticed(name, since) is None or not history or history[-1].state != "ready":
+        if self.noticed(name, since) is None or not history or history[-1].shows(None):
             return None
-        return history[-1].at
+        # Failures of single requests may be counted later still; what counts is since when it could serve.
+        again = len(history) - 1
+        while again > 0 and history[again - 1].at > since and not history[again - 1].shows(None):
+            again -= 1
+        return history[again].at
 
 
 def base_of(url: str) -> str:

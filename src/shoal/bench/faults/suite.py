@@ -264,6 +264,7 @@ class Suite:
     async def strike(self, kind: Kind, row: Row, load: Load) -> list[Outcome]:
         """One fault, proved and healed, while clients are at work. What came of requests of its own is returned."""
         self.arena.target = target = self._pick(kind)
+        has_process = target is not None and self._deployment.process_of(target) is not None
         fault = kind.make(self.arena, False)
         for phase, count in load.census().items():
             row.phases[phase] = row.phases.get(phase, 0) + count
@@ -278,14 +279,16 @@ class Suite:
             await fault.heal()
             row.breaches += fault.breaches
         if kind.contract.returns and target is not None:
-            await self._await_return(target.name, began, row)
+            await self._await_return(target.name, began, row, has_process=has_process)
         elif target is not None and (noticed := self._watch.noticed(target.name, began)) is not None:
             row.detection = max(row.detection or 0.0, noticed - began)
         return fault.outcomes if isinstance(fault, Overload) else []
 
-    async def _await_return(self, name: str, began: float, row: Row) -> None:
+    async def _await_return(self, name: str, began: float, row: Row, *, has_process: bool) -> None:
         def returned() -> bool:
-            return self._watch.restored(name, began) is not None and self._watch.all_ready
+            endpoint = self._watch.endpoints.get(name)
+            lives = endpoint is not None and self._deployment.process_of(endpoint) is not None
+            return self._watch.restored(name, began) is not None and self._watch.all_ready and lives >= has_process
 
         came = await comes_true(returned, self._options.return_seconds, every=0.05)
         noticed, restored = self._watch.noticed(name, began), self._watch.restored(name, began)
@@ -326,9 +329,14 @@ class Suite:
             )
         row.kv_left = self._watch.kv_usage
 
+        # Connections to endpoints that speak HTTP are kept to be used again, at most one for each client.
+        by_http = any(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
+        pooled = self._options.streams if by_http else 0
+
         def grown() -> dict[str, int]:
             after = self._deployment.footprint()
-            return {what: after[what] - count for what, count in before.items() if after.get(what, 0) > count}
+            more = {what: after.get(what, 0) - count for what, count in before.items()}
+            return {what: by for what, by in more.items() if by > (pooled if what.startswith("files") else 0)}
 
         # Connections end a moment after their answers.
         await comes_true(lambda: not grown(), 5.0, every=0.1)
