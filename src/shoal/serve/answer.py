@@ -125,6 +125,8 @@ class EventStream:
 
     def __init__(self, form: Any, usage: Usage, num_choices: int, *, wants_usage: bool) -> None:
         self._form = form
+        self._plain: dict[int, _Plain] = {}
+        """By choice, once its first event was made: the first one may say more."""
         self._usage = usage
         self._wants_usage = wants_usage
         self._unsent: list[bytes] = [event(chunk) for chunk in form.opening(num_choices)]
@@ -135,7 +137,13 @@ class EventStream:
         self.work: Work
 
     def piece(self, index: int, piece: Piece) -> None:
-        self._put(event(self._form.chunk(index, piece)))
+        plain = self._plain.get(index)
+        if plain is not None and piece.finish is None and not piece.logprobs:
+            self._put(plain.event(piece))
+        else:
+            self._put(event(self._form.chunk(index, piece)))
+            if plain is None and piece.finish is None and not piece.logprobs:
+                self._plain[index] = _Plain(self._form, index)
         if self.work.left == 0:
             if self._wants_usage:
                 self._put(event(self._form.usage_chunk(self._usage)))
@@ -193,6 +201,23 @@ class EventStream:
             self._unsent_bytes = 0
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Plain:
+    """An event of which nothing but the text and the ids changes: made once, and filled in for every token."""
+
+    _TEXT, _IDS = "\x01text\x01", [-(1 << 40)]
+
+    def __init__(self, form: Any, index: int) -> None:
+        whole = event(form.chunk(index, Piece(index, self._TEXT, self._IDS, [], None, None, 0)))
+        self._before, after = whole.split(_encode(self._TEXT), 1)
+        self._between, _, self._after = after.partition(_encode(self._IDS))
+        self._has_ids = bool(self._after)
+
+    def event(self, piece: Piece) -> bytes:
+        if not self._has_ids:
+            return b"".join((self._before, _encode(piece.text), self._between))
+        return b"".join((self._before, _encode(piece.text), self._between, _encode(piece.token_ids), self._after))
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -54,8 +54,6 @@ class Server:
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
             Route("/v1/experts", self._guarded(self.experts), methods=get),
-            Route("/v1/chat/completions", self._guarded(self.chat), methods=post),
-            Route("/v1/completions", self._guarded(self.completions), methods=post),
             Route("/tokenize", self._guarded(self.tokenize), methods=post),
             Route("/detokenize", self._guarded(self.detokenize), methods=post),
             Route("/fleet", self._guarded(operate.status), methods=get),
@@ -78,6 +76,11 @@ class Server:
     def _with_admission(self, app: Starlette) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
         """Who may ask at all is decided here, before routing: no path can be spelled so that it is missed."""
 
+        generating = {
+            ("POST", "/v1/chat/completions"): self._guarded(self.chat),
+            ("POST", "/v1/completions"): self._guarded(self.completions),
+        }
+
         async def admit(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
                 await app(scope, receive, send)
@@ -85,10 +88,10 @@ class Server:
             request_id = _request_id(scope["headers"])
             scope["state"] = {"arrived": time.monotonic(), "request_id": request_id}
 
-            async def send_with_id(message: Message) -> None:
+            def send_with_id(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":
                     message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-                await send(message)
+                return send(message)
 
             principal = self._principal(scope)
             if isinstance(principal, ApiError):
@@ -96,7 +99,13 @@ class Server:
                 await _error_response(principal)(scope, receive, send_with_id)
                 return
             scope["state"]["principal"] = principal
-            await app(scope, receive, send_with_id)
+            direct = generating.get((scope["method"], scope["path"]))
+            if direct is None:
+                await app(scope, receive, send_with_id)
+            else:
+                # The router's layers would each take every event in hand. Whether it may be asked is decided already.
+                answer = await direct(Request(scope, receive, send_with_id))
+                await answer(scope, receive, send_with_id)
 
         return admit
 

@@ -138,6 +138,8 @@ class CompletionFormat:
         }
         per_prompt = body.n or 1
         self._prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
+        self._unsent_prompts = dict(enumerate(self._prompts)) if body.return_token_ids else {}
+        """Of choices that have had no chunk yet: the ids of a long prompt are not for every chunk."""
         self._echo = [tokenizer.decode(p) if body.echo else "" for p in self._prompts]
         self._offset = [len(text) for text in self._echo]
         """Characters sent of each choice, where the next token's text begins."""
@@ -174,7 +176,9 @@ class CompletionFormat:
     def _ending(self, index: int, piece: Piece) -> dict[str, Any]:
         ending: dict[str, Any] = {"finish_reason": piece.finish, "stop_reason": piece.stop_reason}
         if self._with_ids:
-            ending |= {"token_ids": piece.token_ids, "prompt_token_ids": self._prompts[index]}
+            ending |= {"token_ids": piece.token_ids}
+            if index in self._unsent_prompts:
+                ending |= {"prompt_token_ids": self._unsent_prompts.pop(index)}
         return ending
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:

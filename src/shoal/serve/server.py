@@ -105,6 +105,8 @@ async def _listen_until_stopped(
             timeout_keep_alive=10,
             timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
             server_header=False,
+            proxy_headers=False,
+            access_log=False,
         )
     )
     listening = asyncio.create_task(front.serve(sockets=[listener]))
