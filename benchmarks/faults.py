@@ -21,6 +21,7 @@ import msgspec
 import yaml
 
 from shoal import __version__
+from shoal.bench.faults.catalogue import KINDS
 from shoal.bench.faults.deployment import Deployment, Server
 from shoal.bench.faults.report import Report
 from shoal.bench.faults.suite import Options, run_faults, run_suite
@@ -32,8 +33,10 @@ FLAGS += ["--kv-cache-memory", "512MiB"]
 SHOAL_COMMAND = [sys.executable, "-m", "shoal", "serve", MODEL, *FLAGS]
 EXTERNAL_FAULTS = (
     *("kill", "hang", "child", "slow", "reset", "cut", "partition", "partition-replies", "delay", "throttle"),
-    *("drain", "leave"),
+    *("drain", "leave", "gateway-term", "gateway-kill", "client-reset"),
 )
+ENGINE_FAULTS = tuple(kind.name for kind in KINDS if not kind.name.startswith("gateway-"))
+"""Two gateways share servers that they know by URL; of engines of its own the second would start as many again."""
 
 
 def progress(what: str, done: int, total: int) -> None:
@@ -43,7 +46,7 @@ def progress(what: str, done: int, total: int) -> None:
 async def own_engines(directory: Path, options: Options, replicas: int) -> Report:
     file = directory / "engines.yaml"
     model = {"name": MODEL, "model": MODEL, "replicas": replicas, **ENGINE}
-    tree = {"models": [model], "journal": {"path": str(directory / "journal.db")}}
+    tree = {"models": [model], "journal": {"location": str(directory / "journal.db")}}
     file.write_text(yaml.safe_dump(tree))
     return await run_faults(file, options, progress)
 
@@ -72,8 +75,9 @@ async def known_by_url(directory: Path, options: Options, command: Sequence[str]
     async with running(command, count, directory, path) as servers:
         file = directory / "servers.yaml"
         endpoints = [{"openai": server.url} for server in servers]
-        file.write_text(yaml.safe_dump({"models": [{"name": MODEL, "model": MODEL, "endpoints": endpoints}]}))
-        deployment = Deployment(file)
+        model = {"name": MODEL, "model": MODEL, "endpoints": endpoints}
+        file.write_text(yaml.safe_dump({"models": [model], "journal": {"location": str(directory / "journal.db")}}))
+        deployment = Deployment(file, gateways=1 + any(name.startswith("gateway-") for name in options.faults))
         # Proxies stand in the order of the file's endpoints.
         deployment.external = dict(zip(deployment.proxies, servers, strict=True))
         try:
@@ -120,15 +124,18 @@ async def run(given: argparse.Namespace) -> dict[str, Report]:
         undisturbed_seconds=30.0,
         warm_seconds=3.0,
     )
-    external = msgspec.structs.replace(
-        options, faults=tuple(name for name in EXTERNAL_FAULTS if not wanted or name in wanted)
-    )
+
+    def of(fleet_faults: Sequence[str]) -> Options:
+        names = tuple(name for name in fleet_faults if not wanted or name in wanted)
+        return msgspec.structs.replace(options, faults=names)
+
+    external = of(EXTERNAL_FAULTS)
     reports = {}
     for fleet in given.fleets.split(","):
         with tempfile.TemporaryDirectory(prefix="shoal-faults-") as directory:
             here = Path(directory)
             if fleet == "engines":
-                reports[f"{given.replicas} shoal engines"] = await own_engines(here, options, given.replicas)
+                reports[f"{given.replicas} shoal engines"] = await own_engines(here, of(ENGINE_FAULTS), given.replicas)
             elif fleet == "servers":
                 reports["2 shoal servers behind proxies"] = await known_by_url(
                     here, external, SHOAL_COMMAND, "/ready", 2
