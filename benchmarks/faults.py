@@ -132,6 +132,8 @@ async def run(given: argparse.Namespace) -> dict[str, Report]:
     external = of(EXTERNAL_FAULTS)
     reports = {}
     for fleet in given.fleets.split(","):
+        if not (of(ENGINE_FAULTS) if fleet == "engines" else external).faults:
+            continue  # none of those that were asked for can be made there
         with tempfile.TemporaryDirectory(prefix="shoal-faults-") as directory:
             here = Path(directory)
             if fleet == "engines":

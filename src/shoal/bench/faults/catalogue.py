@@ -30,7 +30,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     detect_seconds: float | None = None
     """/fleet shows it within this."""
     gap_seconds: float | None = None
-    """The longest gap is at most the longest undisturbed TTFT, which is what a new prefill takes, and this."""
+    """The longest gap is at most the undisturbed TTFT of nine requests in ten, which a new prefill takes, and this."""
     returns: bool = False
     """The endpoint serves again by itself."""
 

@@ -127,6 +127,8 @@ class Suite:
         self.unstable: list[Spec] = []
         self._undisturbed = Tally()
         self._prefill_seconds = 0.05
+        self._usual_ttft = 0.0
+        """What nine of ten requests wait at most for their first token without faults: what a new prefill takes."""
         self._strikes: list[tuple[float, float]] = []
         """From when until when the faults of the present row struck."""
 
@@ -177,7 +179,9 @@ class Suite:
         if bad:
             raise DeploymentError(f"{bad} requests failed without any fault: {self._undisturbed.complaints[0]}")
         waits = sorted(o.first_token - o.sent for o in outcomes if o.first_token is not None)
-        self._prefill_seconds = waits[len(waits) // 2] / 2 if waits else self._prefill_seconds
+        if waits:
+            self._prefill_seconds = waits[len(waits) // 2] / 2
+            self._usual_ttft = waits[len(waits) * 9 // 10]
         self.arena.capacity = self._undisturbed.completed / seconds
         self.arena.tokens_per_second = self._undisturbed.tokens / seconds
         self.arena.longest_answer = max(outcome.ended - outcome.sent for outcome in outcomes)
@@ -355,7 +359,7 @@ class Suite:
             row.breaches.append(f"{t.unanswered} connections were broken off before an answer")
         row.breaches += t.complaints
         if contract.gap_seconds is not None:
-            row.gap_limit = self._undisturbed.longest_ttft + contract.gap_seconds
+            row.gap_limit = self._usual_ttft + contract.gap_seconds
             if t.gap_at_fault > row.gap_limit:
                 row.late.append(f"a fault made a gap of {t.gap_at_fault:.2f} s, over {row.gap_limit:.2f} s")
         if contract.detect_seconds is not None and (row.detection or 0.0) > contract.detect_seconds:
