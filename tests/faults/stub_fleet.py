@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -67,8 +68,11 @@ async def engine(port: int) -> None:
                 await asyncio.sleep(TICK)
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", port)
-    await server.serve_forever()
+    await asyncio.start_server(serve, "127.0.0.1", port)
+    parent = os.getppid()
+    while os.getppid() == parent:  # however the parent ended
+        await asyncio.sleep(0.1)
+    os._exit(0)
 
 
 class Sequence:
