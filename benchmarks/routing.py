@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from benchmarks.routing_rivals import CacheAware, PowerOfTwo
-from benchmarks.routing_traces import BLOCK_SIZE, TRACES, load
+from routing_rivals import CacheAware, PowerOfTwo
+from routing_traces import BLOCK_SIZE, TRACES, load
 from shoal.core.config import SchedulerConfig
 from shoal.core.router import Router, RoutingConfig
 from shoal.sim.fleet_simulation import Chooser, FleetSimulation, Outcome, StepTime
@@ -138,12 +138,17 @@ def main() -> None:
     parser.add_argument("--report-interval", type=float, help="seconds between an engine's reports (none: no reports)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    traces = [
-        name for name in options.only or TRACES if _is_there(name, options.traces)
-    ]
+    traces = [name for name in options.only or TRACES if _is_there(name, options.traces)]
     runs = [
         Run(
-            trace, policy, seed, options.traces, options.requests, options.replicas, options.load, options.slow,
+            trace,
+            policy,
+            seed,
+            options.traces,
+            options.requests,
+            options.replicas,
+            options.load,
+            options.slow,
             options.report_interval,
         )
         for trace in traces

@@ -1,4 +1,4 @@
-"""One endpoint as a gateway sees it: what it was sent, how fast it has been, and what a further request would wait there.
+"""One endpoint as a gateway sees it: what it was sent, how fast it was, and how long a further request would wait.
 
 What this gateway sent is counted exactly. Reports of the endpoint add what others sent, for as long as they are fresh.
 No call costs more than a few microseconds: work over all running requests is done once in so many events.
@@ -89,10 +89,9 @@ class EndpointView:
         self._prefill_since = 0.0
         """Since when the oldest request that waits may have been prefilled."""
         self._period: tuple[float, int, int] | None = None
-        """Prefill observed: since when, tokens and requests since. None while nothing waits, or what waits was held up by
-        something else."""
+        """Prefill observed: since when, tokens and requests since. None while nothing waits."""
         self._window: tuple[float, int] | None = None
-        """Decoding observed: since the end of which step, tokens since. None until a step ends with those that run now."""
+        """Decoding observed: since the end of a step, and tokens since. None until those that run now end a step."""
         self._stepped = 0.0
         """When tokens last came."""
         self._measured = (0.0, 0.0)
@@ -176,6 +175,7 @@ class EndpointView:
             self._hold_up(now)
             del self.waiting[request_id]
             self.backlog -= work.num_new
+            self._held -= work.num_new
             self._promised -= work.expected
         else:
             if self._departures(0) > 0:
@@ -183,6 +183,9 @@ class EndpointView:
             work = self.running.pop(request_id, None)
             if work is None:
                 return None
+            generated = self.progress - work.started
+            self._remaining -= max(self._lengths.remaining(generated, work.limit), 1.0)
+            self._held -= work.num_new + generated
         self._changed(now)
         return work
 
@@ -306,7 +309,8 @@ class EndpointView:
         self._window = (now, 0) if now == self._stepped else None
         self._stale = True
         self._uncounted += 1
-        if self._uncounted >= 4 and self._uncounted * 8 >= len(self.running) + len(self.waiting):
+        requests = len(self.running) + len(self.waiting)
+        if not requests or (self._uncounted >= 4 and self._uncounted * 8 >= requests):
             self._count()
 
     def _count(self) -> None:
