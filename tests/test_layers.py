@@ -21,6 +21,7 @@ RINGS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("core",),
     "engine": ("core", "checkpoint"),
     "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
+    "sim": ("core",),
     "config": (),
     "cli": ("core", "checkpoint", "engine.child", "engine.memory", "engine.launch", "serve", "config", "__version__"),
     "__main__": ("cli",),
