@@ -33,6 +33,8 @@ ENGINE = SchedulerConfig(
     max_sequences=64,
     max_batch_tokens=2048,
 )
+WARM_UP = 0.25
+"""Share of the requests that are served first and not counted: caches are empty, and no speed is known."""
 DEFAULT = "predicted_completion"
 RIVALS = ("power of two (rival)", "cache aware (rival)")
 POLICIES: dict[str, Callable[[int], Chooser]] = {
@@ -81,6 +83,7 @@ def measure(run: Run) -> Measured:
     for replica in list(simulation.replicas.values())[: run.slow]:
         replica.slowness = 4.0
     outcomes = simulation.run()
+    outcomes = outcomes[round(len(outcomes) * WARM_UP) :]
     busy = [replica.busy_seconds for replica in simulation.replicas.values()]
     return Measured(
         *_percentiles(outcomes, lambda o: o.first_token),

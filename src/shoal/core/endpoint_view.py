@@ -246,6 +246,10 @@ class EndpointView:
             wait += self._departures(num_new) * self._departure_seconds
         return wait
 
+    def others_lose(self, num_new: int, expected: float) -> float:
+        """Seconds, over all that run there: they stand still while a newcomer is prefilled, and share steps with it."""
+        return self._running * (num_new * self._token_seconds + expected * self._each)
+
     @property
     def token_seconds(self) -> float:
         """Of prefill, for one token."""
@@ -277,6 +281,8 @@ class EndpointView:
         prefill, decode = self.speeds(now)
         running = len(self.running) + others
         self._token_seconds = prefill.slope
+        self._each = decode.slope
+        self._running = running
         self._overhead = prefill.intercept
         self._step = decode.at(running + len(self.waiting) + 1)
         self._queue = (self.backlog + backlog) * prefill.slope

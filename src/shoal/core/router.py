@@ -33,7 +33,7 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: PolicyName = "predicted_completion"
     load_limit: float = 1.25
     """An endpoint with more than so many times the mean of outstanding tokens gets nothing for affinity's sake."""
-    first_token_weight: float = 3.0
+    first_token_weight: float = 6.0
     """Of predicted_completion: what a second until the first token counts for, in seconds of the rest of the output.
     1 ends requests soonest; more lets a request rather run slower than wait."""
     block_size: int = 64

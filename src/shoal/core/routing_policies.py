@@ -59,10 +59,13 @@ class LeastTokens:
 
 
 class PredictedCompletion:
-    """The one that would have ended the request first, where a second until the first token counts for a few.
+    """The one where the request ends first, where a second until the first token counts for a few, and where others
+    lose little by it.
 
     A request's end: what is queued ahead of it, its own prefill without what the endpoint has cached, and as many steps
-    as its output is expected to take, all at the endpoint's own speed.
+    as its output is expected to take, all at the endpoint's own speed. Others lose the time that it is prefilled, in
+    which they do not stream, and what their steps are longer with one more. Without that term a prompt that is cached
+    somewhere fills that endpoint up before the next one gets to know it.
     """
 
     uses_prefix = True
@@ -78,6 +81,7 @@ class PredictedCompletion:
         for view in views:
             num_new = max(num_prompt - cached.get(view.name, 0), 1) if cached else num_prompt
             cost = weight * view.first_token_in(num_new, now) + expected * view.step_seconds
+            cost += view.others_lose(num_new, expected)
             if cost < least or (cost == least and view.turn < best.turn):
                 best, least = view, cost
         return best
