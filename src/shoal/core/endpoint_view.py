@@ -101,6 +101,10 @@ class EndpointView:
         self._others = 0.0
         self._others_backlog = 0.0
         """Sequences and prompt tokens that others have there, by its last report."""
+        self.output_cost = 0.0
+        """Seconds of one more token of output: of the request, and of all that run beside it."""
+        self.prompt_cost = 0.0
+        """Seconds that those that run lose, in sum, while one more token is prefilled."""
         self._stale = True
         self._refreshed = 0.0
         self._refresh(0.0)
@@ -229,7 +233,10 @@ class EndpointView:
         return self.backlog + self._promised + max(self._remaining, float(len(self.running)))
 
     def first_token_in(self, num_new: int, now: float) -> float:
-        """Seconds until a request that comes now and has so many tokens to prefill would have its first token."""
+        """Seconds until a request that comes now and has so many tokens to prefill would have its first token.
+
+        What is kept of predictions is as of the last call of this: ask for it before `step_seconds` and the costs.
+        """
         if self._stale or now - self._refreshed > REFRESH_SECONDS:
             self._refresh(now)
         wait = self._queue + self._overhead + num_new * self._token_seconds
@@ -245,15 +252,6 @@ class EndpointView:
         if self._tight:
             wait += self._departures(num_new) * self._departure_seconds
         return wait
-
-    def others_lose(self, num_new: int, expected: float) -> float:
-        """Seconds, over all that run there: they stand still while a newcomer is prefilled, and share steps with it."""
-        return self._running * (num_new * self._token_seconds + expected * self._each)
-
-    @property
-    def token_seconds(self) -> float:
-        """Of prefill, for one token."""
-        return self._token_seconds
 
     @property
     def step_seconds(self) -> float:
@@ -281,10 +279,10 @@ class EndpointView:
         prefill, decode = self.speeds(now)
         running = len(self.running) + others
         self._token_seconds = prefill.slope
-        self._each = decode.slope
-        self._running = running
         self._overhead = prefill.intercept
         self._step = decode.at(running + len(self.waiting) + 1)
+        self.output_cost = self._step + running * decode.slope
+        self.prompt_cost = running * prefill.slope
         self._queue = (self.backlog + backlog) * prefill.slope
         self._busy = bool(self.waiting or self.running)
         head = next(iter(self.waiting.values())).num_new * prefill.slope if self.waiting else 0.0

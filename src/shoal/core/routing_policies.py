@@ -80,8 +80,7 @@ class PredictedCompletion:
         best, least = views[0], float("inf")
         for view in views:
             num_new = max(num_prompt - cached.get(view.name, 0), 1) if cached else num_prompt
-            cost = weight * view.first_token_in(num_new, now) + expected * view.step_seconds
-            cost += view.others_lose(num_new, expected)
+            cost = weight * view.first_token_in(num_new, now) + expected * view.output_cost + num_new * view.prompt_cost
             if cost < least or (cost == least and view.turn < best.turn):
                 best, least = view, cost
         return best
