@@ -167,8 +167,8 @@ def main() -> None:
         for run, measured in zip(runs, pool.map(measure, runs), strict=True):
             results.setdefault(run.trace, {}).setdefault(run.policy, []).append(measured)
             print(f"{run.trace}, {run.policy}, seed {run.seed}: {measured.wall:.1f} s", file=sys.stderr)
-    for trace, by_policy in results.items():
-        report(trace, by_policy)
+            if sum(map(len, results[run.trace].values())) == len(runs) // len(traces):
+                report(run.trace, results[run.trace])
 
 
 def _is_there(trace: str, folder: Path) -> bool:
