@@ -15,7 +15,7 @@ from shoal.serve.access import OPEN, ROUTES, Access, Denied, Headers
 from shoal.serve.tenants import SCOPES, KeyFile, Principal, editing, new_key
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-EXAMPLES = {key: (key[0], key[1].replace("{name}", "some-name")) for key in ROUTES}
+EXAMPLES = {key: (key[0], re.sub(r"\{\w+\}", "some-name", key[1])) for key in ROUTES}
 GUARDED = [key for key, scopes in ROUTES.items() if scopes != OPEN]
 
 

@@ -166,6 +166,8 @@ class FleetEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     time: float
     """Unix seconds."""
+    endpoint: str = ""
+    """The one that it is about, if it is about one."""
     kind: str
     """endpoint_lost, endpoint_hung, endpoint_ready, migrated, degraded, restored, drained, added, removed, ..."""
     message: str

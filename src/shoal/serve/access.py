@@ -29,7 +29,7 @@ ROUTES: dict[tuple[str, str], tuple[Scope, ...]] = {
     ("GET", "/v1/models/{name}"): ("read", "generate"),
     ("POST", "/v1/chat/completions"): ("generate",),
     ("POST", "/v1/completions"): ("generate",),
-    ("GET", "/v1/streams/{name}"): ("generate",),
+    ("GET", "/v1/streams/{id}"): ("generate",),
     ("POST", "/tokenize"): ("generate",),
     ("POST", "/detokenize"): ("generate",),
     ("GET", "/v1/experts"): ("metrics", "admin"),

@@ -9,11 +9,12 @@ from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from shoal.serve.books import Book
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Job, Piece
-from shoal.serve.metrics import RequestTimer
 from shoal.serve.openai_format import Usage, joined
 
 _encode = msgspec.json.Encoder().encode
@@ -28,14 +29,14 @@ class Work:
     def __init__(
         self,
         jobs: list[Job],
-        timers: list[RequestTimer],
+        book: Book,
         usage: Usage,
         answer: WholeAnswer | EventStream,
         on_end: Callable[[ApiError | None], None],
     ) -> None:
         """`on_end` is called once, when all have ended, with the error if there was one."""
         self._jobs = jobs
-        self._timers = timers
+        self._book = book
         self._usage = usage
         self._answer = answer
         self._on_end = on_end
@@ -52,14 +53,15 @@ class Work:
                 if flight is not None:
                     self.flights.append(flight)
         except ApiError as error:
+            self._book.discard()
             self._end(error)
             raise
 
     def _taker(self, number: int, n: int) -> Callable[[Piece], None]:
-        timer, usage, first, show = self._timers[number], self._usage, number * n, self._answer.piece
+        book, usage, first, show = self._book, self._usage, number * n, self._answer.piece
 
         def take(piece: Piece) -> None:
-            timer.observe(piece)
+            book.piece(number, first + piece.index, piece)
             usage.add(piece)
             if piece.finish is None:
                 show(first + piece.index, piece)
@@ -87,8 +89,6 @@ class Work:
     def abandon(self) -> None:
         """The client is gone."""
         if not self._is_over:
-            for timer in self._timers:
-                timer.abandon()
             self._end(ApiError(499, "the client left", code="client_left"))
 
     def _end(self, error: ApiError | None) -> None:
@@ -97,6 +97,7 @@ class Work:
         self._is_over = True
         for flight in self.flights:
             flight.abort()
+        self._book.close(error)
         self._on_end(error)
 
 
@@ -138,6 +139,7 @@ class EventStream:
     def __init__(self, form: Any, usage: Usage, position: Position | None, *, wants_usage: bool) -> None:
         """`position`: of a stream that can be gone on with, what its client has of each choice; it is written into the
         events and moves on with them."""
+        self.headers = list(_HEADERS)
         self._form = form
         self._position = position
         self._plain: dict[int, _Plain] = {}
@@ -150,6 +152,8 @@ class EventStream:
         self._wake: asyncio.Future[None] | None = None
         self._is_complete = False
         self._is_cut = False
+        self._wire: Wire | None = None
+        """Once what came before is sent."""
         self.work: Work
 
     def open(self, num_choices: int) -> None:
@@ -157,13 +161,12 @@ class EventStream:
         self._unsent += [event(chunk) for chunk in self._form.opening(num_choices)]
 
     def piece(self, index: int, piece: Piece) -> None:
-        if self._position is not None:
-            self._put(self._position.after(index, piece))
+        mark = b"" if self._position is None else self._position.after(index, piece)
         plain = self._plain.get(index)
         if plain is not None and piece.finish is None and not piece.logprobs:
-            self._put(plain.event(piece))
+            self._put(mark + plain.event(piece))
         else:
-            self._put(event(self._form.chunk(index, piece)))
+            self._put(mark + event(self._form.chunk(index, piece)))
             if plain is None and piece.finish is None and not piece.logprobs:
                 self._plain[index] = _Plain(self._form, index)
         if self.work.left == 0:
@@ -186,27 +189,34 @@ class EventStream:
 
     def cut(self) -> None:
         """Close the connection where it stands."""
+        if not self._first.done():
+            self._first.set_exception(ApiError(409, "the answer was asked for again elsewhere", code="handed_over"))
         self._is_cut = self._is_complete = True
         self._unsent.clear()
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     def _put(self, data: bytes) -> None:
+        if self._wire is not None and not self._unsent and self._wire.write(data):
+            return
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._unsent_bytes > _MOST_UNSENT_BYTES and not self._is_complete:
             self._is_complete = True
             self._unsent.clear()
             self.work.abandon()
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        self._wake_up()
 
     def _close(self) -> None:
         self._put(b"data: [DONE]\n\n")
         self._is_complete = True
+        self._wake_up()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send_all(send))
+        sending = asyncio.create_task(self._send_all(send, Wire.below(scope)))
         watching = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait([sending, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -218,11 +228,12 @@ class EventStream:
                 self._is_complete = True
                 self.work.abandon()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, wire: Wire | None) -> None:
         loop = asyncio.get_running_loop()
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers})
         while self._unsent or not self._is_complete:
             if not self._unsent:
+                self._wire = wire
                 self._wake = loop.create_future()
                 await self._wake
             data = b"".join(self._unsent)
@@ -231,6 +242,38 @@ class EventStream:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         if not self._is_cut:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif wire is not None:
+            await wire.close()
+
+
+class Wire:
+    """The connection below the server's layers: an event goes out where it is made. A task that is woken, and a message
+    that is passed down to the connection, cost as much as all else that is done for a token."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._flow = cycle.flow
+
+    @classmethod
+    def below(cls, scope: Scope) -> Wire | None:
+        """None where something else than uvicorn serves."""
+        cycle = getattr(scope["state"].get("send"), "__self__", None)
+        return cls(cycle) if isinstance(cycle, RequestResponseCycle) else None
+
+    def write(self, data: bytes) -> bool:
+        """Part of a body whose start was sent. False where it has to wait, or cannot be sent so."""
+        cycle = self._cycle
+        if self._flow.write_paused or not cycle.chunked_encoding or cycle.disconnected:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    async def close(self) -> None:
+        """Without an end, so that nobody takes it for one."""
+        self._transport.abort()
+        while not self._cycle.disconnected:
+            await asyncio.sleep(0.001)
 
 
 class Position:

@@ -8,14 +8,18 @@ import msgspec
 
 from shoal.core.admission import AdmissionConfig
 from shoal.core.config import EngineConfig
+from shoal.core.degradation import BadDegradation, DegradationPolicy, check_policies
 from shoal.core.health import HealthConfig
 from shoal.core.layout import Layout
 from shoal.core.router import RoutingConfig
+from shoal.serve.audit.log import AuditConfig
 from shoal.serve.fleet import SupervisionConfig
 from shoal.serve.journal_store import JournalConfig
 from shoal.serve.pool import FailoverConfig
 from shoal.serve.protocol import Limits
 from shoal.serve.tenants import TenantSettings
+from shoal.serve.tls import TlsConfig
+from shoal.serve.tracing import TracingConfig
 
 
 class EndpointAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,6 +31,11 @@ class EndpointAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """What it calls the model; None is the one that it serves."""
     api_key: str | None = None
     name: str | None = None
+    max_sequences: int | None = None
+    """That it is sent at once; None is 256. It should be what the server runs at once (vLLM: --max-num-seqs): what is
+    beyond that waits in the gateway, where priorities, fairness and deadlines decide."""
+    tls: TlsConfig | None = None
+    """How an https:// address is spoken to."""
 
 
 class ModelDeployment(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +51,8 @@ class ModelDeployment(EngineConfig, frozen=True, kw_only=True, forbid_unknown_fi
     spares: int = 0
     """Further engines that are kept loaded and get requests only while another endpoint is lost."""
     endpoints: list[EndpointAddress] = []
+    fallback: str | DegradationPolicy | None = None
+    """Another model of this deployment that serves requests for this one while it is down or overloaded."""
     routing: RoutingConfig = RoutingConfig()
     failover: FailoverConfig = FailoverConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -61,7 +72,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """0 is any free one."""
     api_key: str | None = None
     allow_remote: bool = False
-    """Listen beyond loopback. The connection is not encrypted: put TLS in front."""
+    """Listen beyond loopback. Without `tls` the connection is not encrypted."""
+    tls: TlsConfig | None = None
     drain_seconds: float = 30.0
     """How long requests may go on after SIGTERM, or at an endpoint that is drained."""
     keys: str | None = None
@@ -74,6 +86,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     journal: JournalConfig | None = None
     """Where requests are kept, so that a client that lost its connection can have the rest, also from another gateway
     with the same journal. None is nowhere."""
+    audit: AuditConfig | None = None
+    tracing: TracingConfig | None = None
     retry_ratio: float = 0.2
     """Retries and hedges are at most so many for each request."""
     limits: Limits = Limits()
@@ -105,6 +119,30 @@ def check(deployment: Deployment) -> None:
         for address in model.endpoints:
             if not address.openai.startswith(("http://", "https://")):
                 raise DeploymentError(f"{where}.endpoints: {address.openai!r} is not a URL: write http://HOST:PORT")
+    try:
+        check_policies(fallbacks(deployment), names)
+    except BadDegradation as error:
+        raise DeploymentError(f"{error}") from None
+
+
+def redacted(deployment: Deployment) -> Deployment:
+    """Without what is secret: for digests and logs."""
+    models = [
+        msgspec.structs.replace(
+            model, endpoints=[msgspec.structs.replace(one, api_key=one.api_key and "...") for one in model.endpoints]
+        )
+        for model in deployment.models
+    ]
+    return msgspec.structs.replace(deployment, api_key=deployment.api_key and "...", models=models)
+
+
+def fallbacks(deployment: Deployment) -> dict[str, DegradationPolicy]:
+    """By the model that has one."""
+    return {
+        model.name: DegradationPolicy(fallback=model.fallback) if isinstance(model.fallback, str) else model.fallback
+        for model in deployment.models
+        if model.fallback is not None
+    }
 
 
 def wanted_files(deployment: Deployment) -> dict[str, str]:

@@ -11,7 +11,15 @@ from collections.abc import Callable
 import msgspec
 
 from shoal import __version__
-from shoal.core.fleet_types import EndpointFailure, EndpointReport, FleetEvent, FleetStatus
+from shoal.core.degradation import Degrader
+from shoal.core.fleet_types import (
+    EndpointFailure,
+    EndpointReport,
+    FleetEvent,
+    FleetStatus,
+    ModelStatus,
+    Percentiles,
+)
 from shoal.core.health import HealthConfig
 from shoal.serve.endpoint import Endpoint, EndpointStartError
 from shoal.serve.errors import ApiError
@@ -37,14 +45,20 @@ class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class Fleet:
     """`start` it, and `stop` it. Pools are to be there before; members may come and go."""
 
-    def __init__(self, pools: dict[str, Pool], health: HealthConfig, supervision: SupervisionConfig) -> None:
+    def __init__(
+        self, pools: dict[str, Pool], degrader: Degrader, health: HealthConfig, supervision: SupervisionConfig
+    ) -> None:
         self.pools = pools
+        self.degrader = degrader
         self.health = health
         self.supervision = supervision
         self.events: deque[FleetEvent] = deque(maxlen=_REMEMBERED_EVENTS)
         self.draining = False
         self.on_event: Callable[[FleetEvent], None] = lambda event: None
         self.journal_state: Callable[[], str] = lambda: "off"
+        self.audit_state: Callable[[], str] = lambda: "off"
+        self.percentiles: Callable[[str, float], tuple[Percentiles, Percentiles, Percentiles]] | None = None
+        """Of a model: time to first token, between tokens, and to the end."""
         self._began = time.monotonic()
         self._members: dict[str, tuple[Member, Pool]] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -93,7 +107,7 @@ class Fleet:
                 member.restarts += first.done()
                 member.started(began)
                 if first.done():
-                    self.say("endpoint_ready", f"{member.name} is ready again")
+                    self.say("endpoint_ready", f"{member.name} is ready again", member.name)
                 else:
                     first.set_result(None)
                 pool.pump_soon()
@@ -107,6 +121,7 @@ class Fleet:
         _, pool = self._members.pop(name)
         await self._end_keeper(name)
         del pool.members[name], self._lost[name]
+        pool.removed(member)
         member.become("down", "it was removed")
         pool.move_all(member, EndpointFailure(kind="drained", message="the endpoint was removed"))
         pool.router.remove(name)
@@ -158,7 +173,7 @@ class Fleet:
             return
         member, pool = found
         if member.reported(report) and member.state in ("suspect", "fenced"):
-            self.say("endpoint_ready", f"{name} moves again after {time.monotonic() - member.since:.1f} s")
+            self.say("endpoint_ready", f"{name} moves again after {time.monotonic() - member.since:.1f} s", name)
             member.become("ready")
             pool.pump_soon()
 
@@ -170,7 +185,7 @@ class Fleet:
             return
         member.epoch += 1
         member.become("down", reason)
-        self.say("endpoint_lost", f"{name}: {reason}")
+        self.say("endpoint_lost", f"{name}: {reason}", name)
         pool.move_all(member, EndpointFailure(kind="lost", message=reason))
         self._lost[name].set()
         pool.pump_soon()
@@ -187,9 +202,15 @@ class Fleet:
             for member, pool in list(self._members.values()):
                 if not late:
                     self._watch(member, pool, now)
-            for pool in self.pools.values():
+            for name, pool in self.pools.items():
+                pool.measure(now)
                 pool.expire(now)
                 pool.pump_soon()
+                change = self.degrader.observe(name, pool.num_ready, pool.expected_wait(now), now)
+                if change is not None:
+                    pool.degradations += change.phase == "degraded"
+                    kind = {"degraded": "degraded", "returning": "returning", "own": "restored"}[change.phase]
+                    self.say(kind, f"{name} is served by {change.served_by}: {change.reason}")
 
     def _watch(self, member: Member, pool: Pool, now: float) -> None:
         if member.state == "fenced" and now - member.since > self.supervision.hung_seconds:
@@ -204,15 +225,16 @@ class Fleet:
             # With nowhere to go, what it has stays: it may come back, and its cache is worth more than a new start.
             member.epoch += 1
             member.become("fenced", f"no step for {silence:.1f} s")
-            self.say("endpoint_hung", f"{member.name} made no step for {silence:.1f} s; others go on with its work")
+            message = f"{member.name} made no step for {silence:.1f} s; others go on with its work"
+            self.say("endpoint_hung", message, member.name)
             pool.move_all(member, EndpointFailure(kind="hung", message=f"no step for {silence:.1f} s"))
         elif member.state == "ready" and member.watch.is_suspect(now):
             member.become("suspect", f"no step for {silence:.1f} s")
         elif member.state == "suspect" and not member.watch.is_suspect(now):
             member.become("ready")
 
-    def say(self, kind: str, message: str) -> None:
-        event = FleetEvent(time=time.time(), kind=kind, message=message)
+    def say(self, kind: str, message: str, endpoint: str = "") -> None:
+        event = FleetEvent(time=time.time(), kind=kind, message=message, endpoint=endpoint)
         self.events.append(event)
         self.on_event(event)
 
@@ -250,7 +272,15 @@ class Fleet:
             version=__version__,
             uptime=now - self._began,
             draining=self.draining,
-            models=[pool.status(now) for pool in self.pools.values()],
+            models=[self._model_status(name, pool, now) for name, pool in self.pools.items()],
             events=list(self.events),
             journal=self.journal_state(),
+            audit=self.audit_state(),
         )
+
+    def _model_status(self, name: str, pool: Pool, now: float) -> ModelStatus:
+        status = msgspec.structs.replace(pool.status(now), served_by=self.degrader.served_by(name))
+        if self.percentiles is None:
+            return status
+        ttft, itl, e2e = self.percentiles(name, now)
+        return msgspec.structs.replace(status, ttft=ttft, itl=itl, e2e=e2e)

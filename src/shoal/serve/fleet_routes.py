@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from shoal.serve.books import Books
 from shoal.serve.deployment import EndpointAddress
 from shoal.serve.endpoint import EndpointStartError
 from shoal.serve.errors import ApiError, invalid
@@ -41,7 +42,8 @@ AddAny = Callable[[Pool, EndpointAddress | None], Awaitable[str]]
 class FleetRoutes:
     """Handlers; the table of routes is in http.py."""
 
-    def __init__(self, fleet: Fleet, add: AddAny, drain_seconds: float) -> None:
+    def __init__(self, fleet: Fleet, add: AddAny, drain_seconds: float, books: Books) -> None:
+        self._books = books
         self._fleet = fleet
         self._add = add
         self._drain_seconds = drain_seconds
@@ -61,29 +63,34 @@ class FleetRoutes:
                 raise invalid(f"openai is {body.openai!r}; write a URL such as http://127.0.0.1:8001", "openai")
             address = EndpointAddress(openai=body.openai, model=body.remote_model, api_key=body.api_key, name=body.name)
         try:
-            return _json({"name": await self._add(self._fleet.pools[name], address)}, 201)
+            added = await self._add(self._fleet.pools[name], address)
+            return self._done(request, "add", added, {"name": added}, 201)
         except EndpointStartError as error:
             raise ApiError(502, f"the endpoint cannot be used: {error}", code="endpoint_failed") from None
 
     async def drain(self, request: Request) -> Response:
         name, body = request.path_params["name"], await _decoded(request, DrainEndpoint)
         await self._fleet.drain(name, self._seconds(body))
-        return _json({"name": name, "drained": True})
+        return self._done(request, "drain", name, {"name": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
         member = self._fleet.member(request.path_params["name"])
         member.draining = False
-        return _json({"name": member.name, "draining": False})
+        return self._done(request, "undrain", member.name, {"name": member.name, "draining": False})
 
     async def restart(self, request: Request) -> Response:
         name, body = request.path_params["name"], await _decoded(request, DrainEndpoint)
         await self._fleet.restart(name, self._seconds(body))
-        return _json({"name": name, "restarted": True})
+        return self._done(request, "restart", name, {"name": name, "restarted": True})
 
     async def remove(self, request: Request) -> Response:
         name = request.path_params["name"]
         await self._fleet.remove(name)
-        return _json({"name": name, "removed": True})
+        return self._done(request, "remove", name, {"name": name, "removed": True})
+
+    def _done(self, request: Request, action: str, target: str, body: object, status: int = 200) -> Response:
+        self._books.operated(request.state.principal, action, target, status)
+        return _json(body, status)
 
     def _seconds(self, body: DrainEndpoint) -> float:
         return self._drain_seconds if body.seconds is None else body.seconds

@@ -38,13 +38,16 @@ class Receiver(Protocol):
 
 
 class FlightObserver(Protocol):
-    """What metrics, audit and traces hear of a flight. Times are monotonic seconds."""
+    """What metrics, audit and traces hear of a flight."""
 
-    def dispatched(self, flight: Flight, member: Member, reason: str) -> None: ...
+    def dispatched(self, flight: Flight, member: Member) -> None:
+        """An endpoint was asked."""
 
-    def first_token(self, flight: Flight, member: Member) -> None: ...
+    def heard(self, flight: Flight, member: Member) -> None:
+        """The first token of an attempt came."""
 
-    def done(self, flight: Flight, error: ApiError | None) -> None: ...
+    def left(self, flight: Flight, member: Member, reason: EndpointFailure | Rejected) -> None:
+        """An attempt ended before the request did."""
 
 
 class FlightAttempt:
@@ -75,9 +78,10 @@ class Flight:
         receiver: Receiver,
         *,
         attempt_numbers: Iterator[int],
-        observer: FlightObserver,
+        observer: FlightObserver | None,
         on_end: Callable[[Flight, FlightAttempt], None],
         on_failure: Ended,
+        on_over: Callable[[Flight, ApiError | None], None],
         route: RouteRequest,
         arrived: float,
     ) -> None:
@@ -94,6 +98,7 @@ class Flight:
         self.num_moves = 0
         """Attempts that others went on from after they had brought a token."""
         self.num_retries = 0
+        self.num_hedges = 0
         self.barren = 0
         """Endpoints that were lost in a row without a single token of it: it may be what they die of."""
         self.avoid: list[str] = []
@@ -107,10 +112,11 @@ class Flight:
         self._observer = observer
         self._on_end = on_end
         self._on_failure = on_failure
+        self._on_over = on_over
 
     # --- towards endpoints ------------------------------------------------------------------------------------------
 
-    def dispatch(self, member: Member, now: float, reason: str) -> None:
+    def dispatch(self, member: Member, now: float) -> None:
         """Ask an endpoint for what is missing, beside the attempts that are under way."""
         self.num_attempts += 1
         # Also of a flight that takes up a request that was here before: what an engine says late is of another attempt.
@@ -124,7 +130,8 @@ class Flight:
         )
         attempt = FlightAttempt(self, member, request, now)
         self.attempts.append(attempt)
-        self._observer.dispatched(self, member, reason)
+        if self._observer is not None:
+            self._observer.dispatched(self, member)
         member.submit(attempt, now)
 
     def route_now(self) -> RouteRequest:
@@ -174,7 +181,8 @@ class Flight:
         attempt.member.heard(attempt, now)
         if self.first_token_at is None:
             self.first_token_at = now
-            self._observer.first_token(self, attempt.member)
+        if self._observer is not None:
+            self._observer.heard(self, attempt.member)
 
     def attempt_ended(self, attempt: FlightAttempt, reason: EndpointFailure | Rejected, *, gone: bool = True) -> None:
         """`gone` is False where the endpoint still knows of the attempt."""
@@ -187,6 +195,8 @@ class Flight:
             self.num_moves += 1
         if attempt.member.name not in self.avoid:
             self.avoid.append(attempt.member.name)
+        if self._observer is not None:
+            self._observer.left(self, attempt.member, reason)
         self._on_failure(self, attempt, reason)
 
     def finish_what_is_complete(self) -> None:
@@ -250,4 +260,4 @@ class Flight:
             self._on_end(self, finished)
         for attempt in list(self.attempts):
             self._give_up(attempt)
-        self._observer.done(self, error)
+        self._on_over(self, error)

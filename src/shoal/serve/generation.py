@@ -20,7 +20,7 @@ from shoal.core.engine_core import resume_error
 from shoal.core.types import FinishReason, Grammar, Output, Request, Sampling, TokenLogprobs
 from shoal.engine.grammar import GrammarCompiler, GrammarError, vocabulary_of_checkpoint
 from shoal.serve.errors import ApiError, invalid
-from shoal.serve.flight import Flight
+from shoal.serve.flight import Flight, FlightObserver
 from shoal.serve.journal_store import SequenceProgress
 from shoal.serve.pool import Pool
 from shoal.serve.protocol import (
@@ -404,6 +404,7 @@ class Generator:
         weight: float = 1.0,
         session: str = "",
         recorder: Recorder | None = None,
+        observer: FlightObserver | None = None,
     ) -> Flight | None:
         """Generate. Pieces of all sequences come as they are made, and nothing after an error. Raises ApiError.
 
@@ -415,7 +416,7 @@ class Generator:
             return None
         fresh = len(left) == job.request.n and not any(left.values())
         request = msgspec.structs.replace(job.request, resume=None if fresh else left)
-        run.flight = self.pool.submit(request, run, tenant=tenant, weight=weight, session=session)
+        run.flight = self.pool.submit(request, run, tenant=tenant, weight=weight, session=session, observer=observer)
         return run.flight
 
     async def run(self, job: Job) -> AsyncIterator[Piece]:

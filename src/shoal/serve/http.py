@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shoal import __version__
 from shoal.core.expert_load import ExpertReport
-from shoal.serve.access import Access
+from shoal.serve.access import Access, Denied
 from shoal.serve.answer import EventStream
+from shoal.serve.audit.log import AuditLog
+from shoal.serve.books import Books, digest_of_files
+from shoal.serve.dashboard.assets import HEADERS, Asset, dashboard_assets
+from shoal.serve.deployment import redacted
 from shoal.serve.errors import ApiError, invalid
+from shoal.serve.fleet_metrics import FleetMetrics
 from shoal.serve.fleet_routes import FleetRoutes
 from shoal.serve.generation import Generator
 from shoal.serve.metrics import ServerMetrics, own_engines
@@ -30,6 +36,7 @@ from shoal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeReque
 from shoal.serve.reception import Reception
 from shoal.serve.session import Session
 from shoal.serve.tenants import KeyFile, Principal
+from shoal.serve.tracing import TracingConfig, open_tracer
 
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -40,16 +47,27 @@ class Server:
 
     def __init__(self, session: Session) -> None:
         config = session.deployment
+        self._session = session
         self.fleet = fleet = session.fleet
         self.generators = session.generators
         """By the model's name; the first one serves requests that name none."""
         self.limits = config.limits
         self.metrics = ServerMetrics(fleet)
         self.access = Access(None if config.keys is None else KeyFile(Path(config.keys)), api_key=config.api_key)
-        self.reception = Reception(session, self.metrics)
+        self.fleet_metrics = FleetMetrics(fleet.status, models=fleet.pools, tenants=config.tenants)
+        fleet.percentiles = self.fleet_metrics.percentiles
+        digest = sha256(msgspec.json.encode(redacted(config))).hexdigest()
+        audit = None if config.audit is None else AuditLog(config.audit, config_digest=digest)
+        if audit is not None:
+            fleet.audit_state = lambda: audit.state
+        fleet.on_event = lambda said: self.books.happened(said)
+        self._digesting: asyncio.Task[None] | None = None
+        self.tracer = open_tracer(config.tracing or TracingConfig())
+        self.books = Books(self.metrics, self.fleet_metrics, self.tracer, audit, digest)
+        self.reception = Reception(session, self.books)
         self._started = int(time.time())
         get, post = ["GET"], ["POST"]
-        operate = FleetRoutes(fleet, session.add_any, session.deployment.drain_seconds)
+        operate = FleetRoutes(fleet, session.add_any, config.drain_seconds, self.books)
         self._routes = [
             Route("/v1/models", self._guarded(self.models), methods=get),
             Route("/v1/models/{name:path}", self._guarded(self.one_model), methods=get),
@@ -68,9 +86,31 @@ class Server:
             Route("/health", self._guarded(self.health), methods=get),
             Route("/version", self._guarded(self.version), methods=get),
         ]
+        self._routes += [Route(path, page(asset), methods=get) for path, asset in dashboard_assets().items()]
         starlette = Starlette(routes=self._routes, exception_handlers={404: _no_route, 405: _no_method})
         starlette.router.redirect_slashes = False
         self.app = self._with_admission(starlette)
+
+    async def open(self) -> None:
+        """Before the first request. Raises StoreError."""
+        await self.reception.open()
+        if self.books.audit is not None:
+            self._digesting = asyncio.create_task(self._find_digests())
+
+    async def _find_digests(self) -> None:
+        """Which weights answer, for the audit log: read in the background, which takes seconds a gigabyte."""
+        for name, files in self._session.files.items():
+            found = await asyncio.to_thread(digest_of_files, files.path, lambda: self.fleet.draining)
+            self.books.weights_digests[name] = found
+
+    async def close(self) -> None:
+        """After the last one. What is written in the background is written by then."""
+        await self.reception.close()
+        if self._digesting is not None:
+            await asyncio.gather(self._digesting, return_exceptions=True)
+        await asyncio.to_thread(self.tracer.close)
+        if self.books.audit is not None:
+            await asyncio.to_thread(self.books.audit.close)
 
     # --- before and around every request ----------------------------------------------------------------------------
 
@@ -87,7 +127,7 @@ class Server:
                 await app(scope, receive, send)
                 return
             request_id = _request_id(scope["headers"])
-            scope["state"] = {"arrived": time.monotonic(), "request_id": request_id}
+            scope["state"] = {"arrived": time.monotonic(), "request_id": request_id, "send": send}
 
             def send_with_id(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":
@@ -97,6 +137,9 @@ class Server:
 
             principal = self._principal(scope)
             if isinstance(principal, ApiError):
+                if isinstance(principal, Denied):
+                    address = scope.get("client")
+                    self.books.denied(principal, scope["method"], scope["path"], address[0] if address else "")
                 self.metrics.rejected(principal.status)
                 await _error_response(principal)(scope, receive, send_with_id)
                 return
@@ -217,7 +260,9 @@ class Server:
         return _json({"prompt": generator.tokenizer.decode(body.tokens, body.skip_special_tokens)})
 
     async def prometheus(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            self.metrics.text() + self.fleet_metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -246,6 +291,15 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
     clean = "".join(c for c in given[:64] if c.isascii() and (c.isalnum() or c in "-_."))
     unique = uuid4().hex
     return f"{clean}-{unique[:16]}" if clean else unique
+
+
+def page(asset: Asset) -> Callable[[Request], Awaitable[Response]]:
+    """Of the dashboard: the same for everybody."""
+
+    async def send(request: Request) -> Response:
+        return Response(asset.body, media_type=asset.content_type, headers=dict(HEADERS))
+
+    return send
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

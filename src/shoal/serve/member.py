@@ -12,6 +12,9 @@ from shoal.core.types import Rejected
 from shoal.serve.endpoint import Endpoint
 from shoal.serve.flight import FlightAttempt
 
+DEFAULT_SEQUENCES = 256
+"""At once, at an endpoint that does not say how many: what other engines run by default."""
+
 
 class Member:
     def __init__(self, endpoint: Endpoint, router: Router, health: HealthConfig, *, spare: bool = False) -> None:
@@ -60,13 +63,17 @@ class Member:
         self.report = None
         self.become("ready")
 
+    @property
+    def most_sequences(self) -> int:
+        """That it is sent at once, about: what waits beyond that waits here, where its turn is decided."""
+        return self.endpoint.info.max_sequences or DEFAULT_SEQUENCES
+
     def takes(self, now: float, *, spares: bool) -> bool:
         """Whether it may get a request now. `spares`: those that are kept back are needed."""
         if self.state != "ready" or self.draining or (self.spare and not spares):
             return False
-        most = self.endpoint.info.max_sequences
         # A little more than runs at once: a slot that becomes free is filled without asking here first.
-        if most is not None and self.num_sequences >= most + max(1, most // 8):
+        if self.num_sequences >= self.most_sequences + max(1, self.most_sequences // 8):
             return False
         return self.breaker.allows(now)
 

@@ -52,6 +52,7 @@ class OpenAIEndpoint:
         model: str | None = None,
         api_key: str | None = None,
         tls: ssl.SSLContext | None = None,
+        max_sequences: int | None = None,
         idle_seconds: float = 60.0,
     ) -> None:
         """Raises ValueError, with a message for the user.
@@ -64,6 +65,7 @@ class OpenAIEndpoint:
         self.address = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._vocab_size = vocab_size
+        self._max_sequences = max_sequences
         self._idle_seconds = idle_seconds
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = HttpClient(self.address, headers=headers, tls=tls)
@@ -104,6 +106,7 @@ class OpenAIEndpoint:
             vocab_size=self._vocab_size,
             block_size=load.block_size or _DEFAULT_BLOCK_SIZE,
             num_blocks=load.num_blocks,
+            max_sequences=self._max_sequences,
             exact_resume=self.server == "shoal",
         )
         self._load, self._counted_steps, self._seen_steps = load, load.steps, 0

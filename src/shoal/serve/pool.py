@@ -10,18 +10,22 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
 import msgspec
 
 from shoal.core.admission import AdmissionConfig, AdmissionQueue, QueuedRequest, Refused
-from shoal.core.fleet_types import EndpointFailure, ModelStatus, RouteRequest
+from shoal.core.fleet_types import EndpointFailure, ModelStatus, RouteRequest, SpareCapacity
 from shoal.core.hashing import chain
 from shoal.core.retry_budget import RetryBudget
 from shoal.core.router import Router, RoutingConfig
+from shoal.core.spare_capacity import EndpointCapacity, LoadMeter, spare_capacity
 from shoal.core.types import Rejected, Request
 from shoal.serve.errors import ApiError
 from shoal.serve.flight import Flight, FlightAttempt, FlightObserver, Receiver
 from shoal.serve.member import Member
+
+_DEADLINE_GRACE = 0.2
 
 
 class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,7 +47,6 @@ class Pool:
         failover: FailoverConfig,
         admission: AdmissionConfig,
         budget: RetryBudget,
-        observer: FlightObserver,
         on_event: Callable[[str, str], None],
     ) -> None:
         self.name = name
@@ -56,9 +59,12 @@ class Pool:
         self._moving: deque[Flight] = deque()
         """Lost the endpoint they had: they go first."""
         self._budget = budget
-        self._observer = observer
         self._on_event = on_event
         self._attempt_numbers = itertools.count(1)
+        self._meter = LoadMeter(time.monotonic())
+        self._tokens_of_removed = 0
+        self.generated_tokens = 0
+        self.degradations = 0
         self._pump_is_due = False
         self.accepted = self.completed = self.failed = self.refused = 0
         self.migrations = self.retries = self.hedges = 0
@@ -82,7 +88,14 @@ class Pool:
         return known
 
     def submit(
-        self, request: Request, receiver: Receiver, *, tenant: str = "", weight: float = 1.0, session: str = ""
+        self,
+        request: Request,
+        receiver: Receiver,
+        *,
+        tenant: str = "",
+        weight: float = 1.0,
+        session: str = "",
+        observer: FlightObserver | None = None,
     ) -> Flight:
         """Accept a request, whose receiver then hears of its end whatever happens. Raises ApiError if it is refused."""
         now = time.monotonic()
@@ -90,9 +103,10 @@ class Pool:
             request,
             receiver,
             attempt_numbers=self._attempt_numbers,
-            observer=self,
+            observer=observer,
             on_end=self._attempt_over,
             on_failure=self._attempt_failed,
+            on_over=self._over,
             route=RouteRequest(
                 id=request.id,
                 num_prompt=len(request.prompt),
@@ -142,7 +156,7 @@ class Pool:
                 member = self._choose(flight, now)
                 if member is None:
                     return
-                self._send(flight, member, now, "again")
+                self._send(flight, member, now)
             self._moving.popleft()
         place: dict[str, Member] = {}
 
@@ -153,7 +167,7 @@ class Pool:
             return member is not None
 
         while (item := self._queue.take(can_place, now)) is not None:
-            self._send(self.flights[item.id], place[item.id], now, "first")
+            self._send(self.flights[item.id], place[item.id], now)
 
     def _choose(self, flight: Flight, now: float) -> Member | None:
         lost = any(member.state != "ready" for member in self.members.values() if not member.spare)
@@ -161,8 +175,8 @@ class Pool:
         name = self.router.route(flight.route_now(), candidates, now)
         return None if name is None else self.members[name]
 
-    def _send(self, flight: Flight, member: Member, now: float, reason: str) -> None:
-        flight.dispatch(member, now, reason)
+    def _send(self, flight: Flight, member: Member, now: float) -> None:
+        flight.dispatch(member, now)
         if self.failover.hedge_seconds is not None and flight.num_delivered == 0:
             asyncio.get_running_loop().call_later(self.failover.hedge_seconds, self._hedge, flight)
 
@@ -175,7 +189,8 @@ class Pool:
         member = self._choose(flight, now)
         if member is not None and member is not flight.attempts[0].member and self._budget.retry(now):
             self.hedges += 1
-            flight.dispatch(member, now, "hedge")
+            flight.num_hedges += 1
+            flight.dispatch(member, now)
 
     # --- what becomes of attempts -----------------------------------------------------------------------------------
 
@@ -239,29 +254,62 @@ class Pool:
             if item.id in self.flights:
                 self.flights[item.id].end_overdue()
         nobody = not any(member.state == "ready" for member in self.members.values())
-        for flight in [one for one in self.flights.values() if not one.attempts]:
+        for flight in list(self.flights.values()):
             deadline = flight.request.deadline
-            if deadline is not None and deadline <= now:
+            # An endpoint that keeps deadlines itself is a little sooner, and knows its last token.
+            if deadline is not None and deadline + (_DEADLINE_GRACE if flight.attempts else 0.0) <= now:
                 flight.end_overdue()
-            elif (nobody or flight.num_attempts) and now - flight.waiting_since > self.failover.wait_seconds:
+            elif (
+                not flight.attempts
+                and (nobody or flight.num_attempts)
+                and now - flight.waiting_since > self.failover.wait_seconds
+            ):
                 flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
 
-    # --- FlightObserver ---------------------------------------------------------------------------------------------
-
-    def dispatched(self, flight: Flight, member: Member, reason: str) -> None:
-        self._observer.dispatched(flight, member, reason)
-
-    def first_token(self, flight: Flight, member: Member) -> None:
-        self._observer.first_token(flight, member)
-
-    def done(self, flight: Flight, error: ApiError | None) -> None:
+    def _over(self, flight: Flight, error: ApiError | None) -> None:
         self.flights.pop(flight.request.id, None)
         self._queue.remove(flight.request.id)
         if error is None:
             self.completed += 1
         else:
             self.failed += 1
-        self._observer.done(flight, error)
+
+    # --- how it is --------------------------------------------------------------------------------------------------
+
+    def measure(self, now: float) -> None:
+        """Take in what was generated since the last call: several times a second."""
+        tokens = sum(member.tokens for member in self.members.values()) + self._tokens_of_removed
+        self._meter.add(tokens - self.generated_tokens, now)
+        self.generated_tokens = tokens
+
+    def removed(self, member: Member) -> None:
+        self._tokens_of_removed += member.tokens
+
+    @property
+    def num_ready(self) -> int:
+        return sum(member.state == "ready" and not member.draining for member in self.members.values())
+
+    def expected_wait(self, now: float) -> float:
+        """Seconds that a request like those that wait would wait; infinite: it would be refused."""
+        if not len(self._queue):
+            return 0.0
+        usual = QueuedRequest(id="", tokens=self._queue.tokens // len(self._queue) or 1, arrived=now)
+        if self._queue.tokens >= self._queue.config.max_tokens or len(self._queue) >= self._queue.config.max_requests:
+            return inf
+        return self._queue.expected_wait(usual, now) or 0.0
+
+    def spare_capacity(self, now: float) -> SpareCapacity:
+        """Whether the rest would carry the load if the largest endpoint were lost."""
+        capacities = []
+        for member in self.members.values():
+            speed = self.router.speed(member.name, now)
+            sequences = member.most_sequences
+            rate = None
+            if speed is not None and speed.known:
+                rate = sequences / max(speed.decode_base + speed.decode_each * sequences, 1e-9)
+            ready = member.state == "ready" and not member.draining
+            capacities.append(EndpointCapacity(name=member.name, speed=rate, ready=ready, spare=member.spare))
+        return spare_capacity(capacities, self._meter.load(now))
 
     def status(self, now: float) -> ModelStatus:
         waiting = [flight for flight in self.flights.values() if not flight.attempts]
@@ -279,4 +327,8 @@ class Pool:
             migrations=self.migrations,
             retries=self.retries,
             hedges=self.hedges,
+            degradations=self.degradations,
+            generated_tokens=self.generated_tokens,
+            tokens_per_second=self._meter.rates(now)[0],
+            n_plus_one=self.spare_capacity(now),
         )

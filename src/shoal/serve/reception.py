@@ -21,12 +21,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shoal.serve.answer import EventStream, Position, WholeAnswer, Work, disconnected
+from shoal.serve.books import Asked, Book, Books
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.flight import Flight
 from shoal.serve.generation import Generator, Job
 from shoal.serve.journal import Journal, open_store
 from shoal.serve.journal_store import JournaledRequest, JournalEntry
-from shoal.serve.metrics import ServerMetrics
 from shoal.serve.openai_format import ChatFormat, CompletionFormat, Usage
 from shoal.serve.protocol import ChatRequest, CompletionRequest, decode
 from shoal.serve.request_log import RequestLog
@@ -42,10 +42,10 @@ RESUMABLE = ("client_left", "stopped", "handed_over")
 
 
 class Reception:
-    def __init__(self, session: Session, metrics: ServerMetrics) -> None:
+    def __init__(self, session: Session, books: Books) -> None:
         self._session = session
         self._fleet = session.fleet
-        self._metrics = metrics
+        self._books = books
         config = session.deployment
         file = config.cluster_secret
         secret = secrets.token_bytes(32) if file is None else cluster_secret(Path(file).expanduser())
@@ -84,22 +84,49 @@ class Reception:
         """Generate what was asked for. `raw` is the body as it came. Raises ApiError, ClientDisconnect."""
         if self._fleet.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
+        self._books.require_audit()
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
         key = request.headers.get("idempotency-key")
         await self._reserve(who, key, request_id)
         try:
-            return await self._answer(request, body, raw, who, request_id)
-        except ApiError:
-            if key is not None and self._journal is not None:
+            return await self._answer(request, body, raw)
+        except ApiError as error:
+            if key is not None and self._journal is not None and error.code not in RESUMABLE:
                 # There is no answer that a second request could be told of: it may be sent again.
                 await self._journal.unreserve(who.tenant, key[:256], request_id)
             raise
 
-    async def _answer(
-        self, request: Request, body: ChatRequest | CompletionRequest, raw: bytes, who: Principal, request_id: str
+    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest, raw: bytes) -> Answer:
+        asked = self.generator(body.model)
+        generator = self._serving(asked, request, body)
+        try:
+            return await self._accept(request, body, raw, asked, generator)
+        except ApiError as error:
+            self._books.refused(
+                asked.pool.name, request.state.principal, error, request.state.request_id, request.url.path
+            )
+            raise
+
+    def _serving(self, asked: Generator, request: Request, body: ChatRequest | CompletionRequest) -> Generator:
+        """Another model, where the one that was asked for is down or overloaded and the client did not opt out."""
+        header = request.headers.get("x-shoal-fallback", "")
+        if header not in ("", "never"):
+            raise ApiError(400, f"x-shoal-fallback is {header[:40]!r}; it may be 'never'", code="bad_header")
+        key = body.prompt_cache_key or body.user or request.state.request_id
+        name = self._fleet.degrader.serve_by(asked.pool.name, header == "never", key, time.monotonic())
+        return self._session.generators[name]
+
+    async def _accept(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        raw: bytes,
+        asked: Generator,
+        generator: Generator,
     ) -> Answer:
-        generator = self.generator(body.model)
+        who: Principal = request.state.principal
+        request_id: str = request.state.request_id
         prompts = _prompts(generator, body)
         jobs = await self._jobs(generator, body, prompts, request_id, who)
         position = entry = None
@@ -114,7 +141,7 @@ class Reception:
                 request=jobs[0].request,
                 created=time.time(),
             )
-        return await self._run(request, body, generator, jobs, request_id, position, entry=entry)
+        return await self._run(request, body, asked, generator, jobs, position, entry=entry)
 
     async def resume(self, request: Request, request_id: str) -> Answer:
         """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
@@ -125,8 +152,10 @@ class Reception:
         try:
             return await self._go_on(request, request_id, found)
         except BaseException:
-            # Refused, not ended: without this it would count as under way here, and nobody could have the rest.
-            self._journal.released(request_id)
+            if request_id not in self._running:
+                # Refused, not ended: without this it would count as under way here, and nobody could have the rest.
+                # What runs is that of a client that came back once more.
+                self._journal.released(request_id)
             raise
 
     async def _go_on(self, request: Request, request_id: str, found: JournaledRequest) -> Answer:
@@ -140,7 +169,7 @@ class Reception:
             raise ApiError(400, "this request was not a stream: ask for it without Last-Event-ID", code="bad_event_id")
         job = generator.resumed(body, entry.request, found.sequences, position)
         request.state.request_id = request_id
-        return await self._run(request, body, generator, [job], request_id, position, created=entry.created)
+        return await self._run(request, body, generator, generator, [job], position, created=entry.created)
 
     async def _claimed(self, request_id: str, who: Principal) -> JournaledRequest:
         """Make a request this gateway's own, wherever it ran. Raises ApiError."""
@@ -179,15 +208,16 @@ class Reception:
         self,
         request: Request,
         body: ChatRequest | CompletionRequest,
+        asked: Generator,
         generator: Generator,
         jobs: list[Job],
-        request_id: str,
         position: Position | None,
         *,
         entry: JournalEntry | None = None,
         created: float | None = None,
     ) -> Answer:
         """`entry`: what the journal is to have of it, once it is admitted."""
+        request_id: str = request.state.request_id
         prompts = [job.request.prompt for job in jobs]
         form: ChatFormat | CompletionFormat
         if isinstance(body, ChatRequest):
@@ -208,11 +238,15 @@ class Reception:
         recorder = None
         if position is not None and self._journal is not None:
             recorder = RequestLog(self._journal, request_id)
-        work = self._begin(generator, jobs, usage, answer, who, request.state.arrived, request_id, recorder, entry)
+        headers = {} if asked is generator else {"x-shoal-degraded-from": asked.pool.name}
+        if isinstance(answer, EventStream):
+            answer.headers += [(name.encode(), value.encode()) for name, value in headers.items()]
+        book = self._books.open(self._asked(request, body, asked, generator), jobs, usage)
+        work = self._begin(generator, jobs, usage, answer, who, book, request_id, recorder, entry)
         try:
             async with _cancelled_by_disconnect(request):
                 if isinstance(answer, WholeAnswer):
-                    return Response(_encode(await answer.body()), media_type="application/json")
+                    return Response(_encode(await answer.body()), media_type="application/json", headers=headers)
                 await answer.begun()
                 if recorder is not None and self._journal is not None:
                     await self._journal.settled()
@@ -249,7 +283,7 @@ class Reception:
         usage: Usage,
         answer: EventStream | WholeAnswer,
         who: Principal,
-        arrived: float,
+        book: Book,
         request_id: str,
         recorder: RequestLog | None,
         entry: JournalEntry | None,
@@ -259,6 +293,7 @@ class Reception:
         cost = sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
         refusal = limiter.check(tenant, cost, time.monotonic())
         if refusal is not None:
+            book.discard()
             raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
         if journal is not None and entry is not None:
             journal.accepted(entry)
@@ -275,17 +310,42 @@ class Reception:
             else:
                 journal.ended(request_id)
 
-        timers = [self._metrics.timer(arrived, len(job.request.prompt), job.request.n) for job in jobs]
-        weight = self.tenants.settings(tenant).weight
-        work = answer.work = Work(jobs, timers, usage, answer, end)
+        weight, session = self.tenants.settings(tenant).weight, book.session
+        work = answer.work = Work(jobs, book, usage, answer, end)
         if recorder is not None:
             self._running[request_id] = work
 
         def begin(job: Job, on_piece: Any, on_error: Any) -> Flight | None:
-            return generator.begin(job, on_piece, on_error, tenant=tenant, weight=weight, recorder=recorder)
+            return generator.begin(
+                job,
+                on_piece,
+                on_error,
+                tenant=tenant,
+                weight=weight,
+                session=session,
+                recorder=recorder,
+                observer=book,
+            )
 
         work.begin(begin)
         return work
+
+    def _asked(
+        self, request: Request, body: ChatRequest | CompletionRequest, asked: Generator, generator: Generator
+    ) -> Asked:
+        return Asked(
+            request_id=request.state.request_id,
+            route="chat" if isinstance(body, ChatRequest) else "completions",
+            model=asked.pool.name,
+            served_model=generator.pool.name,
+            address="" if request.client is None else request.client.host,
+            who=request.state.principal,
+            stream=bool(body.stream),
+            session=body.prompt_cache_key or request.headers.get("x-session-id", "")[:256],
+            arrived=request.state.arrived,
+            traceparent=request.headers.get("traceparent", ""),
+            tracestate=request.headers.get("tracestate", ""),
+        )
 
     def lost(self, request_id: str) -> None:
         """Another gateway has claimed a request of this one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
@@ -18,6 +19,7 @@ from shoal.serve.engine_client import Progress
 from shoal.serve.http import Server
 from shoal.serve.http_connection import LimitedConnection
 from shoal.serve.session import Session, open_session, single
+from shoal.serve.tls import Certificates, use_tls
 
 
 class ServeConfig(GatewayConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,27 +97,37 @@ async def _listen_until_stopped(
 ) -> None:
     config = session.deployment
     server = Server(session)
-    await server.reception.open()
-    front = _Front(
-        uvicorn.Config(
-            server.app,
-            http=LimitedConnection.with_limits(config.limits),
-            ws="none",
-            log_level="warning",
-            lifespan="off",
-            timeout_keep_alive=10,
-            timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
-            server_header=False,
-            proxy_headers=False,
-            access_log=False,
-        )
+    await server.open()
+    watching = [asyncio.create_task(one.watch()) for one in session.certificates]
+    settings = uvicorn.Config(
+        server.app,
+        http=LimitedConnection.with_limits(config.limits),
+        ws="none",
+        log_level="warning",
+        lifespan="off",
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=max(1, int(config.drain_seconds)),
+        server_header=False,
+        proxy_headers=False,
+        access_log=False,
     )
+    if config.tls is not None:
+        certificates = Certificates(config.tls, on_event=session.fleet.say)
+        watching.append(asyncio.create_task(certificates.watch()))
+        settings = use_tls(settings, certificates.server_context())
+    front = _Front(settings)
     listening = asyncio.create_task(front.serve(sockets=[listener]))
     while not front.started and not listening.done():
         await asyncio.sleep(0.005)
+    # What was made so far stays: it is not to be looked through again and again while streams wait. A collection of the
+    # young takes milliseconds with thousands of streams, and they make no cycles that would be worth more of it.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1000)
     if on_ready is not None:
         host, port = listener.getsockname()[:2]
-        on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", session)
+        scheme = "http" if config.tls is None else "https"
+        on_ready(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", session)
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([listening, stopped], return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -127,7 +139,9 @@ async def _listen_until_stopped(
     if not listening.done():
         await session.fleet.stop()  # ends every stream with an error, and with them the connections
     await listening
-    await server.reception.close()
+    await server.close()
+    for task in watching:
+        task.cancel()
 
 
 class _Front(uvicorn.Server):

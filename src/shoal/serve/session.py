@@ -5,52 +5,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
 from shoal.checkpoint.resolve import ModelFiles, load_spec
 from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
+from shoal.core.degradation import Degrader
 from shoal.core.retry_budget import RetryBudget
-from shoal.serve.deployment import Deployment, EndpointAddress, ModelDeployment, engine_configs
+from shoal.serve.deployment import Deployment, EndpointAddress, ModelDeployment, engine_configs, fallbacks
 from shoal.serve.endpoint import Endpoint, EndpointStartError
 from shoal.serve.engine_client import EngineStartError, Progress
-from shoal.serve.errors import ApiError
 from shoal.serve.fleet import Fleet
-from shoal.serve.flight import Flight, FlightObserver
 from shoal.serve.generation import Generator
-from shoal.serve.member import Member
 from shoal.serve.openai_endpoint import OpenAIEndpoint
 from shoal.serve.pool import Pool
 from shoal.serve.protocol import Limits
 from shoal.serve.shoal_endpoint import ShoalEndpoint
-
-
-class NoObserver:
-    def dispatched(self, flight: Flight, member: Member, reason: str) -> None:
-        pass
-
-    def first_token(self, flight: Flight, member: Member) -> None:
-        pass
-
-    def done(self, flight: Flight, error: ApiError | None) -> None:
-        pass
+from shoal.serve.tls import Certificates
 
 
 class Session:
     """What `open_session` opened."""
 
-    def __init__(self, deployment: Deployment, files: dict[str, ModelFiles], observer: FlightObserver) -> None:
+    def __init__(self, deployment: Deployment, files: dict[str, ModelFiles]) -> None:
         self.deployment = deployment
         self.files = files
         """Of each model, by its name."""
         self.models = {model.name: model for model in deployment.models}
         budget = RetryBudget(ratio=deployment.retry_ratio)
         pools = {
-            model.name: Pool(model.name, model.routing, model.failover, model.admission, budget, observer, self._event)
+            model.name: Pool(model.name, model.routing, model.failover, model.admission, budget, self._event)
             for model in deployment.models
         }
-        self.fleet = Fleet(pools, deployment.health, deployment.supervision)
+        degrader = Degrader(fallbacks(deployment), list(pools))
+        self.fleet = Fleet(pools, degrader, deployment.health, deployment.supervision)
+        self.certificates: list[Certificates] = []
+        """Of endpoints: watched, and exchanged when their files are."""
         self.generators: dict[str, Generator] = {}
         self._numbers = {name: itertools.count() for name in pools}
 
@@ -70,8 +62,17 @@ class Session:
             model=address.model,
             api_key=address.api_key,
             vocab_size=load_spec(self.files[model.name].path).vocab_size,
+            max_sequences=address.max_sequences,
+            tls=self._client_context(address),
         )
         return name, self.fleet.add(endpoint, self.fleet.pools[model.name])
+
+    def _client_context(self, address: EndpointAddress) -> ssl.SSLContext | None:
+        if address.tls is None:
+            return None
+        certificates = Certificates(address.tls, on_event=self._event)
+        self.certificates.append(certificates)
+        return certificates.client_context()
 
     def _name(self, model: str) -> str:
         taken = {member.name for member in self.fleet.members()}
@@ -128,13 +129,12 @@ async def open_session(
     deployment: Deployment,
     files: dict[str, ModelFiles],
     *,
-    observer: FlightObserver | None = None,
     on_progress: Progress | None = None,
     recording: str | None = None,
     drain_seconds: float = 0.0,
 ) -> AsyncIterator[Session]:
     """Start a fleet, and end it with the block. Raises EngineStartError or CheckpointError."""
-    session = Session(deployment, files, observer or NoObserver())
+    session = Session(deployment, files)
     # Tokenizers are read here while the engine processes read the weights.
     loading = {
         name: asyncio.create_task(asyncio.to_thread(load_tokenizer, found.path)) for name, found in files.items()

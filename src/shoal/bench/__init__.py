@@ -1,0 +1,1 @@
+"""What proves a running deployment from outside, over HTTP and by signals: faults, load, statistics."""
