@@ -278,13 +278,13 @@ def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> No
     """Fault 34: all slots are taken and half of the queue, and still a request of another tenant is accepted, and goes
     before those that wait. Its control is the same request of the tenant that floods: refused."""
     stop = threading.Event()
-    refused: list[str] = []
+    refused: dict[str, str] = {}
 
     def flood(number: int) -> None:
         while not stop.is_set():
             answer = tenanted.ask("a", prompt_of(800 + number), max_tokens=150)
             if answer.status_code != 200:
-                refused.append(refused_for(answer))
+                refused[answer.headers["x-request-id"]] = refused_for(answer)
                 stop.wait(0.05)
 
     with ThreadPoolExecutor(40) as threads:
@@ -299,5 +299,7 @@ def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> No
             stop.set()
     for one in floods:
         one.result()
-    assert set(refused) == {"tenant_share"}
+    assert set(refused.values()) == {"tenant_share"}
+    gone = [tenanted.clients["a"].get(f"/v1/streams/{request_id}").status_code for request_id in list(refused)[:5]]
+    assert set(gone) == {404}, "a flood of refused requests fills no journal"
     assert json.loads(tenanted.operator.get("/fleet").text)["models"][0]["waiting"] == 0

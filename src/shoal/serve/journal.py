@@ -118,6 +118,12 @@ class Journal:
         self._pending.entries[entry.request_id] = entry
         self._add_size(len(entry.body) + 8 * len(entry.request.prompt) + 1000)
 
+    def refused(self, request_id: str) -> None:
+        """In the same turn of the loop as `accepted`: it never began, and nothing of it is written. Or else a flood of
+        refused requests would fill the store."""
+        self._offsets.pop(request_id, None)
+        self._pending.entries.pop(request_id, None)
+
     def progress(
         self, request_id: str, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()
     ) -> None:

@@ -304,8 +304,10 @@ class Reception:
                 del self._running[request_id]
             if recorder is None or journal is None:
                 return
-            # One that the client is back for is only refused if it never began here again: it can be asked for later.
-            if error is not None and (error.code in RESUMABLE or (entry is None and not work.flights)):
+            if error is not None and not work.flights and entry is not None:
+                journal.refused(request_id)
+            elif error is not None and (error.code in RESUMABLE or not work.flights):
+                # One that its client is back for, if it is refused now, can be asked for later.
                 journal.released(request_id)
             else:
                 journal.ended(request_id)
