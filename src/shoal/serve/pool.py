@@ -145,9 +145,16 @@ class Pool:
         """From its dispatch to its end, as predicted where it ends soonest; 0 for a request that has no deadline."""
         if route.deadline is None:
             return 0.0
-        ready = [name for name, member in self.members.items() if member.state == "ready"]
+        ready = [
+            name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
+        ]
         predicted = [prediction.completion for prediction in self.router.predict(route, ready, now)]
         return _CAUTION * min(predicted, default=0.0)
+
+    def _is_learned(self, name: str, now: float) -> bool:
+        """Whether it has been seen how fast an endpoint is: nobody is refused for a guess."""
+        speed = self.router.speed(name, now)
+        return speed is not None and speed.known
 
     def pump_soon(self) -> None:
         """Once what happens now was taken in: an engine that is lost says so for each request before it is gone."""
