@@ -45,11 +45,17 @@ KEYS: dict[str, tuple[str, tuple[Scope, ...]]] = {
 }
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 class Tenanted:
     def __init__(self, fleet: RunningFleet, keys: dict[str, str]) -> None:
         self.fleet = fleet
         self.operator = fleet.client
-        self.clients = {name: fleet.client_of(key) for name, key in keys.items()}
+        self.clients = {
+            name: httpx.Client(base_url=fleet.url, timeout=60, headers=bearer(key)) for name, key in keys.items()
+        }
 
     def ask(self, name: str, prompt: list[int], **fields: Any) -> httpx.Response:
         headers = fields.pop("headers", {})
@@ -88,9 +94,8 @@ class Tenanted:
         address = urlsplit(self.fleet.url)
         assert address.hostname is not None
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         try:
-            connection.request(method, target, headers=headers)
+            connection.request(method, target, headers=bearer(key))
             return connection.getresponse().status
         finally:
             connection.close()
@@ -114,7 +119,7 @@ def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
         "keys": f"{folder}/keys.json",
         "tenants": TENANTS,
     }
-    with running_fleet(folder, deployment, made["operator"][1]) as fleet:
+    with running_fleet(folder, deployment, headers=bearer(made["operator"][1])) as fleet:
         yield Tenanted(fleet, {name: text for name, (_, text) in made.items()})
 
 

@@ -44,8 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def keys(folder: Path) -> dict[str, str]:
     """By tenant."""
     made = {}
-    for tenant, scopes in {"acme": "generate,read", "ops": "admin,metrics,read,generate"}.items():
-        answer = shoal("keys", "create", "--file", f"{folder}/keys.json", "--tenant", tenant, "--scopes", scopes, "--json")
+    scopes = {"acme": ["generate", "read"], "ops": ["admin", "metrics", "read", "generate"]}
+    for tenant, allowed in scopes.items():
+        flags = [word for scope in allowed for word in ("--scope", scope)]
+        answer = shoal("keys", "create", "--file", f"{folder}/keys.json", "--tenant", tenant, *flags, "--json")
         assert answer.returncode == 0, answer.stderr
         made[tenant] = json.loads(answer.stdout)["key"]
     return made
@@ -96,9 +98,7 @@ def test_a_model_that_is_down_is_served_by_its_fallback_and_comes_back(
     wait_until(lambda: fleet.model()["served_by"] == "small", 10, "the fallback")
     answer = ask(fleet, keys["acme"], model="big")
     assert answer.json()["model"] == "small" and answer.headers["x-shoal-degraded-from"] == "big"
-    with fleet.client.stream(
-        "POST", "/v1/completions", json=ASKED | {"model": "big", "stream": True}
-    ) as streamed:
+    with fleet.client.stream("POST", "/v1/completions", json=ASKED | {"model": "big", "stream": True}) as streamed:
         assert streamed.headers["x-shoal-degraded-from"] == "big"
     late = ask(fleet, keys["acme"], {"x-shoal-fallback": "never"}, model="big", timeout=0.2)
     assert late.json()["model"] == "big", "it opted out"
@@ -144,14 +144,15 @@ def test_what_happened_is_in_the_audit_log(fleet: RunningFleet, folder: Path, ke
     fleet.process.send_signal(signal.SIGTERM)
     assert fleet.process.wait(30) == 0
     assert shoal("audit", "verify", f"{folder}/audit").returncode == 0
-    records = [json.loads(line) for line in shoal("audit", "export", f"{folder}/audit", "--format", "jsonl").stdout.splitlines()]
+    exported = shoal("audit", "export", f"{folder}/audit", "--format", "jsonl").stdout
+    records = [json.loads(line) for line in exported.splitlines()]
     events = [record["event"] for record in records]
-    kinds = {event["type"] for event in events}
+    kinds = {event["kind"] for event in events}
     assert kinds >= {"request_accepted", "request_completed", "authentication_failed", "endpoint_lost", "admin_action"}
     (record,) = [
         event
         for event in events
-        if event["type"] == "request_completed" and event["request_id"] == answer.headers["x-request-id"]
+        if event["kind"] == "request_completed" and event["request_id"] == answer.headers["x-request-id"]
     ]
     assert record["tenant"] == "acme" and record["endpoints"] and record["completion_tokens"] == 8
     assert len(record["weights_digest"]) == 64 and len(record["config_digest"]) == 64
@@ -162,20 +163,26 @@ def test_what_happened_is_in_the_audit_log(fleet: RunningFleet, folder: Path, ke
 
 
 def test_tls_to_clients_and_to_engines(checkpoint: Path, tmp_path: Path) -> None:
-    authority = Authority(tmp_path)
-    server, gateway = authority.issue("server", "spiffe://shoal/engine"), authority.issue("gateway", "spiffe://shoal/gateway")
-    engine = {
-        "models": [{"name": "tiny", "model": str(checkpoint), **ENGINE}],
-        "tls": {"certificate": f"{server.certificate}", "key": f"{server.key}", "ca": f"{authority.file}"},
-    }
-    mine = {"certificate": f"{gateway.certificate}", "key": f"{gateway.key}", "ca": f"{authority.file}"}
-    context = ssl.create_default_context(cafile=f"{authority.file}")
-    context.load_cert_chain(gateway.certificate, gateway.key)
+    authority = Authority("test")
+    (tmp_path / "ca.pem").write_bytes(authority.pem)
+
+    def issue(name: str, *names: str) -> dict[str, str]:
+        files = tmp_path / f"{name}.pem", tmp_path / f"{name}.key"
+        for file, content in zip(files, authority.issue(*names), strict=True):
+            file.write_bytes(content)
+        return {"certificate": f"{files[0]}", "key": f"{files[1]}", "ca": f"{tmp_path}/ca.pem"}
+
+    mine = issue("gateway", "spiffe://shoal/gateway")
+    server = issue("engine", "127.0.0.1") | {"allowed_names": ["spiffe://shoal/gateway"]}
+    engine = {"models": [{"name": "tiny", "model": str(checkpoint), **ENGINE}], "tls": server}
+    context = ssl.create_default_context(cafile=mine["ca"])
+    context.load_cert_chain(mine["certificate"], mine["key"])
     with running_fleet(tmp_path, engine, verify=context) as behind:
         assert behind.url.startswith("https://")
         with pytest.raises(httpx.TransportError):
-            httpx.get(behind.url + "/health", verify=ssl.create_default_context(cafile=f"{authority.file}"))
-        front = {"models": [{"name": "tiny", "model": str(checkpoint), "endpoints": [{"openai": behind.url, "tls": mine}]}]}
+            httpx.get(behind.url + "/health", verify=ssl.create_default_context(cafile=mine["ca"]))
+        endpoint = {"openai": behind.url, "tls": mine}
+        front = {"models": [{"name": "tiny", "model": str(checkpoint), "endpoints": [endpoint]}]}
         with running_fleet(tmp_path, front) as fleet:
             answer = fleet.client.post("/v1/completions", json=ASKED).json()
             direct = behind.client.post("/v1/completions", json=ASKED).json()
