@@ -1,4 +1,4 @@
-"""`make failover`: two engines behind a gateway. One is killed in the middle of a poem that it writes; the poem goes on.
+"""`make failover`: two engines behind a gateway. One is killed while it writes a poem, and the poem goes on.
 
 The client is the standard library's: it asks once, and knows nothing of engines.
 """
