@@ -73,19 +73,16 @@ class Pool:
 
     @property
     def max_len(self) -> int:
-        """Of the endpoint that takes the least: a request must fit each, or it could not move."""
-        return min(member.endpoint.info.max_len for member in self._known())
+        """Of the endpoint that takes the least: a request must fit each, or it could not move. Raises ApiError."""
+        known = [member.info.max_len for member in self.members.values() if member.info is not None]
+        if not known:
+            raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
+        return min(known)
 
     @property
     def is_known(self) -> bool:
         """Whether an endpoint has said what it is."""
-        return any(hasattr(member.endpoint, "info") for member in self.members.values())
-
-    def _known(self) -> list[Member]:
-        known = [member for member in self.members.values() if hasattr(member.endpoint, "info")]
-        if not known:
-            raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
-        return known
+        return any(member.info is not None for member in self.members.values())
 
     def submit(
         self,
@@ -288,6 +285,11 @@ class Pool:
     @property
     def num_ready(self) -> int:
         return sum(member.state == "ready" and not member.draining for member in self.members.values())
+
+    @property
+    def is_starting(self) -> bool:
+        """For the first time: it is neither up nor down."""
+        return all(member.state == "starting" and not member.epoch for member in self.members.values())
 
     def expected_wait(self, now: float) -> float:
         """Seconds that a request like those that wait would wait; infinite: it would be refused."""
