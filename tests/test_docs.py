@@ -242,6 +242,15 @@ def test_the_table_of_routes_is_the_one_that_is_enforced() -> None:
     assert found == ROUTES
 
 
+def test_the_fleet_of_the_example_loads(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    (text,) = re.findall(
+        r'^FLEET = f"""\\\n(.*?)"""', (ROOT / "examples" / "failover.py").read_text(), re.MULTILINE | re.DOTALL
+    )
+    file.write_text(text.replace("{MODEL}", "m"), encoding="utf-8")
+    check(load_config(Deployment, file, {}))
+
+
 def test_links_inside_the_page_lead_somewhere() -> None:
     headings = [
         re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^##+ (.*)", FLEET, re.MULTILINE)
