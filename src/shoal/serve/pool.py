@@ -26,6 +26,9 @@ from shoal.serve.flight import Flight, FlightAttempt, FlightObserver, Receiver
 from shoal.serve.member import Member
 
 _DEADLINE_GRACE = 0.2
+"""Seconds."""
+_CAUTION = 1.2
+"""A request that begins and then misses its deadline has wasted what it was given."""
 
 
 class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +128,7 @@ class Pool:
                 weight=weight,
                 priority=request.priority,
                 deadline=request.deadline,
+                service_seconds=self._service_seconds(flight.route, now),
             ),
             now,
         )
@@ -136,6 +140,21 @@ class Pool:
         self._budget.request(now)
         self._pump()
         return flight
+
+    def _service_seconds(self, route: RouteRequest, now: float) -> float:
+        """From its dispatch to its end, as predicted where it ends soonest; 0 for a request that has no deadline."""
+        if route.deadline is None:
+            return 0.0
+        ready = [
+            name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
+        ]
+        predicted = [prediction.completion for prediction in self.router.predict(route, ready, now)]
+        return _CAUTION * min(predicted, default=0.0)
+
+    def _is_learned(self, name: str, now: float) -> bool:
+        """Whether it has been seen how fast an endpoint is: nobody is refused for a guess."""
+        speed = self.router.speed(name, now)
+        return speed is not None and speed.known
 
     def pump_soon(self) -> None:
         """Once what happens now was taken in: an engine that is lost says so for each request before it is gone."""
