@@ -87,13 +87,15 @@ class Reception:
         self._books.require_audit()
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
-        await self._reserve(request, who, request_id)
         asked = self.generator(body.model)
         generator = self._serving(asked, request, body)
+        await self._reserve(request, who, request_id)
         try:
             return await self._accept(request, body, raw, asked, generator)
         except ApiError as error:
             self._books.refused(asked.pool.name, who, error, request_id, request.url.path)
+            if error.code not in RESUMABLE:
+                await self._unreserve(request, who, request_id)
             raise
 
     def _serving(self, asked: Generator, request: Request, body: ChatRequest | CompletionRequest) -> Generator:
@@ -117,21 +119,19 @@ class Reception:
         request_id: str = request.state.request_id
         prompts = _prompts(generator, body)
         jobs = await self._jobs(generator, body, prompts, request_id, who)
-        position = None
+        position = entry = None
         if self._journal is not None and len(jobs) == 1 and jobs[0].wanted is None:
             position = Position.parse("", jobs[0].request.n)
-            self._journal.accepted(
-                JournalEntry(
-                    request_id=request_id,
-                    tenant=who.tenant,
-                    model=generator.pool.name,
-                    route="chat" if isinstance(body, ChatRequest) else "completions",
-                    body=raw,
-                    request=jobs[0].request,
-                    created=time.time(),
-                )
+            entry = JournalEntry(
+                request_id=request_id,
+                tenant=who.tenant,
+                model=generator.pool.name,
+                route="chat" if isinstance(body, ChatRequest) else "completions",
+                body=raw,
+                request=jobs[0].request,
+                created=time.time(),
             )
-        return await self._run(request, body, asked, generator, jobs, position)
+        return await self._run(request, body, asked, generator, jobs, position, entry)
 
     async def resume(self, request: Request, request_id: str) -> Answer:
         """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
@@ -139,6 +139,13 @@ class Reception:
             raise ApiError(404, "this server keeps no journal: `journal.location` is not set", code="no_journal")
         who: Principal = request.state.principal
         found = await self._claimed(request_id, who)
+        try:
+            return await self._go_on(request, found)
+        except ApiError:
+            self._journal.released(request_id)  # it may be asked for again, as it should be
+            raise
+
+    async def _go_on(self, request: Request, found: JournaledRequest) -> Answer:
         entry = found.entry
         kind: type[ChatRequest] | type[CompletionRequest]
         kind = ChatRequest if entry.route == "chat" else CompletionRequest
@@ -148,7 +155,7 @@ class Reception:
         if not body.stream and not position.is_beginning:
             raise ApiError(400, "this request was not a stream: ask for it without Last-Event-ID", code="bad_event_id")
         job = generator.resumed(body, entry.request, found.sequences, position)
-        request.state.request_id = request_id
+        request.state.request_id = entry.request_id
         return await self._run(request, body, generator, generator, [job], position, created=entry.created)
 
     async def _claimed(self, request_id: str, who: Principal) -> JournaledRequest:
@@ -183,6 +190,12 @@ class Reception:
                 code="duplicate_request",
             )
 
+    async def _unreserve(self, request: Request, who: Principal, request_id: str) -> None:
+        """Of a request that was refused, so that it can be sent again."""
+        key = request.headers.get("idempotency-key")
+        if key is not None and self._journal is not None:
+            await self._journal.unreserve(who.tenant, key[:256], request_id)
+
     async def _run(
         self,
         request: Request,
@@ -191,8 +204,10 @@ class Reception:
         generator: Generator,
         jobs: list[Job],
         position: Position | None,
+        entry: JournalEntry | None = None,
         created: float | None = None,
     ) -> Answer:
+        """`entry`: of a request that the journal does not know yet."""
         request_id: str = request.state.request_id
         prompts = [job.request.prompt for job in jobs]
         form: ChatFormat | CompletionFormat
@@ -218,6 +233,9 @@ class Reception:
         if isinstance(answer, EventStream):
             answer.headers += [(name.encode(), value.encode()) for name, value in headers.items()]
         book = self._books.open(self._asked(request, body, asked, generator), jobs, usage)
+        self._admit(jobs, who, book)
+        if entry is not None and self._journal is not None:
+            self._journal.accepted(entry)  # what a limit refuses is not: nobody would say that it has ended
         work = self._begin(generator, jobs, usage, answer, who, book, request_id, recorder)
         try:
             async with _cancelled_by_disconnect(request):
@@ -252,6 +270,13 @@ class Reception:
         body.priority = settings.priority(body.priority)
         return [await generator.job(body, p, f"{request_id}-{i}", salt) for i, p in enumerate(prompts)]
 
+    def _admit(self, jobs: list[Job], who: Principal, book: Book) -> None:
+        """Reserve of the tenant's limits what it may cost. Raises ApiError."""
+        refusal = self.tenants.limiter.check(who.tenant, _cost(jobs), time.monotonic())
+        if refusal is not None:
+            book.discard()
+            raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
+
     def _begin(
         self,
         generator: Generator,
@@ -263,13 +288,9 @@ class Reception:
         request_id: str,
         recorder: RequestLog | None,
     ) -> Work:
-        """Raises ApiError."""
+        """Of what was admitted. Raises ApiError."""
         limiter, tenant, journal = self.tenants.limiter, who.tenant, self._journal
-        cost = sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
-        refusal = limiter.check(tenant, cost, time.monotonic())
-        if refusal is not None:
-            book.discard()
-            raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
+        cost = _cost(jobs)
 
         def end(error: ApiError | None) -> None:
             limiter.settle(tenant, cost, usage.prompt + usage.completion, time.monotonic())
@@ -324,6 +345,11 @@ class Reception:
         work = self._running.pop(request_id, None)
         if work is not None:
             work.hand_over()
+
+
+def _cost(jobs: list[Job]) -> int:
+    """Tokens, at most."""
+    return sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
 
 
 def _prompts(generator: Generator, body: ChatRequest | CompletionRequest) -> list[list[int]]:
