@@ -137,6 +137,9 @@ class Reception:
         """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
         if self._journal is None:
             raise ApiError(404, "this server keeps no journal: `journal.location` is not set", code="no_journal")
+        if self._fleet.draining:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        self._books.require_audit()
         who: Principal = request.state.principal
         found = await self._claimed(request_id, who)
         try:
