@@ -37,6 +37,8 @@ _encode = msgspec.json.Encoder().encode
 Answer = Response | EventStream
 CLAIM_SECONDS = 10.0
 """How long a client that is back waits for the lease of a gateway that may be dead."""
+_LONG_BYTES = 4096
+"""Of a body: tokenising takes a millisecond for about so many, and handing it to a thread a tenth of that."""
 RESUMABLE = ("client_left", "stopped", "handed_over")
 """Ends of a connection that are not the end of its request."""
 
@@ -117,7 +119,10 @@ class Reception:
     ) -> Answer:
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
-        prompts = _prompts(generator, body)
+        if len(raw) < _LONG_BYTES:
+            prompts = _prompts(generator, body)
+        else:
+            prompts = await asyncio.to_thread(_prompts, generator, body)  # every stream would wait for it
         jobs = await self._jobs(generator, body, prompts, request_id, who)
         position = entry = None
         if self._journal is not None and len(jobs) == 1 and jobs[0].wanted is None:
