@@ -1,14 +1,15 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Everything lives in .venv; nothing else is touched.
+# For a fresh machine: `make demo`, `make failover` and `make test`. Everything lives in .venv; nothing else is touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 KERNELS := setup.py $(wildcard src/shoal/engine/native/*.h src/shoal/engine/native/*.cpp src/shoal/engine/native/*.py)
 
-.PHONY: demo test lint format kernels clean help
+.PHONY: demo failover test lint format kernels clean help
 
 help:
 	@echo 'make demo     install into .venv, fetch a small model, serve it, stream an answer'
+	@echo 'make failover two engines and a gateway: one is killed in the middle of a poem, and the poem goes on'
 	@echo 'make test     linters, types and all tests, as on every change'
 	@echo 'make lint     ruff and mypy alone;  make format  reformats'
 	@echo 'make kernels  compile the native CPU kernels again, after a change to them'
@@ -34,6 +35,9 @@ $(VENV)/shoal-dev: $(VENV)/torch pyproject.toml $(KERNELS)
 
 demo: $(VENV)/shoal
 	$(BIN)/python examples/demo.py
+
+failover: $(VENV)/shoal
+	$(BIN)/python examples/failover.py
 
 lint: $(VENV)/shoal-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from shoal.config import ConfigError, load_config, parse_bytes
 from shoal.core.config import EngineConfig
+from shoal.core.degradation import DegradationPolicy
+from shoal.serve.deployment import Deployment
 from shoal.serve.server import ServeConfig
 
 
@@ -79,6 +81,16 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(caught.value)
     assert str(tmp_path / "serve.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_may_stand_for_what_a_mapping_would_describe(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("models:\n- {name: a, fallback: b}\n- {name: b, fallback: {fallback: c, max_wait: 3}}\n- name: c\n")
+    first, second, _ = load_config(Deployment, file, {}).models
+    assert (first.fallback, second.fallback) == ("b", DegradationPolicy(fallback="c", max_wait=3.0))
+    file.write_text("models: [{name: a, endpoints: [there]}]\n")
+    with pytest.raises(ConfigError, match=r"models\[0\]\.endpoints\[0\] must be a mapping"):
+        load_config(Deployment, file, {})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

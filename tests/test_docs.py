@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -22,7 +22,8 @@ from shoal.cli.batch import ChatLine, CompletionLine
 from shoal.config import load_config
 from shoal.core.config import EngineConfig, LaunchConfig
 from shoal.core.layout import Layout
-from shoal.serve.access import ROUTES
+from shoal.serve.access import ROUTES, RouteTable
+from shoal.serve.deployment import Deployment, ModelDeployment, check
 from shoal.serve.protocol import ChatRequest, CompletionRequest, Limits, TokenizeRequest, decode
 from shoal.serve.server import ServeConfig
 
@@ -38,10 +39,11 @@ BODIES = {
 
 def fences(language: str) -> Iterator[tuple[Path, str]]:
     for page in PAGES:
-        for text in re.findall(
-            rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-        ):
-            yield page, text
+        found = re.findall(
+            rf"^( *)```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        )
+        for indent, text in found:
+            yield page, re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -101,7 +103,7 @@ def test_a_wrong_command_would_not_parse() -> None:
 def test_curl_commands_reach_a_route_with_a_body_it_takes(words: list[str]) -> None:
     (url,) = [word for word in words if word.startswith("http")]
     path = re.sub(r"^http://[^/]+", "", url)
-    assert ("POST" if "-d" in words else "GET", path) in ROUTES
+    assert ("POST" if "-d" in words else "GET") in (RouteTable(ROUTES).find(path) or {})
     if "-d" in words:
         decode(words[words.index("-d") + 1].encode(), BODIES[path], Limits())
 
@@ -135,7 +137,10 @@ def test_python_examples_are_programs(text: str) -> None:
 def test_settings_load(text: str, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text, encoding="utf-8")
-    assert load_config(ServeConfig, file, {"engine.model": "m"})
+    if re.search(r"^models:", text, re.MULTILINE):
+        check(load_config(Deployment, file, {}))
+    else:
+        assert load_config(ServeConfig, file, {"engine.model": "m"})
 
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=page.name) for page, text in fences("json")])
@@ -153,6 +158,105 @@ def test_the_table_of_settings_has_every_engine_flag() -> None:
     known |= {f"layout.{name}" for name in Layout.__struct_fields__}
     known |= {f"launch.{name}" for name in LaunchConfig.__struct_fields__}
     assert set(flags.values()) <= known
+
+
+# --- docs/fleet.md ---------------------------------------------------------------------------------------------------
+
+FLEET = (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8")
+
+
+def rows_of(heading: str) -> list[tuple[str, str]]:
+    """(key, default) of the table below a heading of fleet.md."""
+    (section,) = re.findall(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##|\Z)", FLEET, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE)
+
+
+def shown(field: msgspec.structs.FieldInfo) -> str:
+    """A default as the tables write it."""
+    if field.required:
+        return "needed"
+    value = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    if isinstance(value, msgspec.Struct):
+        return "below"
+    if value is None or value in ("", (), [], {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, tuple)):
+        return ", ".join(f"`{one}`" for one in ([value] if isinstance(value, str) else value))
+    if field.name.endswith("bytes"):
+        power = next((power for power in (3, 2, 1) if value % 1024**power == 0), 0)
+        return f"{value // 1024**power} {('', 'KiB', 'MiB', 'GiB')[power]}".strip()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def structs_in(kind: Any) -> Iterator[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        yield kind
+    for inner in get_args(kind):
+        yield from structs_in(inner)
+
+
+def sections(
+    kind: type[msgspec.Struct], heading: str, prefix: str
+) -> Iterator[tuple[str, list[msgspec.structs.FieldInfo]]]:
+    """Every mapping of the file below this one: the heading of its table, and its keys."""
+    fields = list(msgspec.structs.fields(kind))
+    if kind is ModelDeployment:  # what it has from its engines is in serve.md
+        fields = [
+            field for field in fields if field.name == "model" or field.name not in EngineConfig.__struct_fields__
+        ]
+    yield heading, fields
+    for field in fields:
+        for inner in structs_in(field.type):
+            path = f"{prefix}{field.name}"
+            yield from sections(inner, f"`{path}`", f"{path}[]." if inner is ModelDeployment else f"{path}.")
+
+
+SECTIONS = {
+    heading: fields
+    for heading, fields in sections(Deployment, "The file", "")
+    # An endpoint's is the listener's: one table does for both.
+    if heading != "`models[].endpoints.tls`"
+}
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_the_deployment_file_is_documented_in_full(heading: str) -> None:
+    wanted = {field.name: shown(field) for field in SECTIONS[heading]}
+    if heading == "`models`":
+        wanted["model"] = "`name`"  # which no type can say
+    assert dict(rows_of(heading)) == wanted
+
+
+def test_the_sections_were_found() -> None:
+    assert {"The file", "`models`", "`models[].endpoints`", "`models[].fallback`", "`tls`", "`tenants`"} <= set(
+        SECTIONS
+    )
+    assert [key for key, _ in rows_of("The file")][-1] == "models"
+
+
+def test_the_table_of_routes_is_the_one_that_is_enforced() -> None:
+    rows = re.findall(r"^\| `(GET|POST|DELETE) (/\S*)` \| (.*?) \|", FLEET, re.MULTILINE)
+    found = {(method, path): tuple(re.findall(r"`(\w+)`", cell)) for method, path, cell in rows}
+    assert found == ROUTES
+
+
+def test_the_fleet_of_the_example_loads(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    (text,) = re.findall(
+        r'^FLEET = f"""\\\n(.*?)"""', (ROOT / "examples" / "failover.py").read_text(), re.MULTILINE | re.DOTALL
+    )
+    file.write_text(text.replace("{MODEL}", "m"), encoding="utf-8")
+    check(load_config(Deployment, file, {}))
+
+
+def test_links_inside_the_page_lead_somewhere() -> None:
+    headings = [
+        re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^##+ (.*)", FLEET, re.MULTILINE)
+    ]
+    anchors = {f"{name}-{n}" if n else name for at, name in enumerate(headings) for n in [headings[:at].count(name)]}
+    assert set(re.findall(r"\]\(#([^)]+)\)", FLEET)) <= anchors
 
 
 def test_the_index_has_every_decision() -> None:

@@ -100,6 +100,8 @@ def _check_keys(tree: dict[Any, Any], kind: type[msgspec.Struct], source: str, p
                 where = f"{prefix}{key}[{number}]" if is_list else f"{prefix}{key}"
                 if item is None and not is_list:
                     continue
+                if isinstance(item, str) and str in get_args(fields[key]):
+                    continue  # a short form, such as the name of what a mapping would describe
                 if not isinstance(item, dict):
                     raise ConfigError(f"{source}: {where} must be a mapping of keys to values, not {item!r}")
                 _check_keys(item, inner_kind, source, f"{where}.")

@@ -131,3 +131,12 @@ def test_bad_gguf_files_are_named(tmp_path):
     del lacking["llama.block_count"]
     with pytest.raises(CheckpointError, match=r"c\.gguf: .*llama\.block_count"):
         load_spec(write_gguf(tmp_path / "c.gguf", lacking, embedding))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_fetched_from_a_hub_where_they_are_needed(monkeypatch, tmp_path, weights):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **how: asked.append(how) or str(tmp_path))
+    assert resolve("acme/smollm2", weights=weights).path == tmp_path
+    patterns = asked[0]["allow_patterns"]
+    assert "*.json" in patterns and any("safetensors" in pattern for pattern in patterns) == weights

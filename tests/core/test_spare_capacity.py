@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shoal.core.spare_capacity import EndpointCapacity, LoadMeter, spare_capacity, wanted_spares
+from shoal.core.spare_capacity import EndpointCapacity, LoadMeter, spare_capacity
 
 
 def endpoint(name: str, speed: float | None, ready: bool = True, spare: bool = False) -> EndpointCapacity:
@@ -67,38 +65,3 @@ def test_unknown_none_and_a_single_one() -> None:
     assert spare_capacity([endpoint("a", 100, ready=False)], 30).short_by == 30
     single = spare_capacity([endpoint("a", 100)], 0)
     assert not single.ok and single.short_by == 100
-
-
-def test_spares_are_asked_for_and_kept_while_the_load_wavers() -> None:
-    fleet = [endpoint("a", 100), endpoint("b", 100)]
-    spare = endpoint("s", None, ready=False, spare=True)
-    assert wanted_spares(fleet, 80, most=2) == 0
-    assert wanted_spares(fleet, 95, most=2) == 1
-    assert wanted_spares([*fleet, spare], 95, most=2) == 1
-    assert wanted_spares([*fleet, spare], 80, most=2) == 1
-    assert wanted_spares([*fleet, spare], 70, most=2) == 0
-    assert wanted_spares(fleet, 500, most=2) == 2
-    assert wanted_spares(fleet, 500, most=0) == 0
-
-
-def test_a_single_endpoint_wants_one_spare_even_when_idle() -> None:
-    assert wanted_spares([endpoint("a", 100)], 0, most=1) == 1
-    assert wanted_spares([endpoint("a", None)], 0, most=1) == 0
-
-
-SPEEDS = st.lists(st.one_of(st.none(), st.floats(1, 1e4)), min_size=1, max_size=6)
-
-
-@given(SPEEDS, st.floats(0, 1e5))
-def test_with_the_spares_that_it_wants_the_fleet_is_ok(speeds: list[float | None], load: float) -> None:
-    fleet = [endpoint(f"e{i}", speed) for i, speed in enumerate(speeds)]
-    wanted = wanted_spares(fleet, load, most=10**6)
-    if all(speed is None for speed in speeds):
-        assert wanted == 0
-        return
-    with_spares = [*fleet, *(endpoint(f"s{i}", None, spare=True) for i in range(min(wanted, 200)))]
-    if wanted <= 200:
-        assert spare_capacity(with_spares, load).ok
-        assert wanted_spares(with_spares, load, most=10**6) == wanted
-    if wanted > 1:
-        assert not spare_capacity(with_spares[: len(fleet) + wanted - 1], load * 1.11).ok

@@ -180,6 +180,9 @@ def test_a_taken_port_and_a_public_address_are_refused_at_once() -> None:
         listen(ServeConfig(engine=EngineConfig(model=""), port=taken.getsockname()[1]))
     with pytest.raises(ListenError, match="--allow-remote"):
         listen(ServeConfig(engine=EngineConfig(model=""), host="0.0.0.0", port=0))
+    with pytest.raises(ListenError, match="--api-key"):
+        listen(ServeConfig(engine=EngineConfig(model=""), host="0.0.0.0", port=0, allow_remote=True))
+    listen(ServeConfig(engine=EngineConfig(model=""), host="0.0.0.0", port=0, allow_remote=True, api_key="k")).close()
 
 
 def test_a_bad_checkpoint_is_refused_by_name(tmp_path: Path) -> None:

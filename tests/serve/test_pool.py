@@ -419,6 +419,28 @@ def test_drain_waits_for_what_runs_and_moves_it_when_it_takes_too_long() -> None
     play(scene)
 
 
+def test_a_spare_has_what_the_only_other_endpoint_had_while_that_is_drained() -> None:
+    async def scene() -> None:
+        async with Scene(1, wait_seconds=5.0) as scene:
+            spare = ScriptedEndpoint("spare")
+            await scene.fleet.add(spare, scene.pool, spare=True)
+            first = scene.ask()
+            scene.endpoints[0].step(f"{first}.1", 4)
+            assert not spare.attempts, "the control: nothing is lost or drained"
+            await scene.fleet.drain("e0", 0.02)
+            await scene.settle()
+            assert len(spare.attempts) == 1, "what ran was moved"
+            second = scene.ask()
+            assert len(spare.attempts) == 2, "what is new goes there too"
+            for request_id in list(spare.attempts):
+                spare.step(request_id, LENGTH)
+            for client in (scene.clients[first], scene.clients[second]):
+                client.check()
+                assert client.finish == {0: "length"}
+
+    play(scene)
+
+
 def test_without_any_endpoint_a_request_is_refused_after_a_while() -> None:
     async def scene() -> None:
         async with Scene(1, wait_seconds=0.3) as scene:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.serve.gateways import ENGINE, RunningFleet, running_fleet
-from tests.serve.running import running
+from tests.serve.running import running, wait_until
 
 ASKED: dict[str, Any] = {
     "prompt": [7, 8, 9, 10],
@@ -147,12 +147,12 @@ def test_what_is_unknown_or_makes_no_sense_is_refused(fleet: RunningFleet) -> No
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_event_id", wrong
 
 
-def test_a_refused_try_does_not_cost_the_stream(fleet: RunningFleet) -> None:
+def test_who_asked_wrongly_may_ask_again(fleet: RunningFleet) -> None:
     whole, parts = Received(), Received()
     ask(fleet, whole)
-    ask(fleet, parts, events=40)
+    ask(fleet, parts, events=20)
     wrong = fleet.client.get(f"/v1/streams/{parts.request_id}", headers={"last-event-id": "x"})
-    assert wrong.status_code == 400 and not parts.is_done
+    assert wrong.status_code == 400
     go_on(fleet, parts)
     assert parts.all == whole.all
 
@@ -165,6 +165,25 @@ def test_a_request_is_done_once_for_one_idempotency_key(fleet: RunningFleet) -> 
     second = fleet.client.post("/v1/completions", json=body, headers=headers)
     assert second.status_code == 409 and first.headers["x-request-id"] in second.json()["error"]["message"]
     assert fleet.client.post("/v1/completions", json=body).status_code == 200, "control: without the key"
+
+
+def test_what_a_limit_refuses_leaves_nothing_in_the_journal(checkpoint: Path, tmp_path: Path) -> None:
+    model = {"name": "tiny", "model": str(checkpoint), **ENGINE}
+    journal, headers = tmp_path / "journal.db", {"idempotency-key": "order-67"}
+    deployment = {"models": [model], "journal": {"location": str(journal)}}
+    with running_fleet(tmp_path, deployment | {"tenants": {"default": {"concurrent_requests": 1}}}) as fleet:
+        with fleet.client.stream("POST", "/v1/completions", json=ASKED | {"max_tokens": 4000}) as running:
+            assert running.status_code == 200
+            refused = fleet.client.post("/v1/completions", json={"prompt": [1]}, headers=headers)
+            assert refused.status_code == 429, refused.text
+        request_id = refused.headers["x-request-id"]
+        assert fleet.client.get(f"/v1/streams/{request_id}").status_code == 404
+
+        def again() -> int:
+            return fleet.client.post("/v1/completions", json={"prompt": [1]}, headers=headers).status_code
+
+        wait_until(lambda: again() == 200, 10, "the key to be free, and room")
+        assert again() == 409, "the control: of a request that was accepted"
 
 
 def test_another_gateway_goes_on_when_the_first_is_killed(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from shoal.checkpoint.gguf_file import GGUFFile
 from shoal.core.model_config import spec_from_config, spec_from_gguf
 from shoal.core.model_spec import ModelSpec, UnsupportedModel
 
-_HUB_FILES = ["model*.safetensors", "*.json", "*.jinja"]
+_HUB_WEIGHTS = ["model*.safetensors"]
 """Not every *.safetensors: some repositories hold the same weights a second time under another name."""
+_HUB_TOKENIZER = ["*.json", "*.jinja"]
+"""And configuration: enough for who has the model run elsewhere."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
@@ -25,11 +27,11 @@ class ModelFiles(msgspec.Struct, frozen=True):
     """A checkpoint directory or a .gguf file."""
 
 
-def resolve(model: str, *, download: bool = True, progress: Progress | None = None) -> ModelFiles:
+def resolve(model: str, *, download: bool = True, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
     """Find a model: a built-in name, a directory, a .gguf file, or a hub id, in this order.
 
-    Without `download` only what is on this machine is found. `progress` hears of a built-in model's download. Raises
-    ModelNotFound, PullError or CheckpointError.
+    Without `download` only what is on this machine is found, without `weights` none are fetched from a hub. `progress`
+    hears of a built-in model's download. Raises ModelNotFound, PullError or CheckpointError.
     """
     if model in BUILTINS:
         path = pull(model, progress) if download else cached_path(BUILTINS[model])
@@ -47,7 +49,7 @@ def resolve(model: str, *, download: bool = True, progress: Progress | None = No
             raise CheckpointError(path, "is not a .gguf file; give the directory of a safetensors checkpoint")
         return ModelFiles(path.stem, path.resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
-        return ModelFiles(model, _from_hub(model, download))
+        return ModelFiles(model, _from_hub(model, download, weights))
     raise ModelNotFound(
         f"{model!r} is no built-in model, directory, .gguf file or hub id (organisation/name); "
         f"the nearest built-in model is {_nearest(model)}"
@@ -58,13 +60,14 @@ def _nearest(name: str) -> str:
     return get_close_matches(name.lower(), BUILTINS, n=1, cutoff=0.0)[0]
 
 
-def _from_hub(model: str, download: bool) -> Path:
+def _from_hub(model: str, download: bool, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelNotFound(f"{model}: fetching from the hub needs `pip install huggingface_hub`") from None
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=not download))
+        patterns = [*(_HUB_WEIGHTS if weights else []), *_HUB_TOKENIZER]
+        return Path(snapshot_download(model, allow_patterns=patterns, local_files_only=not download))
     except Exception as error:  # the hub's, the HTTP library's and the disk's errors have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(

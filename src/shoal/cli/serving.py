@@ -32,7 +32,10 @@ def run_deployment(file: Path, flags: Mapping[str, Any]) -> int:
     except DeploymentError as error:
         raise ConfigError(f"{file}: {error}") from None
     listener = listen(deployment)
-    files = {name: resolve_with_progress(model, errors) for name, model in wanted_files(deployment).items()}
+    files = {
+        name: resolve_with_progress(model, errors, weights=weights)
+        for name, (model, weights) in wanted_files(deployment).items()
+    }
     with StartBar(", ".join(files), errors) as bar:
 
         def ready(url: str, session: Session) -> None:

@@ -35,7 +35,7 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def resolve_with_progress(model: str, console: Console) -> ModelFiles:
+def resolve_with_progress(model: str, console: Console, *, weights: bool = True) -> ModelFiles:
     """`resolve`, with a bar while a built-in model is fetched. Raises what `resolve` raises."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with passing_bar(console, *columns) as bar:
@@ -44,7 +44,7 @@ def resolve_with_progress(model: str, console: Console) -> ModelFiles:
         def report(what: str, done: int, total: int) -> None:
             bar.update(task, description=f"{what} {model}", completed=done, total=total, visible=True)
 
-        return resolve(model, progress=report)
+        return resolve(model, weights=weights, progress=report)
 
 
 def passing_bar(console: Console, *columns: ProgressColumn) -> Progress:

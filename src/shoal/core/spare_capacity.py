@@ -81,35 +81,5 @@ def spare_capacity(endpoints: Sequence[EndpointCapacity], load: float) -> SpareC
     )
 
 
-def wanted_spares(
-    endpoints: Sequence[EndpointCapacity], load: float, *, most: int, margin: float = 0.1, keep_margin: float = 0.3
-) -> int:
-    """How many warm spares there should be, at most `most`.
-
-    One more while the loss of the largest endpoint would leave less than load x (1 + margin); one less only where what
-    is left without it still carries load x (1 + keep_margin). Between the two nothing changes, so a load that wavers
-    starts and stops no spares. While speeds are unknown it stays at what there is.
-    """
-    spares = [endpoint for endpoint in endpoints if endpoint.spare]
-    have = len(spares)
-    if most <= 0:
-        return 0
-    without = [endpoint for endpoint in endpoints if not endpoint.spare]
-    state = spare_capacity(without, load)
-    if not state.known or not any(endpoint.ready for endpoint in without):
-        return min(have, most)
-    learned = [endpoint.speed for endpoint in endpoints if endpoint.speed is not None]
-    # A spare is taken for the slowest that is known. It counts from when it is asked for, ready or not: else each look
-    # during its start would ask for another.
-    each = max(min(learned), 1e-9)
-
-    def needed(factor: float) -> int:
-        missing = load * factor - state.capacity
-        only_one = 1 if sum(endpoint.ready for endpoint in without) == 1 else 0
-        return max(math.ceil(missing / each) if missing > 0 else 0, only_one)
-
-    return min(most, max(needed(1 + margin), min(have, needed(1 + max(margin, keep_margin)))))
-
-
 def _speeds(endpoints: Sequence[EndpointCapacity], unknown: float) -> dict[str, float]:
     return {endpoint.name: unknown if endpoint.speed is None else endpoint.speed for endpoint in endpoints}

@@ -145,9 +145,12 @@ def fallbacks(deployment: Deployment) -> dict[str, DegradationPolicy]:
     }
 
 
-def wanted_files(deployment: Deployment) -> dict[str, str]:
-    """What is to be loaded, or read for its tokenizer, of each model: as users call it, by the model's name."""
-    return {model.name: model.model or model.name for model in deployment.models}
+def wanted_files(deployment: Deployment) -> dict[str, tuple[str, bool]]:
+    """Of each model, by its name: what users call the files, and whether its weights are needed or its tokenizer alone,
+    because all its endpoints run already."""
+    return {
+        model.name: (model.model or model.name, model.num_engines + model.spares > 0) for model in deployment.models
+    }
 
 
 def engine_configs(model: ModelDeployment, path: str) -> list[EngineConfig]:

@@ -222,14 +222,16 @@ class Fleet:
         if member.state not in ("ready", "suspect"):
             return
         silence = member.watch.silence(now)
-        others = any(other is not member and other.takes(now, spares=True) for other in pool.members.values())
-        if member.watch.is_hung(now) and (others or silence > self.supervision.hung_seconds):
-            # With nowhere to go, what it has stays: it may come back, and its cache is worth more than a new start.
+        others = any(other.state == "ready" and other is not member for other in pool.members.values())
+        if member.watch.is_hung(now) and others:
             member.epoch += 1
             member.become("fenced", f"no step for {silence:.1f} s")
             message = f"{member.name} made no step for {silence:.1f} s; others go on with its work"
             self.say("endpoint_hung", message, member.name)
             pool.move_all(member, EndpointFailure(kind="hung", message=f"no step for {silence:.1f} s"))
+        elif silence > self.supervision.hung_seconds and member.endpoint.kind == "shoal":
+            # With nowhere to go, what it has stayed until now: its cache is worth more than a new start.
+            self.gone(member.name, f"no step for {silence:.1f} s")
         elif member.state == "ready" and member.watch.is_suspect(now):
             member.become("suspect", f"no step for {silence:.1f} s")
         elif member.state == "suspect" and not member.watch.is_suspect(now):

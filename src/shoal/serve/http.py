@@ -308,7 +308,7 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 def _error_response(error: ApiError) -> Response:
     headers = {}
-    if error.status in (429, 503):
+    if error.status in (429, 503) or error.retry_after is not None:
         headers["retry-after"] = str(max(1, ceil(error.retry_after or 0.0)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"

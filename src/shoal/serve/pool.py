@@ -186,8 +186,8 @@ class Pool:
             self._send(self.flights[item.id], place[item.id], now)
 
     def _choose(self, flight: Flight, now: float) -> Member | None:
-        lost = any(member.state != "ready" for member in self.members.values() if not member.spare)
-        candidates = [name for name, member in self.members.items() if member.takes(now, spares=lost)]
+        needed = any(member.state != "ready" or member.draining for member in self.members.values() if not member.spare)
+        candidates = [name for name, member in self.members.items() if member.takes(now, spares=needed)]
         name = self.router.route(flight.route_now(), candidates, now)
         return None if name is None else self.members[name]
 

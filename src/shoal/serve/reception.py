@@ -37,6 +37,8 @@ _encode = msgspec.json.Encoder().encode
 Answer = Response | EventStream
 CLAIM_SECONDS = 10.0
 """How long a client that is back waits for the lease of a gateway that may be dead."""
+_LONG_BYTES = 4096
+"""Of a body: tokenising takes a millisecond for about so many, and handing it to a thread a tenth of that."""
 RESUMABLE = ("client_left", "stopped", "handed_over")
 """Ends of a connection that are not the end of its request."""
 
@@ -87,25 +89,15 @@ class Reception:
         self._books.require_audit()
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
-        key = request.headers.get("idempotency-key")
-        await self._reserve(who, key, request_id)
-        try:
-            return await self._answer(request, body, raw)
-        except ApiError as error:
-            if key is not None and self._journal is not None and error.code not in RESUMABLE:
-                # There is no answer that a second request could be told of: it may be sent again.
-                await self._journal.unreserve(who.tenant, key[:256], request_id)
-            raise
-
-    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest, raw: bytes) -> Answer:
         asked = self.generator(body.model)
         generator = self._serving(asked, request, body)
+        await self._reserve(request, who, request_id)
         try:
             return await self._accept(request, body, raw, asked, generator)
         except ApiError as error:
-            self._books.refused(
-                asked.pool.name, request.state.principal, error, request.state.request_id, request.url.path
-            )
+            self._books.refused(asked.pool.name, who, error, request_id, request.url.path)
+            if error.code not in RESUMABLE:
+                await self._unreserve(request, who, request_id)
             raise
 
     def _serving(self, asked: Generator, request: Request, body: ChatRequest | CompletionRequest) -> Generator:
@@ -127,7 +119,10 @@ class Reception:
     ) -> Answer:
         who: Principal = request.state.principal
         request_id: str = request.state.request_id
-        prompts = _prompts(generator, body)
+        if len(raw) < _LONG_BYTES:
+            prompts = _prompts(generator, body)
+        else:
+            prompts = await asyncio.to_thread(_prompts, generator, body)  # every stream would wait for it
         jobs = await self._jobs(generator, body, prompts, request_id, who)
         position = entry = None
         if self._journal is not None and len(jobs) == 1 and jobs[0].wanted is None:
@@ -141,24 +136,25 @@ class Reception:
                 request=jobs[0].request,
                 created=time.time(),
             )
-        return await self._run(request, body, asked, generator, jobs, position, entry=entry)
+        return await self._run(request, body, asked, generator, jobs, position, entry)
 
     async def resume(self, request: Request, request_id: str) -> Answer:
         """The rest of a stream, behind what its client has. Raises ApiError, ClientDisconnect."""
         if self._journal is None:
             raise ApiError(404, "this server keeps no journal: `journal.location` is not set", code="no_journal")
+        if self._fleet.draining:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        self._books.require_audit()
         who: Principal = request.state.principal
         found = await self._claimed(request_id, who)
         try:
-            return await self._go_on(request, request_id, found)
-        except BaseException:
-            if request_id not in self._running:
-                # Refused, not ended: without this it would count as under way here, and nobody could have the rest.
-                # What runs is that of a client that came back once more.
-                self._journal.released(request_id)
+            return await self._go_on(request, found)
+        except ApiError:
+            if request_id not in self._running:  # or else that of a client that came back once more
+                self._journal.released(request_id)  # it may be asked for again, as it should be
             raise
 
-    async def _go_on(self, request: Request, request_id: str, found: JournaledRequest) -> Answer:
+    async def _go_on(self, request: Request, found: JournaledRequest) -> Answer:
         entry = found.entry
         kind: type[ChatRequest] | type[CompletionRequest]
         kind = ChatRequest if entry.route == "chat" else CompletionRequest
@@ -168,7 +164,7 @@ class Reception:
         if not body.stream and not position.is_beginning:
             raise ApiError(400, "this request was not a stream: ask for it without Last-Event-ID", code="bad_event_id")
         job = generator.resumed(body, entry.request, found.sequences, position)
-        request.state.request_id = request_id
+        request.state.request_id = entry.request_id
         return await self._run(request, body, generator, generator, [job], position, created=entry.created)
 
     async def _claimed(self, request_id: str, who: Principal) -> JournaledRequest:
@@ -193,7 +189,8 @@ class Reception:
                 raise ApiError(409, "another gateway goes on with this request", code="claimed", retry_after=1.0)
             await asyncio.sleep(0.1)
 
-    async def _reserve(self, who: Principal, key: str | None, request_id: str) -> None:
+    async def _reserve(self, request: Request, who: Principal, request_id: str) -> None:
+        key = request.headers.get("idempotency-key")
         if key is None or self._journal is None:
             return
         earlier = await self._journal.reserve(who.tenant, key[:256], request_id)
@@ -204,6 +201,12 @@ class Reception:
                 code="duplicate_request",
             )
 
+    async def _unreserve(self, request: Request, who: Principal, request_id: str) -> None:
+        """Of a request that was refused, so that it can be sent again."""
+        key = request.headers.get("idempotency-key")
+        if key is not None and self._journal is not None:
+            await self._journal.unreserve(who.tenant, key[:256], request_id)
+
     async def _run(
         self,
         request: Request,
@@ -212,11 +215,10 @@ class Reception:
         generator: Generator,
         jobs: list[Job],
         position: Position | None,
-        *,
         entry: JournalEntry | None = None,
         created: float | None = None,
     ) -> Answer:
-        """`entry`: what the journal is to have of it, once it is admitted."""
+        """`entry`: of a request that the journal does not know yet."""
         request_id: str = request.state.request_id
         prompts = [job.request.prompt for job in jobs]
         form: ChatFormat | CompletionFormat
@@ -242,7 +244,10 @@ class Reception:
         if isinstance(answer, EventStream):
             answer.headers += [(name.encode(), value.encode()) for name, value in headers.items()]
         book = self._books.open(self._asked(request, body, asked, generator), jobs, usage)
-        work = self._begin(generator, jobs, usage, answer, who, book, request_id, recorder, entry)
+        self._admit(jobs, who, book)
+        if entry is not None and self._journal is not None:
+            self._journal.accepted(entry)  # what a limit refuses is not: nobody would say that it has ended
+        work = self._begin(generator, jobs, usage, answer, who, book, request_id, recorder, is_new=entry is not None)
         try:
             async with _cancelled_by_disconnect(request):
                 if isinstance(answer, WholeAnswer):
@@ -276,6 +281,13 @@ class Reception:
         body.priority = settings.priority(body.priority)
         return [await generator.job(body, p, f"{request_id}-{i}", salt) for i, p in enumerate(prompts)]
 
+    def _admit(self, jobs: list[Job], who: Principal, book: Book) -> None:
+        """Reserve of the tenant's limits what it may cost. Raises ApiError."""
+        refusal = self.tenants.limiter.check(who.tenant, _cost(jobs), time.monotonic())
+        if refusal is not None:
+            book.discard()
+            raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
+
     def _begin(
         self,
         generator: Generator,
@@ -286,17 +298,12 @@ class Reception:
         book: Book,
         request_id: str,
         recorder: RequestLog | None,
-        entry: JournalEntry | None,
+        *,
+        is_new: bool,
     ) -> Work:
-        """Raises ApiError."""
+        """Of what was admitted. Raises ApiError. `is_new`: to the journal, which was told of it just now."""
         limiter, tenant, journal = self.tenants.limiter, who.tenant, self._journal
-        cost = sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
-        refusal = limiter.check(tenant, cost, time.monotonic())
-        if refusal is not None:
-            book.discard()
-            raise ApiError(429, refusal.message, code=refusal.reason, retry_after=refusal.retry_after)
-        if journal is not None and entry is not None:
-            journal.accepted(entry)
+        cost = _cost(jobs)
 
         def end(error: ApiError | None) -> None:
             limiter.settle(tenant, cost, usage.prompt + usage.completion, time.monotonic())
@@ -304,7 +311,7 @@ class Reception:
                 del self._running[request_id]
             if recorder is None or journal is None:
                 return
-            if error is not None and not work.flights and entry is not None:
+            if error is not None and not work.flights and is_new:
                 journal.refused(request_id)
             elif error is not None and (error.code in RESUMABLE or not work.flights):
                 # One that its client is back for, if it is refused now, can be asked for later.
@@ -354,6 +361,11 @@ class Reception:
         work = self._running.pop(request_id, None)
         if work is not None:
             work.hand_over()
+
+
+def _cost(jobs: list[Job]) -> int:
+    """Tokens, at most."""
+    return sum(len(job.request.prompt) + job.request.max_tokens * job.request.n for job in jobs)
 
 
 def _prompts(generator: Generator, body: ChatRequest | CompletionRequest) -> list[list[int]]:

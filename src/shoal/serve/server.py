@@ -19,7 +19,7 @@ from shoal.serve.engine_client import Progress
 from shoal.serve.http import Server
 from shoal.serve.http_connection import LimitedConnection
 from shoal.serve.session import Session, open_session, single
-from shoal.serve.tls import Certificates, use_tls
+from shoal.serve.tls import Certificates, TlsError, require_safe_listener, use_tls
 
 
 class ServeConfig(GatewayConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +49,14 @@ def listen(config: GatewayConfig) -> socket.socket:
         raise ListenError(
             f"{config.host} can be reached from other machines: pass --allow-remote (and --api-key) if that is meant"
         )
+    if config.api_key is None and config.keys is None:
+        try:
+            # Whoever reaches it may do everything, so it has to be sure of who does.
+            require_safe_listener(
+                config.host, config.tls, allow_remote=config.allow_remote, name="a listener without keys"
+            )
+        except TlsError as error:
+            raise ListenError(f"{error}; or give --api-key, or `keys` in the file") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

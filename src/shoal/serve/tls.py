@@ -263,8 +263,8 @@ def use_tls(config: uvicorn.Config, context: ssl.SSLContext) -> uvicorn.Config:
 
 
 def require_safe_listener(host: str, tls: TlsConfig | None, *, allow_remote: bool, name: str = "listener") -> None:
-    """For listeners that only shoal's own processes use. Raises TlsError unless it is on loopback, or on purpose
-    beyond it and asks for certificates."""
+    """For listeners that ask for no key. Raises TlsError unless it is on loopback, or on purpose beyond it and asks for
+    certificates."""
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -280,8 +280,8 @@ def require_safe_listener(host: str, tls: TlsConfig | None, *, allow_remote: boo
     if tls is None or not tls.is_mutual:
         missing = "tls.certificate" if tls is None or tls.certificate is None else "tls.ca"
         raise TlsError(
-            f"{name}: {where} can be reached from other machines, and {missing} is not set: an internal listener "
-            "beyond loopback needs mTLS (tls.certificate, tls.key, tls.ca)"
+            f"{name}: {where} can be reached from other machines, and {missing} is not set: beyond loopback it needs "
+            "mTLS (tls.certificate, tls.key, tls.ca)"
         )
 
 
