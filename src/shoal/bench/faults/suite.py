@@ -19,7 +19,7 @@ from shoal.bench.faults.injectors import NotInjected
 from shoal.bench.faults.oracle import Tally, differences, tally
 from shoal.bench.faults.proxy import ProxyThread
 from shoal.bench.faults.report import Report, Row
-from shoal.bench.faults.workload import Spec, mix, with_stop
+from shoal.bench.faults.workload import Spec, mix, unseen, with_stop
 from shoal.bench.processes import comes_true
 from shoal.core.fleet_types import EndpointStatus
 
@@ -127,8 +127,8 @@ class Suite:
         self.unstable: list[Spec] = []
         self._undisturbed = Tally()
         self._prefill_seconds = 0.05
-        self._usual_ttft = 0.0
-        """What nine of ten requests wait at most for their first token without faults: what a new prefill takes."""
+        self._prefill_again = 0.0
+        """Seconds in which the others prefill what an endpoint has, beside what they do anyway."""
         self._strikes: list[tuple[float, float]] = []
         """From when until when the faults of the present row struck."""
 
@@ -162,6 +162,25 @@ class Suite:
         await asyncio.sleep(self._options.undisturbed_seconds)
         await load.stop()
         self._learn(load.outcomes, time.monotonic() - began)
+        await self._measure_prefill()
+
+    async def _measure_prefill(self) -> None:
+        """As many prompts as move when an endpoint is lost, as long as these are, at once, and cached nowhere.
+
+        Each endpoint gets as many as when an equal share of the clients' requests moves to all others.
+        """
+        load = self.load()
+        load.start()
+        await asyncio.sleep(self._options.warm_seconds)
+        count = -(-self._options.streams // max(1, len(self._watch.endpoints) - 1))
+        known = [outcome.usage for outcome in self.references.values() if outcome.usage is not None]
+        length = sum(prompt + generated // 2 for prompt, generated in known) // max(1, len(known))
+        specs = [unseen(self.arena.model, max(1, length), self._rng) for _ in range(count)]
+        outcomes = await asyncio.gather(*(self._client.run(spec) for spec in specs))
+        await load.stop()
+        self._prefill_again = max(
+            ((outcome.first_token or outcome.ended) - outcome.sent for outcome in outcomes), default=0.0
+        )
 
     def _at(self, url: str) -> Client:
         options = self._options
@@ -181,7 +200,6 @@ class Suite:
         waits = sorted(o.first_token - o.sent for o in outcomes if o.first_token is not None)
         if waits:
             self._prefill_seconds = waits[len(waits) // 2] / 2
-            self._usual_ttft = waits[len(waits) * 9 // 10]
         self.arena.capacity = self._undisturbed.completed / seconds
         self.arena.tokens_per_second = self._undisturbed.tokens / seconds
         self.arena.longest_answer = max(outcome.ended - outcome.sent for outcome in outcomes)
@@ -359,7 +377,7 @@ class Suite:
             row.breaches.append(f"{t.unanswered} connections were broken off before an answer")
         row.breaches += t.complaints
         if contract.gap_seconds is not None:
-            row.gap_limit = self._usual_ttft + contract.gap_seconds
+            row.gap_limit = self._prefill_again + contract.gap_seconds
             if t.gap_at_fault > row.gap_limit:
                 row.late.append(f"a fault made a gap of {t.gap_at_fault:.2f} s, over {row.gap_limit:.2f} s")
         if contract.detect_seconds is not None and (row.detection or 0.0) > contract.detect_seconds:
@@ -375,6 +393,7 @@ class Suite:
             streams=self._options.streams,
             endpoints=[f"{e.name} ({e.kind} {e.layout} {e.dtype})".strip() for e in self._watch.endpoints.values()],
             undisturbed=self._undisturbed,
+            prefill_again=self._prefill_again,
             capacity=self.arena.capacity,
             tokens_per_second=self.arena.tokens_per_second,
             unstable=[spec.label for spec in self.unstable],
