@@ -32,7 +32,7 @@ ENGINE["max_batch_tokens"] = 128
 """One endpoint has room for what all clients ask, or those that move would wait for others to end. On one core a step
 of 128 tokens takes half a second, and those that decode wait no longer while others prefill."""
 FLAGS = ["--dtype", "float32", "--threads", "1", "--max-num-seqs", "64", "--max-model-len", "1024"]
-FLAGS += ["--kv-cache-memory", "512MiB", "--max-num-batched-tokens", "128"]
+FLAGS += ["--kv-cache-memory", "512MiB", "--max-num-batched-tokens", "128", "--prepare-grammars"]
 SHOAL_COMMAND = [sys.executable, "-m", "shoal", "serve", MODEL, *FLAGS]
 EXTERNAL_FAULTS = (
     *("kill", "hang", "child", "slow", "reset", "cut", "partition", "partition-replies", "delay", "throttle"),

@@ -229,7 +229,7 @@ class CompletionStream:
 
     def failed(self, error: HttpError) -> None:
         self._try.endpoint.poll_soon()
-        self._ended("lost" if error.kind == "lost" else "refused", str(error))
+        self._ended("lost" if error.kind in ("lost", "closed") else "refused", str(error))
 
     def _ended(self, kind: FailureKind, message: str) -> None:
         self._try.lost_stream(self, EndpointFailure(kind=kind, message=message))

@@ -216,18 +216,25 @@ class OpenAIEndpoint:
         self._wake.set()
 
     async def _watch(self, listener: EndpointListener) -> None:
+        was_closed = False
         while True:
             self._wake.clear()
             try:
                 answer = await self._client.fetch("GET", self._poll_path, seconds=_ANSWER_SECONDS)
             except HttpError as error:
-                if error.kind == "refused":
+                # Before a server that is not there a balancer accepts connections, only to close them. Twice, for the
+                # first may have been a connection that something else reset.
+                if error.kind == "refused" or (error.kind == "closed" and was_closed):
                     self._end_refused_streams(time.monotonic())
                     if not self._tries:
                         self._watcher = None
                         listener.gone(self.name, str(error))
                         return
+                elif error.kind == "closed":
+                    self._wake.set()
+                was_closed = error.kind == "closed"
             else:
+                was_closed = False
                 if answer.status == 200:
                     self._polled(listener, dialect.load_of(answer.body))
             self._end_idle_streams(time.monotonic())

@@ -261,7 +261,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="child",
-        about="SIGKILL for a process below an endpoint's own, which lives on",
+        about="SIGKILL for the largest process below an endpoint's own, which lives on",
         make=_on_process(injectors.KillChild),
         lacks=_CHILD,
         target=_has_child,

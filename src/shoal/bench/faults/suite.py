@@ -228,7 +228,7 @@ class Suite:
         await self._settle()
         before = self._deployment.footprint()
         if kind.through_proxies:
-            self._open_client_proxies()
+            self.go_through_proxies()
         try:
             row.control = await self._control(kind)
             outcomes = await self._under_load(kind, row)
@@ -312,7 +312,12 @@ class Suite:
             lives = endpoint is not None and self._deployment.process_of(endpoint) is not None
             return self._watch.restored(name, began) is not None and self._watch.all_ready and lives >= has_process
 
-        came = await comes_true(returned, self._options.return_seconds, every=0.05)
+        until = time.monotonic() + self._options.return_seconds
+        target = self._watch.endpoints.get(name)
+        # A gateway that has noticed nothing yet still calls it ready.
+        while target is not None and not await self._deployment.serves(target) and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        came = await comes_true(returned, until - time.monotonic(), every=0.05)
         noticed, restored = self._watch.noticed(name, began), self._watch.restored(name, began)
         if noticed is None:
             row.breaches.append(f"/fleet never showed that {name} was gone")
@@ -331,7 +336,8 @@ class Suite:
     def _window(self, kind: Kind) -> float:
         return self._options.window if kind.window and self._options.window is not None else kind.window
 
-    def _open_client_proxies(self) -> None:
+    def go_through_proxies(self) -> None:
+        """Requests from now on, so that clients' connections can be reset."""
         for gateway in self._deployment.gateways:
             if gateway.url not in self.arena.client_proxies:
                 self.arena.client_proxies[gateway.url] = ProxyThread("127.0.0.1", gateway.port)
@@ -351,9 +357,9 @@ class Suite:
             )
         row.kv_left = self._watch.kv_usage
 
-        # Connections to endpoints that speak HTTP are kept to be used again, at most one for each client.
-        by_http = any(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
-        pooled = self._options.streams if by_http else 0
+        # Connections to endpoints that speak HTTP are kept to be used again: of each as many as clients were at it.
+        by_http = sum(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
+        pooled = self._options.streams * by_http
 
         def grown() -> dict[str, int]:
             after = self._deployment.footprint()
