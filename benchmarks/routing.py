@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from benchmarks.routing_rivals import CacheAware, PowerOfTwo
-from benchmarks.routing_traces import BLOCK_SIZE, TRACES, load
-
+from routing_rivals import CacheAware, PowerOfTwo
+from routing_traces import BLOCK_SIZE, TRACES, load
 from shoal.core.config import SchedulerConfig
 from shoal.core.router import Router, RoutingConfig
 from shoal.sim.fleet_simulation import Chooser, FleetSimulation, Outcome, StepTime
@@ -34,6 +33,8 @@ ENGINE = SchedulerConfig(
     max_sequences=64,
     max_batch_tokens=2048,
 )
+WARM_UP = 0.25
+"""Share of the requests that are served first and not counted: caches are empty, and no speed is known."""
 DEFAULT = "predicted_completion"
 RIVALS = ("power of two (rival)", "cache aware (rival)")
 POLICIES: dict[str, Callable[[int], Chooser]] = {
@@ -82,6 +83,7 @@ def measure(run: Run) -> Measured:
     for replica in list(simulation.replicas.values())[: run.slow]:
         replica.slowness = 4.0
     outcomes = simulation.run()
+    outcomes = outcomes[round(len(outcomes) * WARM_UP) :]
     busy = [replica.busy_seconds for replica in simulation.replicas.values()]
     return Measured(
         *_percentiles(outcomes, lambda o: o.first_token),
@@ -165,8 +167,8 @@ def main() -> None:
         for run, measured in zip(runs, pool.map(measure, runs), strict=True):
             results.setdefault(run.trace, {}).setdefault(run.policy, []).append(measured)
             print(f"{run.trace}, {run.policy}, seed {run.seed}: {measured.wall:.1f} s", file=sys.stderr)
-    for trace, by_policy in results.items():
-        report(trace, by_policy)
+            if sum(map(len, results[run.trace].values())) == len(runs) // len(traces):
+                report(run.trace, results[run.trace])
 
 
 def _is_there(trace: str, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Traces for `routing.py`: public ones read from files, and two made up. Each is a list of arrivals, fixed by a seed."""
+"""Traces for `routing.py`: public ones read from files, and two made up. Each is a list of arrivals, fixed by seed."""
 
 from __future__ import annotations
 

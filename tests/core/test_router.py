@@ -274,17 +274,24 @@ def test_predicted_completion_weighs_a_hit_against_a_queue() -> None:
 
 
 def test_a_shared_system_prompt_is_no_hot_spot() -> None:
-    router = make()
-    model = Model(router, NAMES)
-    shared = tuple(chain([7] * 480, 16))
-    now = 0.0
-    for number in range(400):
-        model.send(ask(number, 500, blocks=shared), now)
-        now += 0.02
-        model.advance(now)
-    counts = Counter(name for _, name in model.sent)
-    assert max(counts.values()) < 2 * 100
-    assert min(counts.values()) > 100 / 2
+    busiest = {}
+    for policy, limit in (("predicted_completion", 1.25), ("prefix_affinity", 1.25), ("prefix_affinity", 1e9)):
+        router = Router(RoutingConfig(policy=policy, load_limit=limit, block_size=16))  # type: ignore[arg-type]
+        for name in NAMES:
+            router.add(name, 16, 4096, 16, 0.0)
+        model = Model(router, NAMES)
+        shared = tuple(chain([7] * 480, 16))
+        now = 0.0
+        for number in range(400):
+            model.send(ask(number, 500, blocks=shared), now)
+            now += 0.02
+            model.advance(now)
+        counts = Counter(name for _, name in model.sent)
+        busiest[policy, limit] = max(counts.values())
+        assert limit > 2 or len(counts) >= 3
+    assert busiest["predicted_completion", 1.25] < 1.5 * 100
+    assert busiest["prefix_affinity", 1.25] < 2 * 100
+    assert busiest["prefix_affinity", 1e9] == 400  # without the limit there is one
 
 
 def test_a_slow_endpoint_loses_traffic_gradually_is_probed_and_comes_back() -> None:

@@ -20,18 +20,18 @@ ENGINE = {"dtype": "float32", "threads": 1, "max_sequences": 8, "max_batch_token
 
 
 class RunningFleet:
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str, **client: Any) -> None:
         self.process = process
         self.url = url
-        self.client = httpx.Client(base_url=url, timeout=60)
+        self.client = httpx.Client(base_url=url, timeout=60, **client)
 
     def model(self, number: int = 0) -> dict[str, Any]:
         """FleetStatus of one model."""
         models: list[dict[str, Any]] = self.client.get("/fleet").json()["models"]
         return models[number]
 
-    def endpoints(self) -> dict[str, dict[str, Any]]:
-        return {endpoint["name"]: endpoint for endpoint in self.model()["endpoints"]}
+    def endpoints(self, model: int = 0) -> dict[str, dict[str, Any]]:
+        return {endpoint["name"]: endpoint for endpoint in self.model(model)["endpoints"]}
 
     def busy(self) -> dict[str, Any]:
         """The one endpoint that has requests."""
@@ -47,8 +47,8 @@ def pid_of(endpoint: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def running_fleet(folder: Path, deployment: dict[str, Any]) -> Iterator[RunningFleet]:
-    """On any free port. Ends with SIGTERM, and with it everything that it started."""
+def running_fleet(folder: Path, deployment: dict[str, Any], **client: Any) -> Iterator[RunningFleet]:
+    """On any free port. Ends with SIGTERM, and with it everything that it started. `client`: how to speak to it."""
     file = folder / f"fleet-{len(list(folder.glob('fleet-*.yaml')))}.yaml"
     file.write_text(yaml.safe_dump({"port": 0, **deployment}))
     process = subprocess.Popen(
@@ -60,8 +60,8 @@ def running_fleet(folder: Path, deployment: dict[str, Any]) -> Iterator[RunningF
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert "http://" in line, f"the fleet did not start: {line!r}"
-        fleet = RunningFleet(process, line.split()[-1].removesuffix("/v1"))
+        assert "://" in line, f"the fleet did not start: {line!r}"
+        fleet = RunningFleet(process, line.split()[-1].removesuffix("/v1"), **client)
         wait_until(lambda: fleet.client.get("/ready").status_code == 200, 30, "the fleet to be ready")
         yield fleet
     finally:

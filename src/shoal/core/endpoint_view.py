@@ -1,4 +1,4 @@
-"""One endpoint as a gateway sees it: what it was sent, how fast it has been, and what a further request would wait there.
+"""One endpoint as a gateway sees it: what it was sent, how fast it was, and how long a further request would wait.
 
 What this gateway sent is counted exactly. Reports of the endpoint add what others sent, for as long as they are fresh.
 No call costs more than a few microseconds: work over all running requests is done once in so many events.
@@ -89,10 +89,9 @@ class EndpointView:
         self._prefill_since = 0.0
         """Since when the oldest request that waits may have been prefilled."""
         self._period: tuple[float, int, int] | None = None
-        """Prefill observed: since when, tokens and requests since. None while nothing waits, or what waits was held up by
-        something else."""
+        """Prefill observed: since when, tokens and requests since. None while nothing waits."""
         self._window: tuple[float, int] | None = None
-        """Decoding observed: since the end of which step, tokens since. None until a step ends with those that run now."""
+        """Decoding observed: since the end of a step, and tokens since. None until those that run now end a step."""
         self._stepped = 0.0
         """When tokens last came."""
         self._measured = (0.0, 0.0)
@@ -102,6 +101,10 @@ class EndpointView:
         self._others = 0.0
         self._others_backlog = 0.0
         """Sequences and prompt tokens that others have there, by its last report."""
+        self.output_cost = 0.0
+        """Seconds of one more token of output: of the request, and of all that run beside it."""
+        self.prompt_cost = 0.0
+        """Seconds that those that run lose, in sum, while one more token is prefilled."""
         self._stale = True
         self._refreshed = 0.0
         self._refresh(0.0)
@@ -176,6 +179,7 @@ class EndpointView:
             self._hold_up(now)
             del self.waiting[request_id]
             self.backlog -= work.num_new
+            self._held -= work.num_new
             self._promised -= work.expected
         else:
             if self._departures(0) > 0:
@@ -183,6 +187,9 @@ class EndpointView:
             work = self.running.pop(request_id, None)
             if work is None:
                 return None
+            generated = self.progress - work.started
+            self._remaining -= max(self._lengths.remaining(generated, work.limit), 1.0)
+            self._held -= work.num_new + generated
         self._changed(now)
         return work
 
@@ -226,7 +233,10 @@ class EndpointView:
         return self.backlog + self._promised + max(self._remaining, float(len(self.running)))
 
     def first_token_in(self, num_new: int, now: float) -> float:
-        """Seconds until a request that comes now and has so many tokens to prefill would have its first token."""
+        """Seconds until a request that comes now and has so many tokens to prefill would have its first token.
+
+        What is kept of predictions is as of the last call of this: ask for it before `step_seconds` and the costs.
+        """
         if self._stale or now - self._refreshed > REFRESH_SECONDS:
             self._refresh(now)
         wait = self._queue + self._overhead + num_new * self._token_seconds
@@ -242,11 +252,6 @@ class EndpointView:
         if self._tight:
             wait += self._departures(num_new) * self._departure_seconds
         return wait
-
-    @property
-    def token_seconds(self) -> float:
-        """Of prefill, for one token."""
-        return self._token_seconds
 
     @property
     def step_seconds(self) -> float:
@@ -276,6 +281,8 @@ class EndpointView:
         self._token_seconds = prefill.slope
         self._overhead = prefill.intercept
         self._step = decode.at(running + len(self.waiting) + 1)
+        self.output_cost = self._step + running * decode.slope
+        self.prompt_cost = running * prefill.slope
         self._queue = (self.backlog + backlog) * prefill.slope
         self._busy = bool(self.waiting or self.running)
         head = next(iter(self.waiting.values())).num_new * prefill.slope if self.waiting else 0.0
@@ -306,7 +313,8 @@ class EndpointView:
         self._window = (now, 0) if now == self._stepped else None
         self._stale = True
         self._uncounted += 1
-        if self._uncounted >= 4 and self._uncounted * 8 >= len(self.running) + len(self.waiting):
+        requests = len(self.running) + len(self.waiting)
+        if not requests or (self._uncounted >= 4 and self._uncounted * 8 >= requests):
             self._count()
 
     def _count(self) -> None:

@@ -33,12 +33,17 @@ class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: PolicyName = "predicted_completion"
     load_limit: float = 1.25
     """An endpoint with more than so many times the mean of outstanding tokens gets nothing for affinity's sake."""
+    first_token_weight: float = 6.0
+    """Of predicted_completion: what a second until the first token counts for, in seconds of the rest of the output.
+    1 ends requests soonest; more lets a request rather run slower than wait."""
     block_size: int = 64
     """Tokens of a block in `RouteRequest.blocks`. The gateway's own: endpoints may have any other."""
 
     def __post_init__(self) -> None:
         if self.load_limit < 1:
             raise ValueError(f"load_limit must be at least 1, got {self.load_limit}")
+        if not self.first_token_weight > 0:
+            raise ValueError(f"first_token_weight must be greater than 0, got {self.first_token_weight}")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
 
@@ -66,7 +71,7 @@ class LearnedSpeed(msgspec.Struct, frozen=True, kw_only=True):
 class Router:
     def __init__(self, config: RoutingConfig) -> None:
         self.config = config
-        self.policy = make_policy(config.policy, config.load_limit)
+        self.policy = make_policy(config.policy, config.load_limit, config.first_token_weight)
         self.lengths = OutputLengths()
         self.prefixes = PrefixIndex()
         self.views: dict[str, EndpointView] = {}
@@ -185,7 +190,7 @@ class Router:
             self._find_typical()
 
     def _find_typical(self) -> None:
-        """The median endpoint, for prefill and for decode: what is supposed of those that have not been seen of late."""
+        """The median endpoint, for prefill and for decode: what is supposed of those that were not seen of late."""
         prefill = _median([view.prefill for view in self.views.values()], TYPICAL_PROMPT)
         if prefill is not None:
             self._speeds.typical_prefill = prefill.coefficients

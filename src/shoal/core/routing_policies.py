@@ -59,21 +59,28 @@ class LeastTokens:
 
 
 class PredictedCompletion:
-    """The one that would have ended the request first.
+    """The one where the request ends first, where a second until the first token counts for a few, and where others
+    lose little by it.
 
     A request's end: what is queued ahead of it, its own prefill without what the endpoint has cached, and as many steps
-    as its output is expected to take, all at the endpoint's own speed.
+    as its output is expected to take, all at the endpoint's own speed. Others lose the time that it is prefilled, in
+    which they do not stream, and what their steps are longer with one more. Without that term a prompt that is cached
+    somewhere fills that endpoint up before the next one gets to know it.
     """
 
     uses_prefix = True
 
+    def __init__(self, first_token_weight: float) -> None:
+        self.first_token_weight = first_token_weight
+
     def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
         now, expected, cached = question.now, question.expected, question.cached
+        weight = self.first_token_weight
         num_prompt = question.request.num_prompt
         best, least = views[0], float("inf")
         for view in views:
             num_new = max(num_prompt - cached.get(view.name, 0), 1) if cached else num_prompt
-            cost = view.first_token_in(num_new, now) + expected * view.step_seconds
+            cost = weight * view.first_token_in(num_new, now) + expected * view.output_cost + num_new * view.prompt_cost
             if cost < least or (cost == least and view.turn < best.turn):
                 best, least = view, cost
         return best
@@ -122,21 +129,20 @@ class SessionAffinity:
         return seed
 
 
-def make_policy(name: str, load_limit: float) -> Policy:
+def make_policy(name: str, load_limit: float, first_token_weight: float) -> Policy:
     """ValueError for a name that is no policy; its message is for the user."""
+    if name == "predicted_completion":
+        return PredictedCompletion(first_token_weight)
+    if name == "least_tokens":
+        return LeastTokens()
     if name == "prefix_affinity":
         return PrefixAffinity(load_limit)
     if name == "session_affinity":
         return SessionAffinity(load_limit)
-    plain: dict[str, type[RoundRobin] | type[LeastTokens] | type[PredictedCompletion]] = {
-        "round_robin": RoundRobin,
-        "least_tokens": LeastTokens,
-        "predicted_completion": PredictedCompletion,
-    }
-    if name not in plain:
-        known = ", ".join([*plain, "prefix_affinity", "session_affinity"])
-        raise ValueError(f"policy {name!r} is not known; the policies are {known}")
-    return plain[name]()
+    if name == "round_robin":
+        return RoundRobin()
+    known = "predicted_completion, least_tokens, prefix_affinity, session_affinity, round_robin"
+    raise ValueError(f"policy {name!r} is not known; the policies are {known}")
 
 
 def _by_turn(view: EndpointView) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from shoal.serve.books import Book
 from shoal.serve.errors import ApiError
@@ -151,6 +152,8 @@ class EventStream:
         self._wake: asyncio.Future[None] | None = None
         self._is_complete = False
         self._is_cut = False
+        self._wire: Wire | None = None
+        """Once what came before is sent."""
         self.work: Work
 
     def open(self, num_choices: int) -> None:
@@ -158,13 +161,12 @@ class EventStream:
         self._unsent += [event(chunk) for chunk in self._form.opening(num_choices)]
 
     def piece(self, index: int, piece: Piece) -> None:
-        if self._position is not None:
-            self._put(self._position.after(index, piece))
+        mark = b"" if self._position is None else self._position.after(index, piece)
         plain = self._plain.get(index)
         if plain is not None and piece.finish is None and not piece.logprobs:
-            self._put(plain.event(piece))
+            self._put(mark + plain.event(piece))
         else:
-            self._put(event(self._form.chunk(index, piece)))
+            self._put(mark + event(self._form.chunk(index, piece)))
             if plain is None and piece.finish is None and not piece.logprobs:
                 self._plain[index] = _Plain(self._form, index)
         if self.work.left == 0:
@@ -189,25 +191,30 @@ class EventStream:
         """Close the connection where it stands."""
         self._is_cut = self._is_complete = True
         self._unsent.clear()
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     def _put(self, data: bytes) -> None:
+        if self._wire is not None and not self._unsent and self._wire.write(data):
+            return
         self._unsent.append(data)
         self._unsent_bytes += len(data)
         if self._unsent_bytes > _MOST_UNSENT_BYTES and not self._is_complete:
             self._is_complete = True
             self._unsent.clear()
             self.work.abandon()
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+        self._wake_up()
 
     def _close(self) -> None:
         self._put(b"data: [DONE]\n\n")
         self._is_complete = True
+        self._wake_up()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send_all(send))
+        sending = asyncio.create_task(self._send_all(send, Wire.below(scope)))
         watching = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait([sending, watching], return_when=asyncio.FIRST_COMPLETED)
@@ -219,11 +226,12 @@ class EventStream:
                 self._is_complete = True
                 self.work.abandon()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, wire: Wire | None) -> None:
         loop = asyncio.get_running_loop()
         await send({"type": "http.response.start", "status": 200, "headers": self.headers})
         while self._unsent or not self._is_complete:
             if not self._unsent:
+                self._wire = wire
                 self._wake = loop.create_future()
                 await self._wake
             data = b"".join(self._unsent)
@@ -232,6 +240,38 @@ class EventStream:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         if not self._is_cut:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        elif wire is not None:
+            await wire.close()
+
+
+class Wire:
+    """The connection below the server's layers: an event goes out where it is made. A task that is woken, and a message
+    that is passed down to the connection, cost as much as all else that is done for a token."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._flow = cycle.flow
+
+    @classmethod
+    def below(cls, scope: Scope) -> Wire | None:
+        """None where something else than uvicorn serves."""
+        cycle = getattr(scope["state"].get("send"), "__self__", None)
+        return cls(cycle) if isinstance(cycle, RequestResponseCycle) else None
+
+    def write(self, data: bytes) -> bool:
+        """Part of a body whose start was sent. False where it has to wait, or cannot be sent so."""
+        cycle = self._cycle
+        if self._flow.write_paused or not cycle.chunked_encoding or cycle.disconnected:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    async def close(self) -> None:
+        """Without an end, so that nobody takes it for one."""
+        self._transport.abort()
+        while not self._cycle.disconnected:
+            await asyncio.sleep(0.001)
 
 
 class Position:

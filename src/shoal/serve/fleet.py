@@ -209,6 +209,8 @@ class Fleet:
                 pool.measure(now)
                 pool.expire(now)
                 pool.pump_soon()
+                if pool.is_starting:
+                    continue
                 change = self.degrader.observe(name, pool.num_ready, pool.expected_wait(now), now)
                 if change is not None:
                     pool.degradations += change.phase == "degraded"

@@ -168,9 +168,9 @@ class Flight:
             output = msgspec.structs.replace(output, num_cached=self.num_cached)
         if output.finish is not None:
             del self.generated[output.index]
+            if not self.generated:
+                self._end(attempt, None)  # first: the receiver may find that it has all and say so
         self.receiver.output(output)
-        if output.finish is not None and not self.generated:
-            self._end(attempt, None)
 
     def _first_of(self, attempt: FlightAttempt, now: float) -> None:
         """The first token of an attempt: where two were under way, this one has it."""
@@ -255,8 +255,7 @@ class Flight:
         self.is_over = True
         if finished is not None:
             self.attempts.remove(finished)
-            finished.member.ended(finished, None)
-            finished.member.completed += 1
+            finished.member.completed_one(finished)
             self._on_end(self, finished)
         for attempt in list(self.attempts):
             self._give_up(attempt)

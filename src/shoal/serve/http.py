@@ -127,7 +127,7 @@ class Server:
                 await app(scope, receive, send)
                 return
             request_id = _request_id(scope["headers"])
-            scope["state"] = {"arrived": time.monotonic(), "request_id": request_id}
+            scope["state"] = {"arrived": time.monotonic(), "request_id": request_id, "send": send}
 
             def send_with_id(message: Message) -> Awaitable[None]:
                 if message["type"] == "http.response.start":

@@ -9,7 +9,7 @@ from shoal.core.fleet_types import EndpointFailure, EndpointReport, EndpointStat
 from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
 from shoal.core.router import Router
 from shoal.core.types import Rejected
-from shoal.serve.endpoint import Endpoint
+from shoal.serve.endpoint import Endpoint, EndpointInfo
 from shoal.serve.flight import FlightAttempt
 
 DEFAULT_SEQUENCES = 256
@@ -23,6 +23,8 @@ class Member:
         self.router = router
         self.health = health
         self.spare = spare
+        self.info: EndpointInfo | None = None
+        """Once it was started for the first time."""
         self.state: EndpointState = "starting"
         self.reason: str | None = None
         """Why it is not ready."""
@@ -48,7 +50,7 @@ class Member:
 
     def started(self, now: float) -> None:
         """The endpoint is of use, for the first time or anew."""
-        info = self.endpoint.info
+        self.info = info = self.endpoint.info
         self.router.add(
             self.name,
             max_sequences=info.max_sequences,
@@ -66,7 +68,7 @@ class Member:
     @property
     def most_sequences(self) -> int:
         """That it is sent at once, about: what waits beyond that waits here, where its turn is decided."""
-        return self.endpoint.info.max_sequences or DEFAULT_SEQUENCES
+        return (self.info and self.info.max_sequences) or DEFAULT_SEQUENCES
 
     def takes(self, now: float, *, spares: bool) -> bool:
         """Whether it may get a request now. `spares`: those that are kept back are needed."""
@@ -92,16 +94,19 @@ class Member:
         self.breaker.worked(attempt.request.id)
         self.router.first_token(attempt.flight.request.id, self.name, now)
 
-    def ended(self, attempt: FlightAttempt, reason: EndpointFailure | Rejected | None) -> None:
+    def completed_one(self, attempt: FlightAttempt) -> None:
+        """It brought a request to its end."""
+        self.completed += 1
+        self.ended(attempt, None, whole=True)
+
+    def ended(self, attempt: FlightAttempt, reason: EndpointFailure | Rejected | None, *, whole: bool = False) -> None:
         """Whatever the reason; None if the endpoint is not to blame."""
         if self.attempts.pop(attempt.request.id, None) is None:
             return
         now = time.monotonic()
         self.num_sequences -= len(sequences_of(attempt.request))
         self.watch.working(bool(self.attempts), now)
-        self.router.finished(
-            attempt.flight.request.id, self.name, attempt.num_tokens, now, ok=reason is None and attempt.flight.is_over
-        )
+        self.router.finished(attempt.flight.request.id, self.name, attempt.num_tokens, now, ok=whole)
         if isinstance(reason, EndpointFailure):
             self.failures += reason.kind != "drained"
             self.breaker.failed(attempt.request.id, reason.kind, now, reason.retry_after)
@@ -125,7 +130,6 @@ class Member:
         return stepped or not self.attempts
 
     def status(self, now: float) -> EndpointStatus:
-        has_info = hasattr(self.endpoint, "info")
         report = self.report
         speed = self.router.speed(self.name, now)
         if speed is not None and not speed.known:
@@ -136,8 +140,8 @@ class Member:
             address=self.endpoint.address,
             state="draining" if self.draining and self.state != "down" else self.state,
             reason=self.reason,
-            layout=self.endpoint.info.layout if has_info else "",
-            dtype=self.endpoint.info.dtype if has_info else "",
+            layout="" if self.info is None else self.info.layout,
+            dtype="" if self.info is None else self.info.dtype,
             epoch=self.epoch,
             restarts=self.restarts,
             spare=self.spare,

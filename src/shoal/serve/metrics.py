@@ -61,13 +61,15 @@ class RequestTimer:
         self._num_unfinished = num_sequences
 
     def observe(self, piece: Piece) -> None:
-        now, i, m = time.monotonic(), piece.index, self._metrics
+        i, m = piece.index, self._metrics
         self._num_tokens[i] += len(piece.token_ids)
         if self._first[i] is None and piece.token_ids:
+            now = time.monotonic()
             self._first[i] = (now, len(piece.token_ids))
             m._ttft.observe(now - self._arrived)
         if piece.finish is None:
             return
+        now = time.monotonic()
         self._num_unfinished -= 1
         m._requests.labels(piece.finish).inc()
         m._e2e.observe(now - self._arrived)

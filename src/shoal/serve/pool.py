@@ -26,6 +26,9 @@ from shoal.serve.flight import Flight, FlightAttempt, FlightObserver, Receiver
 from shoal.serve.member import Member
 
 _DEADLINE_GRACE = 0.2
+"""Seconds."""
+_CAUTION = 1.2
+"""A request that begins and then misses its deadline has wasted what it was given."""
 
 
 class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,19 +76,16 @@ class Pool:
 
     @property
     def max_len(self) -> int:
-        """Of the endpoint that takes the least: a request must fit each, or it could not move."""
-        return min(member.endpoint.info.max_len for member in self._known())
+        """Of the endpoint that takes the least: a request must fit each, or it could not move. Raises ApiError."""
+        known = [member.info.max_len for member in self.members.values() if member.info is not None]
+        if not known:
+            raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
+        return min(known)
 
     @property
     def is_known(self) -> bool:
         """Whether an endpoint has said what it is."""
-        return any(hasattr(member.endpoint, "info") for member in self.members.values())
-
-    def _known(self) -> list[Member]:
-        known = [member for member in self.members.values() if hasattr(member.endpoint, "info")]
-        if not known:
-            raise ApiError(503, f"no endpoint of {self.name!r} has been started yet", code="no_endpoint")
-        return known
+        return any(member.info is not None for member in self.members.values())
 
     def submit(
         self,
@@ -128,6 +128,7 @@ class Pool:
                 weight=weight,
                 priority=request.priority,
                 deadline=request.deadline,
+                service_seconds=self._service_seconds(flight.route, now),
             ),
             now,
         )
@@ -139,6 +140,21 @@ class Pool:
         self._budget.request(now)
         self._pump()
         return flight
+
+    def _service_seconds(self, route: RouteRequest, now: float) -> float:
+        """From its dispatch to its end, as predicted where it ends soonest; 0 for a request that has no deadline."""
+        if route.deadline is None:
+            return 0.0
+        ready = [
+            name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
+        ]
+        predicted = [prediction.completion for prediction in self.router.predict(route, ready, now)]
+        return _CAUTION * min(predicted, default=0.0)
+
+    def _is_learned(self, name: str, now: float) -> bool:
+        """Whether it has been seen how fast an endpoint is: nobody is refused for a guess."""
+        speed = self.router.speed(name, now)
+        return speed is not None and speed.known
 
     def pump_soon(self) -> None:
         """Once what happens now was taken in: an engine that is lost says so for each request before it is gone."""
@@ -288,6 +304,11 @@ class Pool:
     @property
     def num_ready(self) -> int:
         return sum(member.state == "ready" and not member.draining for member in self.members.values())
+
+    @property
+    def is_starting(self) -> bool:
+        """For the first time: it is neither up nor down."""
+        return all(member.state == "starting" and not member.epoch for member in self.members.values())
 
     def expected_wait(self, now: float) -> float:
         """Seconds that a request like those that wait would wait; infinite: it would be refused."""

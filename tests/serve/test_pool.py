@@ -1,0 +1,448 @@
+"""Requests over endpoints that do whatever they like: each token comes once, in order, and each request ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.core.admission import AdmissionConfig
+from shoal.core.degradation import Degrader
+from shoal.core.engine_core import sequences_of
+from shoal.core.fleet_types import EndpointFailure, EndpointReport, FailureKind
+from shoal.core.health import HealthConfig
+from shoal.core.retry_budget import RetryBudget
+from shoal.core.router import RoutingConfig
+from shoal.core.types import Output, Rejected, Request
+from shoal.serve.endpoint import Attempt, EndpointInfo, EndpointListener
+from shoal.serve.errors import ApiError
+from shoal.serve.fleet import Fleet, SupervisionConfig
+from shoal.serve.flight import Flight
+from shoal.serve.pool import FailoverConfig, Pool
+
+LENGTH = 12
+
+
+def token(index: int, position: int) -> int:
+    """What any endpoint draws there."""
+    return 100 * index + position
+
+
+class ScriptedEndpoint:
+    """Does what it is told, one attempt at a time. Attempts that it has lost or that were taken from it are remembered,
+    for what it may say late."""
+
+    kind = "shoal"
+    address = "in this test"
+
+    def __init__(self, name: str, max_sequences: int = 64) -> None:
+        self.name = name
+        self.info = EndpointInfo(
+            max_len=1000, vocab_size=10_000, block_size=16, max_sequences=max_sequences, exact_resume=True
+        )
+        self.attempts: dict[str, tuple[Attempt, dict[int, list[int]]]] = {}
+        self.gone: list[tuple[Attempt, dict[int, list[int]]]] = []
+        self.steps = 0
+        self.listener: EndpointListener
+        self.starts = 0
+
+    async def start(self, listener: EndpointListener) -> None:
+        self.listener = listener
+        self.starts += 1
+
+    async def stop(self) -> None:
+        pass
+
+    def submit(self, attempt: Attempt) -> None:
+        sequences = {index: list(tokens) for index, tokens in sequences_of(attempt.request).items()}
+        for index, tokens in sequences.items():
+            assert tokens == [token(index, position) for position in range(len(tokens))], "resumed with what it has"
+            assert len(tokens) < attempt.request.max_tokens, "something is left to do"
+        self.attempts[attempt.request.id] = attempt, sequences
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        found = self.attempts.get(request_id)
+        if found is None:
+            return
+        if index is not None:
+            found[1].pop(index, None)
+        if index is None or not found[1]:
+            self.gone.append(self.attempts.pop(request_id))
+
+    def step(self, request_id: str, count: int = 1) -> None:
+        """Draw tokens of every sequence of an attempt."""
+        attempt, sequences = self.attempts[request_id]
+        self.steps += 1
+        self.listener.reported(self.name, EndpointReport(at=asyncio.get_running_loop().time(), steps=self.steps))
+        self._draw(attempt, sequences, count)
+        if not sequences:
+            self.attempts.pop(request_id, None)
+
+    def _draw(self, attempt: Attempt, sequences: dict[int, list[int]], count: int) -> None:
+        for index, tokens in list(sequences.items()):
+            new = [token(index, p) for p in range(len(tokens), min(len(tokens) + count, attempt.request.max_tokens))]
+            tokens += new
+            done = len(tokens) == attempt.request.max_tokens
+            if done:
+                del sequences[index]
+            attempt.output(Output(attempt.request.id, index, new, finish="length" if done else None))
+
+    def speak_late(self) -> None:
+        """As one that wakes up, of everything that was taken from it."""
+        for attempt, sequences in self.gone:
+            self._draw(attempt, {index: list(tokens) for index, tokens in sequences.items()}, 3)
+
+    def fail(self, request_id: str, kind: FailureKind) -> None:
+        self.gone.append(self.attempts.pop(request_id))
+        self.gone[-1][0].ended(EndpointFailure(kind=kind, message="as told"))
+
+    def die(self) -> None:
+        for request_id in list(self.attempts):
+            self.fail(request_id, "lost")
+        self.listener.gone(self.name, "it died")
+
+
+class Client:
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, str] = {}
+        self.error: ApiError | None = None
+
+    def output(self, output: Output) -> None:
+        assert self.error is None and output.index not in self.finish, "nothing comes after the end"
+        assert output.finish != "lost"
+        self.tokens.setdefault(output.index, []).extend(output.token_ids)
+        if output.finish is not None:
+            self.finish[output.index] = output.finish
+
+    def failed(self, error: ApiError) -> None:
+        assert self.error is None
+        self.error = error
+
+    def check(self) -> None:
+        for index, tokens in self.tokens.items():
+            assert tokens == [token(index, position) for position in range(len(tokens))], "a token is lost or repeated"
+
+
+class Scene:
+    """A fleet of scripted endpoints, whose clock is the loop's."""
+
+    def __init__(self, count: int, **failover: Any) -> None:
+        self.events: list[str] = []
+        self.pool = Pool(
+            "m",
+            RoutingConfig(policy="least_tokens"),
+            FailoverConfig(**failover),
+            AdmissionConfig(),
+            RetryBudget(ratio=1.0, floor=100.0),
+            lambda kind, message: self.events.append(kind),
+        )
+        health = HealthConfig(stall_seconds=0.3, first_seconds=0.3, fence_seconds=0.1)
+        supervision = SupervisionConfig(restart_seconds=0.01)
+        self.fleet = Fleet({"m": self.pool}, Degrader({}, ["m"]), health, supervision)
+        self.endpoints = [ScriptedEndpoint(f"e{number}") for number in range(count)]
+        self.clients: dict[str, Client] = {}
+        self.flights: dict[str, Flight] = {}
+        self._ids = itertools.count()
+
+    async def __aenter__(self) -> Scene:
+        await asyncio.gather(*(self.fleet.add(endpoint, self.pool) for endpoint in self.endpoints))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.fleet.stop()
+
+    def ask(self, **fields: Any) -> str:
+        request = Request(id=f"r{next(self._ids)}", prompt=[1, 2, 3], **({"max_tokens": LENGTH} | fields))
+        self.clients[request.id] = Client()
+        self.flights[request.id] = self.pool.submit(request, self.clients[request.id])
+        return request.id
+
+    def running(self) -> Iterator[tuple[ScriptedEndpoint, str]]:
+        for endpoint in self.endpoints:
+            for request_id in list(endpoint.attempts):
+                yield endpoint, request_id
+
+    async def do(self, action: str, argument: Any, random: Any) -> None:
+        """One step of a story; those that need a running attempt do nothing without one."""
+        endpoint = self.endpoints[argument] if action in ("die", "late", "drain") else None
+        if action == "ask":
+            self.ask(n=argument)
+        elif action == "die" and endpoint:
+            endpoint.die()
+        elif action == "late" and endpoint:
+            endpoint.speak_late()
+        elif action == "drain" and endpoint:
+            member = self.fleet.member(endpoint.name)
+            member.draining = not member.draining
+            self.pool.move_all(member, EndpointFailure(kind="drained", message="told"))
+        elif action == "wait":
+            await self.settle()
+        elif running := list(self.running()):
+            self._do_to(*random.choice(running), action, argument)
+
+    def _do_to(self, endpoint: ScriptedEndpoint, attempt_id: str, action: str, argument: Any) -> None:
+        flight = self.flights[attempt_id.rpartition(".")[0]]
+        if action == "step":
+            endpoint.step(attempt_id, argument)
+        elif action == "fail":
+            endpoint.fail(attempt_id, argument)
+        elif action == "workers":
+            attempt, _ = endpoint.attempts[attempt_id]
+            attempt.output(Output(attempt_id, 0, [], finish="lost", error="a rank died"))
+        else:
+            flight.abort(argument if action == "abort" else None)
+
+    async def settle(self) -> None:
+        """Let what is due happen: moves, restarts."""
+        await asyncio.sleep(0.03)
+
+    async def finish(self) -> None:
+        """Everything to its end."""
+        for _ in range(200):
+            await asyncio.sleep(0.005)
+            for endpoint, request_id in self.running():
+                if request_id in endpoint.attempts:
+                    endpoint.step(request_id, LENGTH)
+            if not self.pool.flights:
+                return
+        raise AssertionError(f"these did not end: {list(self.pool.flights)}")
+
+
+def play(scene: Callable[[], Any]) -> None:
+    asyncio.run(scene())
+
+
+KINDS: tuple[FailureKind, ...] = ("lost", "refused", "overloaded", "hung", "error", "drained")
+ACTIONS = st.one_of(
+    st.tuples(st.just("ask"), st.integers(1, 3)),
+    st.tuples(st.just("step"), st.integers(1, 5)),
+    st.tuples(st.just("fail"), st.sampled_from(KINDS)),
+    st.tuples(st.just("workers"), st.just(0)),
+    st.tuples(st.just("die"), st.integers(0, 2)),
+    st.tuples(st.just("late"), st.integers(0, 2)),
+    st.tuples(st.just("abort"), st.integers(0, 2)),
+    st.tuples(st.just("leave"), st.just(0)),
+    st.tuples(st.just("drain"), st.integers(0, 2)),
+    st.tuples(st.just("wait"), st.just(0)),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ACTIONS, max_size=25), st.randoms(use_true_random=False))
+def test_whatever_endpoints_do_each_token_comes_once_and_each_request_ends(actions: list[Any], random: Any) -> None:
+    async def scene() -> None:
+        async with Scene(3, most_lost=1000, most_retries=1000) as scene:
+            for action, argument in actions:
+                await scene.do(action, argument, random)
+                for client in scene.clients.values():
+                    client.check()
+            for member in scene.fleet.members():
+                member.draining = False
+                member.breaker.reset()
+            await scene.settle()
+            await scene.finish()
+            for endpoint in scene.endpoints:
+                endpoint.speak_late()
+            for client in scene.clients.values():
+                client.check()
+                assert client.error is None
+                for index, finish in client.finish.items():
+                    assert finish == "length" and len(client.tokens[index]) == LENGTH
+            assert all(not member.attempts and not member.num_sequences for member in scene.fleet.members())
+
+    asyncio.run(scene())
+
+
+def test_a_moved_request_goes_on_with_what_it_has() -> None:
+    async def scene() -> None:
+        async with Scene(2) as scene:
+            request_id = scene.ask(n=2)
+            ((endpoint, attempt_id),) = scene.running()
+            endpoint.step(attempt_id, 5)
+            endpoint.die()
+            await scene.settle()
+            ((other, moved),) = scene.running()
+            assert other is not endpoint and other.attempts[moved][0].request.resume == {
+                index: [token(index, position) for position in range(5)] for index in range(2)
+            }
+            await scene.finish()
+            assert scene.pool.migrations == 1
+            scene.clients[request_id].check()
+
+    play(scene)
+
+
+def test_an_endpoint_that_hangs_is_fenced_and_what_it_says_late_is_dropped() -> None:
+    async def scene() -> None:
+        async with Scene(2) as scene:
+            request_id = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            endpoint.step(attempt_id, 2)
+            scene.fleet.start_watching()
+            member = scene.fleet.member(endpoint.name)
+            epoch = member.epoch
+            await asyncio.sleep(0.8)
+            assert member.state == "fenced" and member.epoch == epoch + 1
+            ((other, moved),) = scene.running()
+            assert other is not endpoint
+            endpoint.speak_late()
+            assert scene.clients[request_id].tokens == {0: [token(0, 0), token(0, 1)]}
+            other.step(moved, 3)
+            endpoint.speak_late()
+            await scene.finish()
+            assert scene.clients[request_id].tokens[0] == [token(0, p) for p in range(LENGTH)]
+            endpoint.listener.reported(
+                endpoint.name, EndpointReport(at=asyncio.get_running_loop().time(), steps=endpoint.steps + 1)
+            )
+            assert member.state == "ready"
+
+    play(scene)
+
+
+def test_with_nowhere_to_go_a_hung_endpoint_keeps_what_it_has() -> None:
+    async def scene() -> None:
+        async with Scene(1) as scene:
+            scene.ask()
+            scene.fleet.start_watching()
+            await asyncio.sleep(0.8)
+            assert scene.fleet.member("e0").state == "suspect" and len(list(scene.running())) == 1
+            await scene.finish()
+
+    play(scene)
+
+
+def test_a_request_that_endpoints_die_of_is_given_up() -> None:
+    async def scene() -> None:
+        async with Scene(3, most_lost=3) as scene:
+            poison, other = scene.ask(), scene.ask()
+            for _ in range(3):
+                endpoint = next(e for e in scene.endpoints if any(a.startswith(f"{poison}.") for a in e.attempts))
+                for attempt_id in list(endpoint.attempts):
+                    if attempt_id.startswith(f"{other}."):
+                        endpoint.step(attempt_id)  # the other one gets on between the deaths
+                endpoint.die()
+                await scene.settle()
+            error = scene.clients[poison].error
+            assert error is not None and error.code == "endpoints_lost"
+            await scene.finish()
+            assert scene.clients[other].error is None and len(scene.clients[other].tokens[0]) == LENGTH
+
+    play(scene)
+
+
+def test_the_first_token_is_hedged_and_the_later_one_is_dropped() -> None:
+    async def scene() -> None:
+        async with Scene(2, hedge_seconds=0.05) as scene:
+            request_id = scene.ask()
+            assert len(list(scene.running())) == 1
+            await asyncio.sleep(0.1)
+            (slow, first), (quick, second) = scene.running()
+            quick.step(second)
+            assert not slow.attempts and scene.pool.hedges == 1
+            slow.speak_late()
+            await scene.finish()
+            assert scene.clients[request_id].tokens[0] == [token(0, p) for p in range(LENGTH)]
+            assert first != second
+
+    play(scene)
+
+
+def test_what_the_client_did_wrong_is_the_answer_and_no_failure() -> None:
+    async def scene() -> None:
+        async with Scene(2) as scene:
+            request_id = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            attempt, _ = endpoint.attempts.pop(attempt_id)
+            attempt.ended(Rejected(attempt_id, "that cannot be", "prompt"))
+            error = scene.clients[request_id].error
+            assert error is not None and error.status == 400 and error.param == "prompt"
+            member = scene.fleet.member(endpoint.name)
+            assert member.breaker.state == "closed" and member.failures == 0
+
+    play(scene)
+
+
+def test_room_is_kept_in_the_gateway() -> None:
+    """What an endpoint cannot run at once waits here, where its turn is decided."""
+
+    async def scene() -> None:
+        async with Scene(0) as scene:
+            endpoint = ScriptedEndpoint("small", max_sequences=2)
+            scene.endpoints.append(endpoint)
+            await scene.fleet.add(endpoint, scene.pool)
+            for _ in range(5):
+                scene.ask()
+            assert len(endpoint.attempts) == 3 and scene.pool.status(0.0).waiting == 2
+            await scene.finish()
+            assert all(len(client.tokens[0]) == LENGTH for client in scene.clients.values())
+
+    play(scene)
+
+
+def test_a_deadline_ends_a_request_wherever_it_is() -> None:
+    async def scene() -> None:
+        async with Scene(1) as scene:
+            scene.fleet.start_watching()
+            request_id = scene.ask(deadline=asyncio.get_running_loop().time() + 0.2)
+            ((endpoint, attempt_id),) = scene.running()
+            endpoint.step(attempt_id, 2)
+            await asyncio.sleep(0.8)
+            client = scene.clients[request_id]
+            assert client.finish == {0: "deadline"} and len(client.tokens[0]) == 2
+            assert not endpoint.attempts
+
+    play(scene)
+
+
+def test_drain_waits_for_what_runs_and_moves_it_when_it_takes_too_long() -> None:
+    async def scene() -> None:
+        async with Scene(2) as scene:
+            request_id = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            endpoint.step(attempt_id, 2)
+            draining = asyncio.create_task(scene.fleet.drain(endpoint.name, 0.2))
+            await asyncio.sleep(0.1)
+            assert endpoint.attempts, "control: it is waited for"
+            scene.ask()
+            assert len(endpoint.attempts) == 1, "nothing new"
+            await draining
+            assert not endpoint.attempts
+            await scene.finish()
+            assert len(scene.clients[request_id].tokens[0]) == LENGTH
+
+    play(scene)
+
+
+def test_without_any_endpoint_a_request_is_refused_after_a_while() -> None:
+    async def scene() -> None:
+        async with Scene(1, wait_seconds=0.3) as scene:
+            scene.fleet.start_watching()
+            scene.fleet.member("e0").become("down", "told")
+            request_id = scene.ask()
+            await asyncio.sleep(0.7)
+            error = scene.clients[request_id].error
+            assert error is not None and error.status == 503 and error.code == "no_endpoint"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("kind", ["error", "overloaded", "refused"])
+def test_retries_have_a_budget(kind: FailureKind) -> None:
+    async def scene() -> None:
+        async with Scene(2) as scene:
+            scene.pool._budget = RetryBudget(ratio=0.0, floor=2.0)
+            request_id = scene.ask()
+            for _ in range(3):
+                ((endpoint, attempt_id),) = scene.running()
+                endpoint.fail(attempt_id, kind)
+                await scene.settle()
+            error = scene.clients[request_id].error
+            assert error is not None and error.status == 503 and error.code == "endpoint_failed"
+
+    play(scene)
