@@ -15,9 +15,9 @@ import httptools
 import msgspec
 
 Loss = Literal["refused", "unreachable", "closed", "lost", "timeout"]
-"""refused: nothing listens there · unreachable: no connection for another reason, or not in time · closed: the connection
-ended before a byte of the answer · lost: it ended early, or what came is not HTTP · timeout: no whole answer in time
-(only of `fetch`)."""
+"""refused: nothing listens there · unreachable: no connection for another reason, or not in time · closed: the
+connection ended before a byte of the answer · lost: it ended early, or what came is not HTTP · timeout: no whole answer
+in time (only of `fetch`)."""
 
 _MAX_KEPT = 32
 """Idle connections; more are closed."""
