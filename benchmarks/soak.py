@@ -109,7 +109,8 @@ async def run(given: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="shoal-soak-") as directory:
         file = Path(directory) / "fleet.yaml"
         model = {"name": MODEL, "model": MODEL, "replicas": given.replicas, **ENGINE}
-        file.write_text(yaml.safe_dump({"models": [model]}))
+        journal = {"location": str(Path(directory) / "journal.db")}
+        file.write_text(yaml.safe_dump({"models": [model], "journal": journal}))
         deployment = Deployment(file)
         watch = FleetWatch(deployment)
         suite = None
@@ -121,7 +122,7 @@ async def run(given: argparse.Namespace) -> int:
             suite = Suite(deployment, watch, options)
             await suite.measure_undisturbed()
             kinds = [kind for kind in KINDS if kind.name in FAULTS and not kind.lacks(suite.arena)]
-            kinds = [kind for kind in kinds if not kind.through_proxies]
+            suite.go_through_proxies()
             sampling = asyncio.create_task(sample(watch, deployment, samples))
             rows, total = await disturb(suite, kinds, given.minutes * 60, rng)
         finally:

@@ -155,6 +155,30 @@ def test_the_factory_reads_a_grammar_and_the_vocabulary_once(compiler):
     assert len(loads) == 1
 
 
+def test_a_prepared_factory_has_the_vocabulary_before_the_first_grammar(compiler):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return VOCABULARY.info()
+
+    factory = GrammarFactory(load)
+    factory.prepare()
+    assert len(loads) == 1
+    factory.state(compile_grammar("choice", '["a"]', compiler))
+    assert len(loads) == 1
+
+
+def test_what_cannot_be_prepared_is_said_to_who_asks_for_a_grammar(compiler):
+    def load():
+        raise GrammarError("no end-of-text token")
+
+    factory = GrammarFactory(load)
+    factory.prepare()
+    with pytest.raises(GrammarError, match="no end-of-text"):
+        factory.state(compile_grammar("choice", '["a"]', compiler))
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "message"),
     [

@@ -141,3 +141,13 @@ def test_grammar_from_the_checkpoints_own_tokenizer(checkpoint):
     text = tokenizer.decode(drawn)
     assert text[4:] in ("-jan", "-feb") and text[:4].isdigit()
     worker.close()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_worker_that_is_to_prepare_grammars_has_done_so_once_it_is_ready(checkpoint, monkeypatch, wanted):
+    loads = []
+    monkeypatch.setattr("shoal.engine.worker._tokenizer_info", lambda path, spec: loads.append(path))
+    worker = Worker(config(checkpoint, prepare_grammars=wanted))
+    worker.start()
+    assert len(loads) == wanted
+    worker.close()

@@ -126,15 +126,15 @@ def test_processes_are_not_mixed_up() -> None:
 
 
 class Slowly(http.server.BaseHTTPRequestHandler):
-    """A body of 40 kB in forty parts, a part every 20 ms."""
+    """A body of 20 kB in twenty parts, a part every 20 ms."""
 
     def do_GET(self) -> None:
         self.send_response(200)
-        self.send_header("content-length", "40000")
+        self.send_header("content-length", "20000")
         self.end_headers()
         wait = threading.Event()
         with contextlib.suppress(OSError):
-            for _ in range(40):
+            for _ in range(20):
                 self.wfile.write(b"x" * 1000)
                 wait.wait(0.02)
 
@@ -199,10 +199,10 @@ def test_links(
     proof, result = asyncio.run(under(make(used, used), used.url))
     assert int(proof.split()[0]) > 0
     if arrives:
-        assert result == b"x" * 40000, "what was held comes late, whole and once"
+        assert result == b"x" * 20000, "what was held comes late, whole and once"
     else:
         assert isinstance(result, ConnectionLost)
-    assert asyncio.run(fetch(used.url, "/", seconds=20)).body == b"x" * 40000, "healed"
+    assert asyncio.run(fetch(used.url, "/", seconds=20)).body == b"x" * 20000, "healed"
 
 
 def test_a_proxy_refuses(proxies: tuple[ProxyThread, ProxyThread]) -> None:
@@ -226,7 +226,7 @@ def test_a_partition_holds_new_connections_too(proxies: tuple[ProxyThread, Proxy
         used.set_rules(Rules())
         return (await task).body
 
-    assert asyncio.run(act()) == b"x" * 40000
+    assert asyncio.run(act()) == b"x" * 20000
 
 
 def test_slow_connections_need_someone_to_connect_to(server: int) -> None:

@@ -118,6 +118,7 @@ def test_a_report_shows_what_was_broken() -> None:
         streams=4,
         endpoints=["a"],
         undisturbed=tally([outcome()], {0: outcome()}),
+        prefill_again=0.5,
         capacity=1.0,
         tokens_per_second=2.0,
         unstable=[],

@@ -69,21 +69,21 @@ def run(directory: Path, wanted: Options, *, flaws: tuple[str, ...] = (), extern
 
 
 def test_a_fleet_that_keeps_the_contract(tmp_path: Path) -> None:
-    report = run(tmp_path, options("kill", "bad-bodies", "client-reset", kills=2))
+    report = run(tmp_path, options("kill", "client-reset"))
     assert not [breach for row in report.rows for breach in row.breaches], report.markdown()
     kill = report.rows[0]
-    assert kill.injected == 2 and len(kill.evidence) == 2
+    assert kill.injected == len(kill.evidence) == 1
     assert kill.detection is not None and kill.recovery is not None
     assert "lives on" in kill.control, "the control failed to prove a kill"
     assert all(row.control for row in report.rows)
     assert {row.fault: row.tally.breaks > 0 for row in report.rows} == {
         "kill": False,
         "client-reset": True,
-        "bad-bodies": False,
     }
     assert not report.unstable
 
 
+@pytest.mark.full_faults
 def test_a_hang(tmp_path: Path) -> None:
     report = run(tmp_path, options("hang"))
     assert not report.rows[0].breaches, report.markdown()
@@ -91,6 +91,7 @@ def test_a_hang(tmp_path: Path) -> None:
     assert "not stopped" in report.rows[0].control
 
 
+@pytest.mark.full_faults
 def test_links(tmp_path: Path) -> None:
     report = run(tmp_path, options("reset", "partition", "kill"), external=True)
     assert not [breach for row in report.rows for breach in row.breaches], report.markdown()
@@ -104,9 +105,9 @@ def test_links(tmp_path: Path) -> None:
     ("flaws", "complaints"),
     [
         (("repeat", "leaks"), ("duplicate tokens", "KV blocks were left")),
-        (("gap", "blind"), ("missing tokens", "never showed")),
-        (("breaks",), ("lost", "broken off")),
-        (("fails",), ("failed",)),
+        pytest.param(("gap", "blind"), ("missing tokens", "never showed"), marks=pytest.mark.full_faults),
+        pytest.param(("breaks",), ("lost", "broken off"), marks=pytest.mark.full_faults),
+        pytest.param(("fails",), ("failed",), marks=pytest.mark.full_faults),
     ],
 )
 def test_a_fleet_that_breaks_it_is_found_out(

@@ -71,7 +71,7 @@ def test_where_an_answer_ends(answer: bytes, then_close: bool) -> None:
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhi", True, "lost", "closed before"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhi", False, "timeout", "no answer to GET /x within 1 s"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 1001\r\n\r\n" + b"z" * 1001, False, "lost", "larger than 1000 bytes"),
-        (b"", True, "lost", "closed before"),
+        (b"", True, "closed", "closed before"),
     ],
 )
 def test_what_is_no_answer(answer: bytes, then_close: bool, kind: str, message: str) -> None:

@@ -320,6 +320,57 @@ def test_a_killed_server_fails_what_runs_and_is_gone_at_once() -> None:
     asyncio.run(main())
 
 
+def test_a_dead_server_whose_balancer_accepts_connections_and_closes_them_is_gone() -> None:
+    async def main() -> None:
+        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, fleet):
+            port = int(server.url.rsplit(":", 1)[1])
+            closed = 0
+
+            def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                nonlocal closed
+                closed += 1
+                writer.close()
+
+            server._server.close()
+            balancer = await asyncio.start_server(close, "127.0.0.1", port)
+            server.close_idle_connections()
+            async with balancer:
+                # Requests that keep coming are no reason to believe in it.
+                async with asyncio.timeout(5):
+                    number = 0
+                    while fleet.gone_because is None:
+                        number += 1
+                        endpoint.submit(late := RecordedAttempt(request(id=f"late{number}")))
+                        await asyncio.sleep(0)
+                    await late.wait()
+                    assert failure(late).kind == "lost"
+            assert closed >= 3 and "closed before" in (fleet.gone_because or "")
+
+    asyncio.run(main())
+
+
+def test_one_connection_that_is_closed_says_nothing_of_a_server() -> None:
+    async def main() -> None:
+        async with OpenAIServer() as server, endpoint_at(server.url) as (endpoint, fleet):
+            port = int(server.url.rsplit(":", 1)[1])
+            was_closed = asyncio.Event()
+
+            def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                balancer.close()  # the next connection is the server's
+                writer.close()
+                was_closed.set()
+
+            server._server.close()
+            balancer = await asyncio.start_server(close, "127.0.0.1", port)
+            server.close_idle_connections()
+            await was_closed.wait()  # it was the poll's
+            server._server = await asyncio.start_server(server._serve, "127.0.0.1", port)
+            assert (await result(endpoint, request())).reason is None
+            assert fleet.gone_because is None
+
+    asyncio.run(main())
+
+
 def test_a_server_that_shuts_down_may_complete_its_streams_but_not_hold_them() -> None:
     async def main() -> None:
         async with OpenAIServer(step_seconds=0.02) as server, endpoint_at(server.url) as (endpoint, fleet):

@@ -137,7 +137,7 @@ class Scene:
         self.pool = Pool(
             "m",
             RoutingConfig(policy="least_tokens"),
-            FailoverConfig(**failover),
+            FailoverConfig(**({"again_seconds": 0.0} | failover)),
             AdmissionConfig(),
             RetryBudget(ratio=1.0, floor=100.0),
             lambda kind, message: self.events.append(kind),
@@ -466,5 +466,46 @@ def test_retries_have_a_budget(kind: FailureKind) -> None:
                 await scene.settle()
             error = scene.clients[request_id].error
             assert error is not None and error.status == 503 and error.code == "endpoint_failed"
+
+    play(scene)
+
+
+def test_a_request_does_not_go_again_and_again_to_an_endpoint_that_is_dead_and_not_known_to_be() -> None:
+    async def scene() -> None:
+        async with Scene(2, again_seconds=0.2) as scene:
+            dead, other = scene.endpoints
+            scene.fleet.member(other.name).draining = True
+            first = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            assert endpoint is dead
+            dead.fail(attempt_id, "lost")
+            await scene.settle()
+            assert not list(scene.running()), "it waits"
+            # Others have not found out, and do not wait behind it.
+            second = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            assert endpoint is dead and attempt_id.startswith(second)
+            scene.fleet.member(other.name).draining = False
+            scene.pool.pump_soon()
+            await scene.settle()
+            assert [running_id for running_id in other.attempts if running_id.startswith(first)]
+            await scene.finish()
+            assert scene.clients[first].error is None and scene.clients[first].finish == {0: "length"}
+
+    play(scene)
+
+
+def test_a_request_may_go_again_to_the_only_endpoint_there_is() -> None:
+    async def scene() -> None:
+        async with Scene(1, again_seconds=0.1) as scene:
+            scene.fleet.start_watching()
+            request_id = scene.ask()
+            ((endpoint, attempt_id),) = scene.running()
+            endpoint.fail(attempt_id, "lost")
+            async with asyncio.timeout(5):
+                while not list(scene.running()):
+                    await asyncio.sleep(0.01)
+            await scene.finish()
+            assert scene.clients[request_id].finish == {0: "length"}
 
     play(scene)

@@ -43,6 +43,7 @@ ENGINE_FLAGS = {
     "prefix_caching": "prefix_caching",
     "depth": "depth",
     "warm_spares": "warm_spares",
+    "prepare_grammars": "prepare_grammars",
     "tensor_parallel_size": "layout.tp",
     "pipeline_parallel_size": "layout.pp",
     "expert_parallel": "layout.ep",
@@ -186,6 +187,10 @@ WarmSpares = Annotated[
     int | None,
     typer.Option(min=0, help="Loaded ranks that wait for others to fail. [default: 0]", rich_help_panel=_PARALLEL),
 ]
+PrepareGrammars = Annotated[
+    bool | None,
+    typer.Option("--prepare-grammars", help="Be ready for structured output first.", rich_help_panel=_ENGINE),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -293,6 +298,7 @@ def serve(
     expert_load: ExpertLoad = None,
     redundant_experts: RedundantExperts = None,
     warm_spares: WarmSpares = None,
+    prepare_grammars: PrepareGrammars = None,
     launcher: LauncherName = None,
     launch_host: LaunchHost = None,
     launch_port: LaunchPort = None,

@@ -95,6 +95,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Further experts of every layer that a rank has room for, copies of those with the most rows in `expert_load`."""
     warm_spares: int = 0
     """Further sets of ranks that are kept loaded, to take over when a rank fails. Each takes as much memory again."""
+    prepare_grammars: bool = False
+    """Be ready for grammars before the engine is. Else the first one makes the sequences beside it wait for a second;
+    an engine of several always is, for requests of others may come to it at any time."""
     ops: Literal["auto", "native", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, or torch."""
     step_log: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -73,11 +74,16 @@ class GrammarFactory:
     """Makes the states of an engine's sequences. Keeps the grammars used last: `n` sequences and preemptions share."""
 
     def __init__(self, load_info: Callable[[], xgrammar.TokenizerInfo], max_grammars: int = 32) -> None:
-        """`load_info` is called once, when the first grammar comes: most engines never see one."""
+        """`load_info` is called once, by `prepare` or when the first grammar comes."""
         self._load_info = load_info
         self._info: xgrammar.TokenizerInfo | None = None
         self._max_grammars = max_grammars
         self._grammars: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Do now what the first grammar would wait for. What fails is said to the one who asks for a grammar."""
+        with contextlib.suppress(Exception):
+            self._info = self._load_info()
 
     def state(self, compiled: str, tokens: Sequence[int] = ()) -> GrammarState:
         """A state behind `tokens`. Raises GrammarError if `compiled` is not a grammar for this vocabulary."""

@@ -154,6 +154,7 @@ class Worker:
         laps = self._laps
         laps.resume(time.monotonic())  # between the two all ranks were waited for
         cache = decoder.new_cache(agreed.num_blocks, config.block_size)
+        grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
         self._runner = Runner(
             decoder,
             cache,
@@ -162,7 +163,7 @@ class Worker:
             vocab_size=decoder.spec.vocab_size,
             device=decoder.device,
             ops=decoder.ops,
-            grammars=GrammarFactory(lambda: _tokenizer_info(path, decoder.spec)),
+            grammars=grammars,
             peers=decoder.tensor,
             context=decoder.context,
             draws=self.draws,
@@ -171,6 +172,9 @@ class Worker:
         if progress is not None:
             progress(StartProgress("warming up", 0.0))
         self._warm_up(min(_WARM_UP_TOKENS, agreed.max_len - 1))
+        if config.prepare_grammars and self.draws:
+            # Not in a thread beside the weights: imports hold the interpreter's lock, which every tensor waits for.
+            grammars.prepare()
         for experts in decoder.experts.values():
             experts.start_counting()
         laps.end("warm-up", time.monotonic())

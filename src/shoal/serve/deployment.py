@@ -172,6 +172,14 @@ def engine_configs(model: ModelDeployment, path: str) -> list[EngineConfig]:
         if step_log is not None and count > 1:
             step_log = f"{step_log}/replica-{number}"
         configs.append(
-            msgspec.structs.replace(config, model=path, layout=alone, threads=threads, device=device, step_log=step_log)
+            msgspec.structs.replace(
+                config,
+                model=path,
+                layout=alone,
+                threads=threads,
+                device=device,
+                step_log=step_log,
+                prepare_grammars=config.prepare_grammars or count > 1,
+            )
         )
     return configs

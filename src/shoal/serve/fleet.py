@@ -36,6 +36,8 @@ class SupervisionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     restart_seconds: float = 0.2
     """Before an endpoint that was lost is started anew, or connected to again; twice as long after each failure."""
     restart_most_seconds: float = 30.0
+    reconnect_most_seconds: float = 2.0
+    """The same of an endpoint that somebody else starts: to ask whether it is back costs next to nothing."""
     steady_seconds: float = 60.0
     """An endpoint that ran for so long is started at once again."""
     hung_seconds: float = 30.0
@@ -92,6 +94,7 @@ class Fleet:
     async def _keep(self, member: Member, pool: Pool, first: asyncio.Future[None]) -> None:
         """Start it; whenever it is lost, start it anew."""
         config, failures = self.supervision, 0
+        longest = config.restart_most_seconds if member.endpoint.kind == "shoal" else config.reconnect_most_seconds
         lost = self._lost[member.name]
         while True:
             lost.clear()
@@ -113,7 +116,7 @@ class Fleet:
                 pool.pump_soon()
                 await lost.wait()
                 failures = 0 if time.monotonic() - began > config.steady_seconds else failures + 1
-            await asyncio.sleep(min(config.restart_seconds * 2 ** min(failures - 1, 16), config.restart_most_seconds))
+            await asyncio.sleep(min(config.restart_seconds * 2 ** min(failures - 1, 16), longest))
 
     async def remove(self, name: str) -> None:
         """At once: what it has is moved."""

@@ -102,6 +102,8 @@ class Flight:
         self.barren = 0
         """Endpoints that were lost in a row without a single token of it: it may be what they die of."""
         self.avoid: list[str] = []
+        self.lost_at: dict[str, float] = {}
+        """Monotonic second at which it last found an endpoint dead, by name."""
         self.num_delivered = 0
         self.num_cached = 0
         """As the first endpoint said: what later ones find in their caches is not the client's prompt alone."""
@@ -193,6 +195,8 @@ class Flight:
             attempt.member.endpoint.abort(attempt.request.id)
         if attempt.heard:
             self.num_moves += 1
+        if isinstance(reason, EndpointFailure) and reason.kind in ("lost", "refused"):
+            self.lost_at[attempt.member.name] = time.monotonic()
         if attempt.member.name not in self.avoid:
             self.avoid.append(attempt.member.name)
         if self._observer is not None:

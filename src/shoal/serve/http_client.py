@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-Loss = Literal["refused", "unreachable", "lost", "timeout"]
-"""refused: nothing listens there · unreachable: no connection for another reason, or not in time · lost: the connection
-ended early, or what came is not HTTP · timeout: no whole answer in time (only of `fetch`)."""
+Loss = Literal["refused", "unreachable", "closed", "lost", "timeout"]
+"""refused: nothing listens there · unreachable: no connection for another reason, or not in time · closed: the
+connection ended before a byte of the answer · lost: it ended early, or what came is not HTTP · timeout: no whole answer
+in time (only of `fetch`)."""
 
 _MAX_KEPT = 32
 """Idle connections; more are closed."""
@@ -274,7 +275,7 @@ class _Connection(asyncio.Protocol):
             exchange.finish()
         else:
             what = f"the connection was lost: {exc}" if exc else "the connection was closed before the answer's end"
-            exchange.fail(HttpError("lost", what))
+            exchange.fail(HttpError("lost" if self._received else "closed", what))
 
     # --- httptools --------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ class OpenAIAttempt:
         self.attempt = attempt
         self.request = attempt.request
         self.heard_at = time.monotonic()
+        """Of the last byte; before there is one, of its beginning."""
+        self.has_heard = False
         self._open = {index: Sequence(index, list(tokens)) for index, tokens in sequences_of(self.request).items()}
         """Sequences that have not ended."""
         self._streams: dict[CompletionStream, None] = {}
@@ -207,6 +209,7 @@ class CompletionStream:
 
     def body(self, data: bytes) -> None:
         now = self._try.heard_at = time.monotonic()
+        self._try.has_heard = True
         if self._status != 200:
             self._error = (self._error + data)[:_MAX_ERROR_BYTES]
             return
@@ -229,7 +232,7 @@ class CompletionStream:
 
     def failed(self, error: HttpError) -> None:
         self._try.endpoint.poll_soon()
-        self._ended("lost" if error.kind == "lost" else "refused", str(error))
+        self._ended("lost" if error.kind in ("lost", "closed") else "refused", str(error))
 
     def _ended(self, kind: FailureKind, message: str) -> None:
         self._try.lost_stream(self, EndpointFailure(kind=kind, message=message))

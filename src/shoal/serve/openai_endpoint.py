@@ -216,18 +216,24 @@ class OpenAIEndpoint:
         self._wake.set()
 
     async def _watch(self, listener: EndpointListener) -> None:
+        was_closed = False
         while True:
             self._wake.clear()
             try:
                 answer = await self._client.fetch("GET", self._poll_path, seconds=_ANSWER_SECONDS)
             except HttpError as error:
-                if error.kind == "refused":
-                    self._end_refused_streams(time.monotonic())
-                    if not self._tries:
+                # Before a server that is not there a balancer accepts connections, only to close them. Twice, for the
+                # first may have been a connection that something else reset.
+                if error.kind == "refused" or (error.kind == "closed" and was_closed):
+                    if not self._still_completes(time.monotonic()):
                         self._watcher = None
                         listener.gone(self.name, str(error))
                         return
+                elif error.kind == "closed":
+                    self._wake.set()
+                was_closed = error.kind == "closed"
             else:
+                was_closed = False
                 if answer.status == 200:
                     self._polled(listener, dialect.load_of(answer.body))
             self._end_idle_streams(time.monotonic())
@@ -248,12 +254,14 @@ class OpenAIEndpoint:
         self._load = load
         self._report(listener, now)
 
-    def _end_refused_streams(self, now: float) -> None:
+    def _still_completes(self, now: float) -> bool:
         """A server that shuts down refuses new connections while it completes its streams. vLLM on SIGTERM does not
         complete them: it ends its engine at once, and then waits without end for their clients to leave."""
+        recent = [one.has_heard and now - one.heard_at <= _REFUSED_SECONDS for one in self._tries.values()]
         for one in list(self._tries.values()):
-            if now - one.heard_at > _REFUSED_SECONDS:
+            if not any(recent) or now - one.heard_at > _REFUSED_SECONDS:
                 one.fail(EndpointFailure(kind="lost", message="it refuses connections and sends nothing any more"))
+        return any(recent)
 
     def _end_idle_streams(self, now: float) -> None:
         for one in list(self._tries.values()):

@@ -38,6 +38,8 @@ class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Of one request, after answers that say that an endpoint is in trouble."""
     most_lost: int = 3
     """Endpoints that may die in a row with a request before it had a token there: it may be what they die of."""
+    again_seconds: float = 0.5
+    """Until a request goes again to an endpoint that it has found dead: the fleet notices faster that one is."""
     hedge_seconds: float | None = None
     """Ask a second endpoint where the first token is not there after so long. None is never."""
 
@@ -166,14 +168,8 @@ class Pool:
         """Place what waits, as far as there is room."""
         self._pump_is_due = False
         now = time.monotonic()
-        while self._moving:
-            flight = self._moving[0]
-            if not flight.is_over:
-                member = self._choose(flight, now)
-                if member is None:
-                    return
-                self._send(flight, member, now)
-            self._moving.popleft()
+        if not self._place_moving(now):
+            return
         place: dict[str, Member] = {}
 
         def can_place(item: QueuedRequest) -> bool:
@@ -185,11 +181,33 @@ class Pool:
         while (item := self._queue.take(can_place, now)) is not None:
             self._send(self.flights[item.id], place[item.id], now)
 
+    def _place_moving(self, now: float) -> bool:
+        """False if there is no room for all of them."""
+        later = []
+        while self._moving and self._candidates(now):
+            flight = self._moving.popleft()
+            if flight.is_over:
+                continue
+            member = self._choose(flight, now)
+            if member is None:
+                later.append(flight)
+            else:
+                self._send(flight, member, now)
+        has_room = not self._moving
+        self._moving.extendleft(reversed(later))
+        return has_room
+
     def _choose(self, flight: Flight, now: float) -> Member | None:
-        needed = any(member.state != "ready" or member.draining for member in self.members.values() if not member.spare)
-        candidates = [name for name, member in self.members.items() if member.takes(now, spares=needed)]
-        name = self.router.route(flight.route_now(), candidates, now)
+        # It would find an endpoint that is dead and not yet known to be as it has just found it.
+        again = self.failover.again_seconds
+        able = [name for name in self._candidates(now) if flight.lost_at.get(name, -inf) + again <= now]
+        name = self.router.route(flight.route_now(), able, now)
         return None if name is None else self.members[name]
+
+    def _candidates(self, now: float) -> list[str]:
+        """Those with room."""
+        needed = any(member.state != "ready" or member.draining for member in self.members.values() if not member.spare)
+        return [name for name, member in self.members.items() if member.takes(now, spares=needed)]
 
     def _send(self, flight: Flight, member: Member, now: float) -> None:
         flight.dispatch(member, now)

@@ -14,6 +14,7 @@ from shoal.checkpoint.tokenizer import load_tokenizer
 from shoal.core.config import EngineConfig
 from shoal.core.degradation import Degrader
 from shoal.core.retry_budget import RetryBudget
+from shoal.engine.grammar import GrammarError
 from shoal.serve.deployment import Deployment, EndpointAddress, ModelDeployment, engine_configs, fallbacks
 from shoal.serve.endpoint import Endpoint, EndpointStartError
 from shoal.serve.engine_client import EngineStartError, Progress
@@ -147,6 +148,10 @@ async def open_session(
             vocab_size = load_spec(path).vocab_size
             session.generators[name] = Generator(pool, tokenizer, str(path), deployment.limits, vocab_size)
         try:
+            for name, generator in session.generators.items():
+                if session.models[name].prepare_grammars:
+                    with contextlib.suppress(GrammarError):  # it is said to who asks for a grammar
+                        await generator.grammars.start()
             yield session
         finally:
             for generator in session.generators.values():

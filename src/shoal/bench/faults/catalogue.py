@@ -30,7 +30,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     detect_seconds: float | None = None
     """/fleet shows it within this."""
     gap_seconds: float | None = None
-    """The longest gap is at most the undisturbed TTFT of nine requests in ten, which a new prefill takes, and this."""
+    """The longest gap is at most what it takes to prefill again what was there, as measured, and this."""
     returns: bool = False
     """The endpoint serves again by itself."""
 
@@ -261,7 +261,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         name="child",
-        about="SIGKILL for a process below an endpoint's own, which lives on",
+        about="SIGKILL for the largest process below an endpoint's own, which lives on",
         make=_on_process(injectors.KillChild),
         lacks=_CHILD,
         target=_has_child,

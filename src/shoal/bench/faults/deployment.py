@@ -207,6 +207,16 @@ class Deployment:
         server = self.external.get(base_of(endpoint.address))
         return None if server is None else server.identity
 
+    async def serves(self, endpoint: EndpointStatus) -> bool:
+        """Whether a server that whoever runs the suite started answers; of others the gateway knows it alone."""
+        server = self.external.get(base_of(endpoint.address))
+        if server is None:
+            return True
+        try:
+            return (await fetch(server.url, "/v1/models", headers={}, seconds=5)).status == 200
+        except ConnectionLost:
+            return False
+
     def proxy_of(self, endpoint: EndpointStatus) -> ProxyThread | None:
         return self.proxies.get(base_of(endpoint.address))
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from shoal.bench.faults.proxy import Counters, ProxyThread, Rules
-from shoal.bench.processes import Process, comes_true, descendants, find
+from shoal.bench.processes import Process, comes_true, descendants, find, resident_bytes
 from shoal.core.fleet_types import EndpointStatus
 
 _EFFECT_SECONDS = 1.0
@@ -74,7 +74,7 @@ class KillChild:
 
     async def inject(self) -> None:
         _require(self._target)
-        self._child = _youngest_child(self._target)
+        self._child = _largest_child(self._target)
         if self._child is None:
             raise NotInjected(f"process {self._target.pid} has no child")
         victim = self._child if self._aim == self._target else self._aim
@@ -305,9 +305,10 @@ def _require(target: Process) -> None:
         raise NotInjected(f"process {target.pid} was gone before the fault")
 
 
-def _youngest_child(process: Process) -> Process | None:
+def _largest_child(process: Process) -> Process | None:
+    """What computes: beside it a server has helpers whose end nobody notices."""
     children = descendants(process.pid)
-    return max(children, key=lambda child: (child.started, child.pid), default=None)
+    return max(children, key=lambda child: (resident_bytes(child.pid), child.pid), default=None)
 
 
 def _send(process: Process, number: signal.Signals) -> None:

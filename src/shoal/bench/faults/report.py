@@ -46,6 +46,8 @@ class Report(msgspec.Struct, kw_only=True):
     streams: int
     endpoints: list[str]
     undisturbed: Tally
+    prefill_again: float
+    """Seconds in which as many new prompts as move when an endpoint is lost had their first tokens, without faults."""
     capacity: float
     """Requests a second without faults, with as many clients as `streams`."""
     tokens_per_second: float
@@ -61,7 +63,8 @@ class Report(msgspec.Struct, kw_only=True):
         head = (
             f"Seed {self.seed}, {self.streams} clients at once, endpoints: {', '.join(self.endpoints)}. Undisturbed: "
             f"{self.capacity:.1f} requests/s, {self.tokens_per_second:.0f} tokens/s, longest gap "
-            f"{self.undisturbed.longest_gap:.2f} s, longest TTFT {self.undisturbed.longest_ttft:.2f} s."
+            f"{self.undisturbed.longest_gap:.2f} s, longest TTFT {self.undisturbed.longest_ttft:.2f} s; as "
+            f"many prompts as move when an endpoint is lost are prefilled in {self.prefill_again:.2f} s."
         )
         lines = [head, ""]
         if self.unstable:

@@ -19,7 +19,7 @@ from shoal.bench.faults.injectors import NotInjected
 from shoal.bench.faults.oracle import Tally, differences, tally
 from shoal.bench.faults.proxy import ProxyThread
 from shoal.bench.faults.report import Report, Row
-from shoal.bench.faults.workload import Spec, mix, with_stop
+from shoal.bench.faults.workload import Spec, mix, unseen, with_stop
 from shoal.bench.processes import comes_true
 from shoal.core.fleet_types import EndpointStatus
 
@@ -127,8 +127,8 @@ class Suite:
         self.unstable: list[Spec] = []
         self._undisturbed = Tally()
         self._prefill_seconds = 0.05
-        self._usual_ttft = 0.0
-        """What nine of ten requests wait at most for their first token without faults: what a new prefill takes."""
+        self._prefill_again = 0.0
+        """Seconds in which the others prefill what an endpoint has, beside what they do anyway."""
         self._strikes: list[tuple[float, float]] = []
         """From when until when the faults of the present row struck."""
 
@@ -162,6 +162,25 @@ class Suite:
         await asyncio.sleep(self._options.undisturbed_seconds)
         await load.stop()
         self._learn(load.outcomes, time.monotonic() - began)
+        await self._measure_prefill()
+
+    async def _measure_prefill(self) -> None:
+        """As many prompts as move when an endpoint is lost, as long as these are, at once, and cached nowhere.
+
+        Each endpoint gets as many as when an equal share of the clients' requests moves to all others.
+        """
+        load = self.load()
+        load.start()
+        await asyncio.sleep(self._options.warm_seconds)
+        count = -(-self._options.streams // max(1, len(self._watch.endpoints) - 1))
+        known = [outcome.usage for outcome in self.references.values() if outcome.usage is not None]
+        length = sum(prompt + generated // 2 for prompt, generated in known) // max(1, len(known))
+        specs = [unseen(self.arena.model, max(1, length), self._rng) for _ in range(count)]
+        outcomes = await asyncio.gather(*(self._client.run(spec) for spec in specs))
+        await load.stop()
+        self._prefill_again = max(
+            ((outcome.first_token or outcome.ended) - outcome.sent for outcome in outcomes), default=0.0
+        )
 
     def _at(self, url: str) -> Client:
         options = self._options
@@ -181,7 +200,6 @@ class Suite:
         waits = sorted(o.first_token - o.sent for o in outcomes if o.first_token is not None)
         if waits:
             self._prefill_seconds = waits[len(waits) // 2] / 2
-            self._usual_ttft = waits[len(waits) * 9 // 10]
         self.arena.capacity = self._undisturbed.completed / seconds
         self.arena.tokens_per_second = self._undisturbed.tokens / seconds
         self.arena.longest_answer = max(outcome.ended - outcome.sent for outcome in outcomes)
@@ -210,7 +228,7 @@ class Suite:
         await self._settle()
         before = self._deployment.footprint()
         if kind.through_proxies:
-            self._open_client_proxies()
+            self.go_through_proxies()
         try:
             row.control = await self._control(kind)
             outcomes = await self._under_load(kind, row)
@@ -294,7 +312,12 @@ class Suite:
             lives = endpoint is not None and self._deployment.process_of(endpoint) is not None
             return self._watch.restored(name, began) is not None and self._watch.all_ready and lives >= has_process
 
-        came = await comes_true(returned, self._options.return_seconds, every=0.05)
+        until = time.monotonic() + self._options.return_seconds
+        target = self._watch.endpoints.get(name)
+        # A gateway that has noticed nothing yet still calls it ready.
+        while target is not None and not await self._deployment.serves(target) and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        came = await comes_true(returned, until - time.monotonic(), every=0.05)
         noticed, restored = self._watch.noticed(name, began), self._watch.restored(name, began)
         if noticed is None:
             row.breaches.append(f"/fleet never showed that {name} was gone")
@@ -313,7 +336,8 @@ class Suite:
     def _window(self, kind: Kind) -> float:
         return self._options.window if kind.window and self._options.window is not None else kind.window
 
-    def _open_client_proxies(self) -> None:
+    def go_through_proxies(self) -> None:
+        """Requests from now on, so that clients' connections can be reset."""
         for gateway in self._deployment.gateways:
             if gateway.url not in self.arena.client_proxies:
                 self.arena.client_proxies[gateway.url] = ProxyThread("127.0.0.1", gateway.port)
@@ -333,9 +357,9 @@ class Suite:
             )
         row.kv_left = self._watch.kv_usage
 
-        # Connections to endpoints that speak HTTP are kept to be used again, at most one for each client.
-        by_http = any(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
-        pooled = self._options.streams if by_http else 0
+        # Connections to endpoints that speak HTTP are kept to be used again: of each as many as clients were at it.
+        by_http = sum(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
+        pooled = self._options.streams * by_http
 
         def grown() -> dict[str, int]:
             after = self._deployment.footprint()
@@ -359,7 +383,7 @@ class Suite:
             row.breaches.append(f"{t.unanswered} connections were broken off before an answer")
         row.breaches += t.complaints
         if contract.gap_seconds is not None:
-            row.gap_limit = self._usual_ttft + contract.gap_seconds
+            row.gap_limit = self._prefill_again + contract.gap_seconds
             if t.gap_at_fault > row.gap_limit:
                 row.late.append(f"a fault made a gap of {t.gap_at_fault:.2f} s, over {row.gap_limit:.2f} s")
         if contract.detect_seconds is not None and (row.detection or 0.0) > contract.detect_seconds:
@@ -375,6 +399,7 @@ class Suite:
             streams=self._options.streams,
             endpoints=[f"{e.name} ({e.kind} {e.layout} {e.dtype})".strip() for e in self._watch.endpoints.values()],
             undisturbed=self._undisturbed,
+            prefill_again=self._prefill_again,
             capacity=self.arena.capacity,
             tokens_per_second=self.arena.tokens_per_second,
             unstable=[spec.label for spec in self.unstable],

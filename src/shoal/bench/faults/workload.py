@@ -93,6 +93,13 @@ def _spec(model: str, number: int, feature: str, fields: dict[str, Any], max_tok
     return Spec(number=number, feature=feature, path=CHAT if is_chat else COMPLETIONS, body=body)
 
 
+def unseen(model: str, num_prompt: int, rng: random.Random) -> Spec:
+    """A prompt of so many tokens that no cache has, of ids that any vocabulary has: what it waits is its prefill."""
+    body = {"model": model, "prompt": rng.choices(range(16, 256), k=num_prompt), "temperature": 0.0}
+    body |= {"max_tokens": 2, "ignore_eos": True, "return_token_ids": True, "stream": True}
+    return Spec(number=-1, feature="unseen", path=COMPLETIONS, body=body)
+
+
 def with_stop(spec: Spec, text: str) -> Spec:
     """With a stop string taken from two thirds into the answer without one, so that it ends there and across tokens."""
     at = len(text) * 2 // 3
