@@ -19,9 +19,6 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from benchmarks.routing_rivals import CacheAware, PowerOfTwo
-from benchmarks.routing_traces import BLOCK_SIZE, TRACES, load
-
 from routing_rivals import CacheAware, PowerOfTwo
 from routing_traces import BLOCK_SIZE, TRACES, load
 from shoal.core.config import SchedulerConfig
