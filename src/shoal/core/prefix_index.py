@@ -84,7 +84,7 @@ class PrefixIndex:
             digest, _ = recent.popitem(last=False)
             self._drop(digest, bit)
         self._total += weight
-        self._weight *= 1 + 1 / (WINDOW * len(self._names))
+        self._weight *= 1 + 1 / (WINDOW * len(self._bits))
         if self._weight > MOST_WEIGHT:
             self._scale_down()
 

@@ -19,7 +19,8 @@ SLACK_REQUESTS = 2
 """By how many requests an endpoint may be over the load limit."""
 
 COPY_RELIEF = 0.75
-"""Part of the prefill of what more endpoints should have that a request is not charged for."""
+"""Part of the prefill of what more endpoints should have that a request is not charged for: the next ones there are
+spared it. Not all, so that a request does not leave its home while that has nothing else to do."""
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -72,6 +73,10 @@ class PredictedCompletion:
     as its output is expected to take, all at the endpoint's own speed. Others lose the time that it is prefilled, in
     which they do not stream, and what their steps are longer with one more. Without that term a prompt that is cached
     somewhere fills that endpoint up before the next one gets to know it.
+
+    What a larger share of the prompts begins with than the share of endpoints that have it will be computed by more of
+    them in any case. So that is charged at a discount, and done early where there is time for it, not once a queue at
+    those that have it is longer than it takes.
     """
 
     uses_prefix = True
