@@ -6,15 +6,16 @@ skewed          short prompts, and one of 200 of 32k tokens: whatever comes to a
 system prompt   four in five prompts begin with the same 4,096 tokens; every engine has a prefix cache, empty at first
 
 Rounds are interleaved: a trace is drawn for each, and every router meets it with every policy, after the mocks' prefix
-caches were emptied. Prompts are text, the same for all. The direct way, requests to the engines in turn without a
-router, is the first of a round, so that the mocks know the tokens of every text when a router is measured. Prints
-Markdown.
+caches were emptied. Prompts are text, the same for all, or with --prompt ids token ids, which sglang-router refuses.
+The direct way, requests to the engines in turn without a router, is the first of a round, so that the mocks know the
+tokens of every text when a router is measured. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -31,7 +32,7 @@ from typing import Any
 from gateway.arrivals import Arrival, to_trace
 from gateway.compare import MOST_FOREIGN, say, table
 from gateway.routers import IN_TURN, PROGRAM, Router, RouterFailed, choose_cores, find_routers, mock_engines, running
-from machine import ForeignLoad, describe, wait_until_quiet
+from machine import ForeignLoad, describe, tree_seconds, wait_until_quiet
 from report import spread
 
 LONG = 32_768
@@ -80,6 +81,8 @@ def make_trace(name: str, seed: int, rate: float, seconds: float) -> list[Arriva
 class Sample:
     figures: dict[str, Any]
     """gateway.load.Figures."""
+    cores: float
+    """That the router kept busy on average; NaN of the direct way."""
     foreign: float
 
 
@@ -142,28 +145,28 @@ class Benchmark:
                 with urllib.request.urlopen(urllib.request.Request(f"{engine}/reset_prefix_cache", b"")):
                     pass
             try:
-                with running(router, engines, self.cores.router, self._folder, policy) as (urls, _):
-                    sample = self._measure(f"{trace}, {router.name}, {policy}", urls, file)
+                with running(router, engines, self.cores.router, self._folder, policy) as (urls, pid):
+                    sample = self._measure(f"{trace}, {router.name}, {policy}", urls, pid, file)
             except RouterFailed as error:
                 results.missing[router.name] = str(error)
                 say(str(error))
                 continue
             results.samples.setdefault((trace, router.name, policy), {})[number] = sample
 
-    def _measure(self, title: str, urls: list[str], trace: Path) -> Sample:
+    def _measure(self, title: str, urls: list[str], pid: int | None, trace: Path) -> Sample:
         arguments = self._arguments
         command = ["taskset", "-c", str(self.cores.load), sys.executable, str(PROGRAM), "load", "--trace", str(trace)]
         for url in urls:
             command += ["--url", url]
-        command += ["--warm", str(arguments.warm // len(urls)), "--patience", "60"]
+        command += ["--prompt", arguments.prompt, "--warm", str(arguments.warm // len(urls)), "--patience", "60"]
         wait_until_quiet(MOST_FOREIGN, arguments.patience_quiet)
-        foreign = ForeignLoad(os.getpid())
+        foreign, before = ForeignLoad(os.getpid()), tree_seconds(pid)
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        sample = Sample(json.loads(done.stdout), foreign.cores())
-        figures = sample.figures
+        figures, used = json.loads(done.stdout), tree_seconds(pid) - before
+        sample = Sample(figures, used / figures["seconds"] if pid is not None else math.nan, foreign.cores())
         say(
-            f"{title}: TTFT {figures['ttft_p50'] * 1e3:.0f} / {figures['ttft_p99'] * 1e3:.0f} ms, foreign "
-            f"{sample.foreign:.2f} {figures['why_invalid']} {figures['first_error']}"
+            f"{title}: TTFT {figures['ttft_p50'] * 1e3:.0f} / {figures['ttft_p99'] * 1e3:.0f} ms, {sample.cores:.2f} "
+            f"cores, foreign {sample.foreign:.2f} {figures['why_invalid']} {figures['first_error']}"
         )
         return sample
 
@@ -183,7 +186,8 @@ def render(results: Results, arguments: argparse.Namespace, pinning: str) -> str
         f"- {arguments.engines} mock engines, each: prompts one after another at {arguments.prefill_rate:,.0f} "
         f"tokens/s, first token {arguments.ttft_ms:g} ms later, then one every {arguments.itl_ms:g} ms; 256 slots; "
         f"a prefix cache of {CACHE_TOKENS:,} tokens, empty when a run begins",
-        f"- Poisson arrivals, {arguments.rate:g} requests/s, {arguments.seconds:g} s a run; prompts as text",
+        f"- Poisson arrivals, {arguments.rate:g} requests/s, {arguments.seconds:g} s a run; "
+        f"prompts as {'text' if arguments.prompt == 'text' else 'token ids'}",
         f"- {pinning}",
         f"- cores busy with other processes during a run: {spread(foreign, 2)}",
         f"- rounds: {arguments.rounds}, each with a trace of its own; medians, with the range over rounds in brackets",
@@ -205,13 +209,15 @@ def _trace_table(results: Results, trace: str) -> str:
     rows = []
     for name, policy in [("direct", "in turn"), *((router.name, policy) for router, policy in results.contestants)]:
         key = (trace, name, policy if name != "direct" else IN_TURN)
-        samples = [s.figures for s in results.samples.get(key, {}).values() if s.figures["valid"]]
+        samples = [sample for sample in results.samples.get(key, {}).values() if sample.figures["valid"]]
         if not samples:
             continue
-        cells = [spread((one[figure] for one in samples), 0, 1e3) for figure in ("ttft_p50", "ttft_p99", "e2e_p50")]
-        done, offered = (sum(one[figure] for one in samples) for figure in ("completed", "offered"))
+        figures = [sample.figures for sample in samples]
+        cells = [spread((one[figure] for one in figures), 0, 1e3) for figure in ("ttft_p50", "ttft_p99", "e2e_p50")]
+        cells.append("–" if name == "direct" else spread((sample.cores for sample in samples), 2))
+        done, offered = (sum(one[figure] for one in figures) for figure in ("completed", "offered"))
         rows.append([name, policy, *cells, f"{done:,} of {offered:,}", str(len(samples))])
-    return table(["router", "policy", "TTFT p50 ms", "TTFT p99 ms", "E2E p50 ms", "completed", "rounds"], rows)
+    return table(["router", "policy", "TTFT p50 ms", "TTFT p99 ms", "E2E p50 ms", "cores", "completed", "rounds"], rows)
 
 
 def _ratios(results: Results, trace: str) -> list[str]:
@@ -235,6 +241,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--traces", default=",".join(TRACES), help="separated by commas")
     parser.add_argument("--rate", type=float, default=54.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each run")
+    parser.add_argument("--prompt", choices=["text", "ids"], default="text")
     parser.add_argument("--engines", type=int, default=8)
     parser.add_argument("--ttft-ms", type=float, default=20.0)
     parser.add_argument("--itl-ms", type=float, default=20.0)
@@ -251,6 +258,9 @@ def main(argv: list[str]) -> None:
         if trace not in TRACES:
             parser.error(f"--traces: {trace!r} is unknown; there are {', '.join(TRACES)}")
     routers, missing = find_routers(arguments.venvs, arguments.pip_option, say)
+    if arguments.prompt == "ids":
+        missing["sglang-router"] = "it takes no token ids at /v1/completions"
+        routers = [router for router in routers if router.name not in missing]
     if arguments.only:
         unknown = set(arguments.only.split(",")) - {router.name for router in routers} - set(missing)
         if unknown:

@@ -31,7 +31,7 @@ def test_most_prompts_share_their_beginning():
 
 def sample(p99, *, valid=True):
     figures = {"ttft_p50": p99 / 2, "ttft_p99": p99, "e2e_p50": 1.0, "completed": 9, "offered": 10, "valid": valid}
-    return Sample(figures, 0.0)
+    return Sample(figures, 0.25, 0.0)
 
 
 def test_the_best_policy_is_that_of_the_lowest_median_and_ratios_are_within_rounds():
@@ -51,7 +51,10 @@ def test_the_best_policy_is_that_of_the_lowest_median_and_ratios_are_within_roun
     text = "\n".join(render_trace(results, "skewed"))
     assert "that of shoal with round_robin: 0.20 (0.10–0.30)" in text
     assert "that of vllm-router with power_of_two, its best: 0.50 (0.50–0.50)" in text
-    assert "| shoal | round_robin | 500 (500–500) | 1,000 (1,000–1,000) | 1,000 (1,000–1,000) | 27 of 30 | 3 |" in text
+    assert (
+        "| shoal | round_robin | 500 (500–500) | 1,000 (1,000–1,000) | 1,000 (1,000–1,000) | 0.25 (0.25–0.25) | 27 of 30 | 3 |"
+        in text
+    )
 
 
 def test_a_round_in_which_the_generator_was_disturbed_does_not_count():
