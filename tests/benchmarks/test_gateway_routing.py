@@ -51,10 +51,8 @@ def test_the_best_policy_is_that_of_the_lowest_median_and_ratios_are_within_roun
     text = "\n".join(render_trace(results, "skewed"))
     assert "that of shoal with round_robin: 0.20 (0.10–0.30)" in text
     assert "that of vllm-router with power_of_two, its best: 0.50 (0.50–0.50)" in text
-    assert (
-        "| shoal | round_robin | 500 (500–500) | 1,000 (1,000–1,000) | 1,000 (1,000–1,000) | 0.25 (0.25–0.25) | 27 of 30 | 3 |"
-        in text
-    )
+    times = "500 (500–500) | 1,000 (1,000–1,000) | 1,000 (1,000–1,000)"
+    assert f"| shoal | round_robin | {times} | 0.25 (0.25–0.25) | 27 of 30 | 3 |" in text
 
 
 def test_a_round_in_which_the_generator_was_disturbed_does_not_count():
