@@ -2,6 +2,7 @@
 
     python benchmarks/gateway.py compare                      added latency, most streams/s, CPU: half an hour
     python benchmarks/gateway.py overload --url http://...    three times the capacity for a minute, then normal
+    python benchmarks/gateway.py routing                      TTFT by routing policy, where they differ: half an hour
     python benchmarks/gateway.py load --url http://...        one open-loop run against anything that speaks OpenAI
     python benchmarks/gateway.py mock --ports 8101,8102       mock OpenAI engines
     python benchmarks/gateway.py serve-mocks -- serve ...     shoal, whose engines are mocks
@@ -17,6 +18,7 @@ from importlib import import_module
 COMMANDS = {
     "compare": ("compare", "main"),
     "overload": ("overload", "main"),
+    "routing": ("routing_live", "main"),
     "load": ("load", "main"),
     "mock": ("mock_openai", "main"),
     "serve-mocks": ("mock_engine", "main"),

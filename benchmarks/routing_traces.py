@@ -57,12 +57,15 @@ def azure(file: str) -> Callable[[Path, random.Random, int], list[Drawn]]:
 
 
 def skewed(folder: Path, rng: random.Random, count: int) -> list[Drawn]:
-    """Short prompts, and one in 200 of 32k tokens; Poisson arrivals."""
+    """Short prompts, and one of 200 of 32k tokens; Poisson arrivals. Which one is drawn: at equal distances, all would
+    go to a few of the endpoints that are taken in turn."""
     drawn: list[Drawn] = []
-    at = 0.0
+    at, long = 0.0, 0
     for number in range(count):
         at += rng.expovariate(1.0)
-        length = 32_768 if number % 200 == 100 else min(max(round(rng.lognormvariate(6, 0.8)), 8), 4096)
+        if number % 200 == 0:
+            long = number + rng.randrange(200)
+        length = 32_768 if number == long else min(max(round(rng.lognormvariate(6, 0.8)), 8), 4096)
         drawn.append((at, [(number + 2, length)], min(max(round(rng.lognormvariate(5, 0.8)), 1), 2048)))
     return drawn
 

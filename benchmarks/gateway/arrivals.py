@@ -17,6 +17,8 @@ class Arrival:
     """Seconds from the beginning of the run: the intended send."""
     num_prompt: int
     num_output: int
+    num_shared: int = 0
+    """Tokens at the beginning of the prompt that are those of all other prompts."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ def poisson(phases: Sequence[Phase], num_prompt: int, num_output: int, seed: int
 
 def from_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> list[Arrival]:
     """An Azure trace (CSV: TIMESTAMP, ContextTokens, GeneratedTokens) or a Mooncake trace (JSON lines: timestamp in
-    milliseconds, input_length, output_length), `speed` times as fast as it was recorded.
+    milliseconds, input_length, output_length; beside what Mooncake has, shared_length may say how much of the prompt
+    all have in common), `speed` times as fast as it was recorded.
     """
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".jsonl":
-            rows = [(r["timestamp"] / 1e3, r["input_length"], r["output_length"]) for r in map(json.loads, file)]
+            rows = [
+                (r["timestamp"] / 1e3, r["input_length"], r["output_length"], r.get("shared_length", 0))
+                for r in map(json.loads, file)
+            ]
         else:
             rows = [
                 # Seven decimals of a second are one more than `fromisoformat` of Python 3.11 is sure to take.
@@ -55,9 +61,20 @@ def from_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> l
                     datetime.fromisoformat(r["TIMESTAMP"][:26]).timestamp(),
                     int(r["ContextTokens"]),
                     int(r["GeneratedTokens"]),
+                    0,
                 )
                 for r in csv.DictReader(file)
             ]
     rows.sort()
     first = rows[0][0]
-    return [Arrival((at - first) / speed, prompt, max(1, output)) for at, prompt, output in rows[:limit]]
+    return [
+        Arrival((at - first) / speed, prompt, max(1, output), shared) for at, prompt, output, shared in rows[:limit]
+    ]
+
+
+def to_trace(arrivals: Sequence[Arrival], path: Path) -> None:
+    """As JSON lines that `from_trace` reads."""
+    with path.open("w", encoding="utf-8") as file:
+        for a in arrivals:
+            row = {"timestamp": a.at * 1e3, "input_length": a.num_prompt, "output_length": a.num_output}
+            file.write(json.dumps(row | {"shared_length": a.num_shared}) + "\n")

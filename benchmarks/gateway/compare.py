@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.load import add_shape_options
-from gateway.routers import PROGRAM, Router, RouterFailed, find_routers, mock_engines, running
+from gateway.routers import PROGRAM, Router, RouterFailed, choose_cores, find_routers, mock_engines, running
 from machine import ForeignLoad, describe, tree_seconds, wait_until_quiet
 from report import spread
 
@@ -96,18 +96,13 @@ class Results:
 class Benchmark:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments, self._folder = arguments, folder
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:
-            sys.exit("two cores are needed: one for the router, one for the mock engines and the load generator")
-        self.router_core = cores[-1]
-        self.mock_core = cores[0]
-        self.load_core = cores[1] if len(cores) > 2 else cores[0]
+        self.cores = choose_cores()
 
     def run(self, routers: list[Router], missing: dict[str, str]) -> Results:
         arguments = self._arguments
         results = Results(routers, missing, [float(rate) for rate in arguments.rates.split(",")])
         options = ["--ttft-ms", str(arguments.ttft_ms), "--itl-ms", str(arguments.itl_ms)]
-        with mock_engines(arguments.engines, options, self.mock_core, self._folder) as engines:
+        with mock_engines(arguments.engines, options, self.cores.mocks, self._folder) as engines:
             for number in range(arguments.rounds):
                 # The direct way first: a rate that the mocks do not carry is not put to a router.
                 turned = routers[1:] if number % 2 == 0 else routers[:0:-1]
@@ -118,7 +113,7 @@ class Benchmark:
 
     def _run_router(self, router: Router, engines: list[str], number: int, results: Results) -> None:
         try:
-            with running(router, engines, self.router_core, self._folder) as (urls, pid):
+            with running(router, engines, self.cores.router, self._folder) as (urls, pid):
                 if pid is not None:
                     results.idle.setdefault(router.name, []).append(self._idle(pid))
                 for rate in results.rates:
@@ -160,7 +155,7 @@ class Benchmark:
 
     def _attempt(self, urls: list[str], pid: int | None, rate: float) -> Sample:
         arguments = self._arguments
-        command = ["taskset", "-c", str(self.load_core), sys.executable, str(PROGRAM), "load"]
+        command = ["taskset", "-c", str(self.cores.load), sys.executable, str(PROGRAM), "load"]
         warm = int(rate * (arguments.ttft_ms + arguments.itl_ms * arguments.output_tokens) / 1e3 * 1.2 / len(urls)) + 8
         for url in urls:
             command += ["--url", url]
@@ -210,7 +205,7 @@ def render(results: Results, arguments: argparse.Namespace, pinning: str) -> str
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
+def table(titles: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [titles, ["---"] * len(titles), *rows])
 
 
@@ -223,7 +218,7 @@ def _latency_table(results: Results) -> str:
             samples = [s for s in results.samples.get((router.name, rate), {}).values() if s.figures["valid"]]
             if samples:
                 rows.append([f"{rate:g}", router.name, *_latency_cells(results, router, rate, samples)])
-    return "The direct way's own figures; of the routers what they add to it.\n\n" + _table(titles, rows)
+    return "The direct way's own figures; of the routers what they add to it.\n\n" + table(titles, rows)
 
 
 def _latency_cells(results: Results, router: Router, rate: float, samples: list[Sample]) -> list[str]:
@@ -262,7 +257,7 @@ def _capacity_table(results: Results) -> str:
         rows.append([router.name, spread(gaps, 0), spread(both, 0), spread(idle, 2, 100.0)])
     direct = spread(results.carries("direct", []), 0)
     note = f"Mocks and generator themselves carried {direct}: a router that reaches it may carry more."
-    return _table(titles, rows) + "\n\n" + note
+    return table(titles, rows) + "\n\n" + note
 
 
 def _ratio_table(results: Results) -> str:
@@ -279,7 +274,7 @@ def _ratio_table(results: Results) -> str:
         return ""
     note = f"Two runs of the direct way differ by {RESOLUTION * 1e3:g} ms: where theirs is less, it counts as that."
     title = "### TTFT p50 that shoal adds / that they add"
-    return f"{title}\n\n{note}\n\n" + _table(["streams/s", "router", "ratio"], rows)
+    return f"{title}\n\n{note}\n\n" + table(["streams/s", "router", "ratio"], rows)
 
 
 def main(argv: list[str]) -> None:
@@ -307,11 +302,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="shoal-gateway-") as folder:
         benchmark = Benchmark(arguments, Path(folder))
         results = benchmark.run(routers, missing)
-    shared = "share core" if benchmark.load_core == benchmark.mock_core else f"and core {benchmark.load_core}: on core"
-    pinning = (
-        f"mock engines and load generator {shared} {benchmark.mock_core}, the router has core {benchmark.router_core}"
-    )
-    print(render(results, arguments, pinning))
+    print(render(results, arguments, str(benchmark.cores)))
 
 
 if __name__ == "__main__":

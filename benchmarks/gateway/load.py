@@ -58,22 +58,26 @@ class Prompts:
     def __init__(self, words: Vocabulary, shape: Shape, seed: int) -> None:
         self._words, self._shape = words, shape
         self._draw = random.Random(seed)
-        self._made: dict[tuple[int, int], tuple[Any, list[int]]] = {}
-        self._answers: dict[tuple[int, int, int], list[int]] = {}
+        self._shared: list[int] = []
+        """What prompts begin with that have something in common."""
+        self._made: dict[tuple[int, int, int], tuple[Any, list[int]]] = {}
+        self._answers: dict[tuple[int, int, int, int], list[int]] = {}
 
-    def get(self, number: int, length: int, num_output: int) -> tuple[Any, list[int]]:
+    def get(self, number: int, arrival: Arrival) -> tuple[Any, list[int]]:
         """As it is sent, and its whole answer."""
-        number %= DISTINCT_PROMPTS
-        if (number, length) not in self._made:
-            self._made[number, length] = self._make(length)
-        sent, tokens = self._made[number, length]
-        key = (number, length, num_output)
+        prompt = (number % DISTINCT_PROMPTS, arrival.num_prompt, arrival.num_shared)
+        if prompt not in self._made:
+            self._made[prompt] = self._make(arrival.num_prompt, arrival.num_shared)
+        sent, tokens = self._made[prompt]
+        key = (*prompt, arrival.num_output)
         if key not in self._answers:
-            self._answers[key] = self._words.continuation(tokens, num_output)
+            self._answers[key] = self._words.continuation(tokens, arrival.num_output)
         return sent, self._answers[key]
 
-    def _make(self, length: int) -> tuple[Any, list[int]]:
-        tokens = self._draw.choices(self._words.ids, k=length)
+    def _make(self, length: int, num_shared: int) -> tuple[Any, list[int]]:
+        if num_shared > len(self._shared):
+            self._shared += self._draw.choices(self._words.ids, k=num_shared - len(self._shared))
+        tokens = self._shared[:num_shared] + self._draw.choices(self._words.ids, k=length - num_shared)
         if self._shape.prompt == "ids":
             return tokens, tokens
         text = self._words.text(tokens)
@@ -91,7 +95,7 @@ def make_streams(
     path = "/v1/chat/completions" if shape.api == "chat" else "/v1/completions"
     streams, expected = [], []
     for number, arrival in enumerate(arrivals):
-        sent, answer = prompts.get(number, arrival.num_prompt, arrival.num_output)
+        sent, answer = prompts.get(number, arrival)
         fields = {"model": shape.model, "messages" if shape.api == "chat" else "prompt": sent}
         fields |= {"max_tokens": arrival.num_output, "stream": True, "temperature": 0.0, "return_token_ids": True}
         body = json.dumps(fields | json.loads(shape.extra)).encode()

@@ -14,11 +14,14 @@ import asyncio
 import json
 import sys
 import time
+from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from typing import Any
+from zlib import crc32
 
 import httptools
 import uvloop
@@ -28,6 +31,8 @@ from gateway.tokens import Vocabulary, state_after, state_of, vocabulary
 
 VERSION = "0.32.0"
 """Of vLLM, whose API this is."""
+BLOCK_TOKENS = 128
+"""Of a block of the prefix cache."""
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
@@ -38,6 +43,35 @@ class BadRequest(Exception):
     """The client's mistake; the message is for it."""
 
 
+class PrefixCache:
+    """Which blocks of prompts were computed and not evicted since. Of a capacity of 0 it finds nothing."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self._capacity = num_tokens // BLOCK_TOKENS
+        self._blocks: OrderedDict[int, None] = OrderedDict()
+        """By checksum of the prompt up to its end, least recently used first; of a prompt its end before its begin."""
+
+    def use(self, prompt: list[int]) -> int:
+        """Tokens of it that need not be computed; from now on all its blocks are there."""
+        if not self._capacity:
+            return 0
+        data, size = memoryview(array("I", prompt)).cast("B"), 4 * BLOCK_TOKENS
+        state, chain = 0, []
+        for end in range(size, len(data) + 1, size):
+            state = crc32(data[end - size : end], state)
+            chain.append(state)
+        found = next((number for number, block in enumerate(chain) if block not in self._blocks), len(chain))
+        for block in reversed(chain[: self._capacity]):
+            self._blocks[block] = None
+            self._blocks.move_to_end(block)
+        while len(self._blocks) > self._capacity:
+            self._blocks.popitem(last=False)
+        return min(found * BLOCK_TOKENS, len(prompt) - 1)
+
+    def clear(self) -> None:
+        self._blocks.clear()
+
+
 @dataclass
 class Engine:
     """One of them: what all its connections share."""
@@ -46,6 +80,7 @@ class Engine:
     vocabulary: Vocabulary
     schedule: Schedule
     max_len: int = 1 << 17
+    cache: PrefixCache = field(default_factory=lambda: PrefixCache(0))
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
@@ -115,7 +150,7 @@ class SaidSequence:
 
     def __init__(self, answer: Answer, index: int) -> None:
         self.answer, self.index = answer, index
-        self.num_prompt = len(answer.prompt) if index == 0 else 0  # the prompt is computed once
+        self.num_prompt = answer.num_new if index == 0 else 0  # the prompt is computed once
         self.tokens: list[int] = []
         self.state = answer.state
 
@@ -145,6 +180,8 @@ class Answer:
                 f"max_tokens is {self.max_tokens}"
             )
         self.state = state_of(prompt)
+        # Prompts are computed in the order in which they come: what one leaves is there when the next begins.
+        self.num_new = len(prompt) - engine.cache.use(prompt)
         self._with_ids = bool(body.get("return_token_ids"))
         self._stream = bool(body.get("stream"))
         self._usage = bool((body.get("stream_options") or {}).get("include_usage"))
@@ -245,6 +282,9 @@ class Connection(asyncio.Protocol):
             self.reply(200, self.engine.models())
         elif path == b"/metrics":
             self.reply(200, self.engine.metrics(), "text/plain; version=0.0.4")
+        elif path == b"/reset_prefix_cache":
+            self.engine.cache.clear()
+            self.reply(200, "", "text/plain")
         elif path in (b"/health", b"/ping"):
             self.reply(200, "", "text/plain")
         elif path == b"/version":
@@ -312,6 +352,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="mock", help="its name in the API")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="built-in name or path; empty: none")
     parser.add_argument("--max-len", type=int, default=1 << 17)
+    parser.add_argument("--cache-tokens", type=int, default=0, help="of each engine's prefix cache; 0: none")
     add_law_options(parser)
     arguments = parser.parse_args(argv)
     uvloop.run(_run(arguments))
@@ -320,7 +361,10 @@ def main(argv: list[str]) -> None:
 async def _run(arguments: argparse.Namespace) -> None:
     words, law = vocabulary(arguments.tokenizer), law_of(arguments)
     ports = [int(port) for port in arguments.ports.split(",")]
-    engines = [Engine(arguments.model, words, Schedule(law), arguments.max_len) for _ in ports]
+    engines = [
+        Engine(arguments.model, words, Schedule(law), arguments.max_len, PrefixCache(arguments.cache_tokens))
+        for _ in ports
+    ]
     servers = await serve(engines, ports)
     print(json.dumps({"ports": [server.sockets[0].getsockname()[1] for server in servers]}), flush=True)
     await asyncio.Event().wait()

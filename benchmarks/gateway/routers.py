@@ -1,7 +1,7 @@
 """What is compared: the mocks without a router, the Rust routers, and shoal's gateway, each on a core of its own.
 
-All of them take requests in turn to two mock engines: policies differ in what they know, not in what passing a token on
-costs. Everything else of a router is as it comes, but for its log, which is kept short.
+Where their cost is compared, all of them take requests in turn: policies differ in what they know, not in what passing
+a token on costs. Everything else of a router is as it comes, but for its log, which is kept short.
 """
 
 from __future__ import annotations
@@ -31,29 +31,54 @@ class RouterFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Cores:
+    """Who runs where."""
+
+    router: int
+    mocks: int
+    load: int
+
+    def __str__(self) -> str:
+        shared = "share core" if self.load == self.mocks else f"and core {self.load}: on core"
+        return f"mock engines and load generator {shared} {self.mocks}, the router has core {self.router}"
+
+
+def choose_cores() -> Cores:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        sys.exit("two cores are needed: one for the router, one for the mock engines and the load generator")
+    return Cores(cores[-1], cores[0], cores[1] if len(cores) > 2 else cores[0])
+
+
+@dataclass(frozen=True)
 class Router:
     name: str
     version: str
-    command: Callable[[int, Sequence[str], Path], list[str]] | None
-    """From its port, the engines' URLs and a folder of its own. None: requests go to the engines themselves."""
+    command: Callable[[int, Sequence[str], Path, str], list[str]] | None
+    """From its port, the engines' URLs, a folder of its own and the policy. None: requests go to the engines."""
+    policies: tuple[str, ...] = ()
+    """That need nothing but requests, the default one first."""
 
 
-def _rust(module: str, peer: Peer) -> Router:
-    def command(port: int, engines: Sequence[str], folder: Path) -> list[str]:
+IN_TURN = "round_robin"
+
+
+def _rust(module: str, peer: Peer, *policies: str) -> Router:
+    def command(port: int, engines: Sequence[str], folder: Path, policy: str) -> list[str]:
         line = [str(peer.executable), "-m", f"{module}.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-        line += ["--worker-urls", *engines, "--policy", "round_robin"]
+        line += ["--worker-urls", *engines, "--policy", policy]
         # Its metrics listen on a port of their own, which must not be another router's.
         return [*line, "--prometheus-port", str(free_port()), "--log-level", "error"]
 
-    return Router(peer.name, peer.version, command)
+    return Router(peer.name, peer.version, command, ("cache_aware", "power_of_two", *policies, IN_TURN))
 
 
-def _shoal(port: int, engines: Sequence[str], folder: Path) -> list[str]:
+def _shoal(port: int, engines: Sequence[str], folder: Path, policy: str) -> list[str]:
     model = {
         "name": "mock",
         "model": "smollm2-135m",
         "endpoints": [{"openai": url} for url in engines],
-        "routing": {"policy": "round_robin"},
+        "routing": {"policy": policy},
     }
     file = folder / "fleet.yaml"
     file.write_text(json.dumps({"port": port, "models": [model]}))  # JSON is YAML
@@ -65,12 +90,15 @@ def find_routers(venvs: Path, pip_options: list[str], say: Say) -> tuple[list[Ro
     import shoal
 
     routers, missing = [Router("direct", "", None)], {}
-    for name, module in (("vllm-router", "vllm_router"), ("sglang-router", "sglang_router")):
+    more = {"vllm-router": ["sticky_least_loaded"], "sglang-router": []}
+    for name, policies in more.items():
         try:
-            routers.append(_rust(module, build(name, venvs, jobs=1, pip_options=pip_options, say=say)))
+            peer = build(name, venvs, jobs=1, pip_options=pip_options, say=say)
+            routers.append(_rust(name.replace("-", "_"), peer, *policies))
         except PeerUnavailable as error:
             missing[name] = str(error)
-    return [*routers, Router("shoal", f"shoal {shoal.__version__}", _shoal)], missing
+    shoal_policies = ("predicted_completion", "least_tokens", "prefix_affinity", IN_TURN)
+    return [*routers, Router("shoal", f"shoal {shoal.__version__}", _shoal, shoal_policies)], missing
 
 
 def free_port() -> int:
@@ -107,13 +135,15 @@ def pinned(command: list[str], core: int, log: Path, *, read: bool = False) -> I
 
 
 @contextlib.contextmanager
-def running(router: Router, engines: Sequence[str], core: int, folder: Path) -> Iterator[tuple[list[str], int | None]]:
+def running(
+    router: Router, engines: Sequence[str], core: int, folder: Path, policy: str = IN_TURN
+) -> Iterator[tuple[list[str], int | None]]:
     """The URLs to ask, and the router's process; both are the engines' own and none for the direct way."""
     if router.command is None:
         yield list(engines), None
         return
     port, log = free_port(), folder / f"{router.name}.log"
-    with pinned(router.command(port, engines, folder), core, log) as process:
+    with pinned(router.command(port, engines, folder, policy), core, log) as process:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(router.name, url, process, log)
         yield [url], process.pid

@@ -1,6 +1,7 @@
 """Load against mock engines in this process: what is counted must be what was done to the streams."""
 
 import asyncio
+import json
 import math
 import time
 from contextlib import asynccontextmanager
@@ -8,9 +9,9 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from gateway.arrivals import Arrival, Phase, from_trace, poisson
+from gateway.arrivals import Arrival, Phase, from_trace, poisson, to_trace
 from gateway.load import Shape, figures_of, make_streams, measure, percentile
-from gateway.mock_openai import Engine, serve
+from gateway.mock_openai import BLOCK_TOKENS, Engine, PrefixCache, serve
 from gateway.streams import Stream
 from gateway.timing import Law, Schedule
 from gateway.tokens import vocabulary
@@ -223,6 +224,36 @@ def test_traces(tmp_path):
     mooncake = tmp_path / "trace.jsonl"
     mooncake.write_text('{"timestamp": 500, "input_length": 3, "output_length": 0}\n')
     assert from_trace(mooncake) == [Arrival(0.0, 3, 1)]
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    arrivals = [Arrival(0.0, 10, 5), Arrival(0.25, 30, 7, 20)]
+    to_trace(arrivals, tmp_path / "t.jsonl")
+    assert from_trace(tmp_path / "t.jsonl") == arrivals
+
+
+def test_prompts_share_what_the_trace_says():
+    arrivals = [Arrival(0.0, 30, 5, 20), Arrival(0.0, 40, 5, 20), Arrival(0.0, 30, 5)]
+    streams, _ = make_streams(arrivals, Shape(prompt="ids"), WORDS, ["host"], seed=1)
+    prompts = [json.loads(stream.request.split(b"\r\n\r\n")[1])["prompt"] for stream in streams]
+    assert [len(prompt) for prompt in prompts] == [30, 40, 30]
+    assert prompts[0][:20] == prompts[1][:20] != prompts[2][:20]
+    assert prompts[0][20:] != prompts[1][20:30]
+
+
+def test_a_mock_computes_only_what_its_prefix_cache_has_not():
+    block = BLOCK_TOKENS
+    cache = PrefixCache(4 * block)
+    prompt = list(range(3 * block + 10))
+    assert cache.use(prompt) == 0
+    assert cache.use(prompt) == 3 * block
+    assert cache.use([*prompt[: 2 * block], *range(90_000, 90_000 + block)]) == 2 * block
+    assert cache.use(prompt[:block]) == block - 1  # the last token is computed in any case
+    cache.use(list(range(70_000, 70_000 + 4 * block)))
+    assert cache.use(prompt) == 0  # evicted
+    cache.clear()
+    assert cache.use(prompt) == 0
+    assert [PrefixCache(0).use(prompt) for _ in range(2)] == [0, 0]
 
 
 def test_percentiles_count_failures_as_infinite():

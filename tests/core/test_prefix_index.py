@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.core.prefix_index import PrefixIndex
+from shoal.core.prefix_index import FEWEST, WINDOW, PrefixIndex
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -56,6 +57,58 @@ def test_what_was_forgotten_is_gone_and_its_place_is_used_again() -> None:
     index.check()
 
 
+def wanted(index: PrefixIndex, word: str) -> int:
+    return index.wanted(chain(word), index.match(chain(word)).values(), len(NAMES))
+
+
+def test_what_many_ask_for_and_few_hold_is_wanted() -> None:
+    index = PrefixIndex()
+    for name in NAMES:
+        index.add(name, 1000)
+    index.insert("a", chain("xxxx"))
+    assert wanted(index, "xxxxx") == 0  # nothing is often asked for before enough prompts came
+    for number in range(40):
+        index.insert("a", chain("xxxx" + chr(1000 + number)))
+        index.insert("b", chain("yy" + chr(2000 + number)))
+    assert wanted(index, "xxxxx") == 4  # by half of the prompts, and a quarter of the endpoints has it
+    assert wanted(index, "xx") == 2
+    assert wanted(index, "xxxx" + chr(1005)) == 4  # not what one prompt had alone
+    assert wanted(index, "z") == 0
+    index.insert("c", chain("xxx"))
+    index.insert("d", chain("xx"))
+    assert wanted(index, "xxxxx") == 4
+    index.insert("c", chain("xxxx"))
+    index.insert("d", chain("xxxx"))
+    assert wanted(index, "xxxxx") == 0
+
+
+def test_what_was_often_asked_for_long_ago_is_not_wanted() -> None:
+    index = PrefixIndex()
+    for name in NAMES:
+        index.add(name, 1000)
+    for _ in range(100):
+        index.insert("a", chain("xx"))
+    assert wanted(index, "xx") == 2
+    for _ in range(3 * WINDOW * len(NAMES)):
+        index.insert("a", chain("yy"))
+    assert wanted(index, "xx") == 0
+    assert wanted(index, "yy") == 2
+
+
+def test_weights_are_scaled_down_before_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    indexes = [PrefixIndex(), PrefixIndex()]
+    for index, most in zip(indexes, (1e200, 2.0), strict=True):
+        monkeypatch.setattr("shoal.core.prefix_index.MOST_WEIGHT", most)
+        index.add("a", 100)
+        index.add("b", 100)
+        for number in range(200):
+            index.insert("a", chain("xx" if number % 3 else "y"))
+            assert index._weight <= most * 2
+    assert indexes[0]._weight > 100 > indexes[1]._weight
+    for word in ("xx", "y", "xy"):
+        assert wanted(indexes[0], word) == wanted(indexes[1], word)
+
+
 words = st.text("xy", min_size=0, max_size=12)
 calls = st.lists(
     st.one_of(
@@ -70,6 +123,10 @@ calls = st.lists(
 @given(calls, words)
 def test_as_a_plain_model(calls: list[tuple[str, str, str | int | None]], asked: str) -> None:
     index, model, capacity = PrefixIndex(), {}, {}
+    growth = 1.0
+    prompts: list[float] = []
+    """Weights."""
+    counts: dict[bytes, float] = {}
     for call, name, value in calls:
         if call == "add":
             index.add(name, value)
@@ -83,6 +140,13 @@ def test_as_a_plain_model(calls: list[tuple[str, str, str | int | None]], asked:
                 used = chain(value)[: capacity[name]]
                 kept = [block for block in model[name] if block not in used]
                 model[name] = (kept + list(reversed(used)))[-capacity[name] :]
+                weight = 1.0 if not prompts else prompts[-1] * growth
+                prompts.append(weight)
+                for block in used:
+                    counts[block] = counts.get(block, 0.0) + weight
+                growth = 1 + 1 / (WINDOW * len(model))
+        held = {block for blocks in model.values() for block in blocks}
+        counts = {block: count for block, count in counts.items() if block in held}
         index.check()
     expected = {}
     for name, blocks in model.items():
@@ -92,3 +156,11 @@ def test_as_a_plain_model(calls: list[tuple[str, str, str | int | None]], asked:
         if depth:
             expected[name] = depth
     assert index.match(chain(asked)) == expected
+    total = max(sum(prompts), FEWEST * len(NAMES) * (prompts[-1] * growth if prompts else 1.0))
+    often = [
+        i + 1
+        for i, block in enumerate(chain(asked))
+        if (holders := sum(depth > i for depth in expected.values()))
+        and counts[block] * len(NAMES) > holders * total * (1 + 1e-9)
+    ]
+    assert wanted(index, asked) == max(often, default=0)

@@ -273,6 +273,20 @@ def test_predicted_completion_weighs_a_hit_against_a_queue() -> None:
     assert router.route(ask(4, 1650, blocks=shared), NAMES, 0.6) != home
 
 
+@pytest.mark.parametrize(("asked", "stays"), [(2, True), (10, False)])
+def test_what_everybody_asks_for_is_copied_before_its_home_is_overloaded(asked: int, stays: bool) -> None:
+    router = make()
+    shared = tuple(chain([7] * 1600, 16))
+    home = NAMES[0]
+    for number in range(asked):
+        router.dispatched(ask(number, 1650, blocks=shared), home, 0.0)
+        router.finished(str(number), home, 0, 0.0, False)
+    router.dispatched(ask(98, 800), home, 0.0)  # it would be shorter to wait for this than to compute the prompt anew
+    home_first, other_first = (p.first_token for p in router.predict(ask(99, 1650, blocks=shared), NAMES[:2], 0.0))
+    assert home_first < other_first
+    assert (router.route(ask(99, 1650, blocks=shared), NAMES, 0.0) == home) is stays
+
+
 def test_a_shared_system_prompt_is_no_hot_spot() -> None:
     busiest = {}
     for policy, limit in (("predicted_completion", 1.25), ("prefix_affinity", 1.25), ("prefix_affinity", 1e9)):

@@ -7,7 +7,14 @@ only in the cost of a request, never in its answer.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+WINDOW = 16
+"""Prompts for each endpoint, over which it is counted how often a block is asked for."""
+FEWEST = 4
+"""Prompts for each endpoint without which nothing is asked for often: after a start everything would be."""
+MOST_WEIGHT = 1e200
+"""Of a prompt, after which all weights are scaled down."""
 
 
 class PrefixIndex:
@@ -27,6 +34,13 @@ class PrefixIndex:
         self._capacity: dict[str, int] = {}
         self._holders: dict[bytes, int] = {}
         """By block: the endpoints that hold it, as a set of bits. Never 0."""
+        self._asked: dict[bytes, float] = {}
+        """By block that any endpoint holds: the weights of the prompts that had it. Never more than of the block
+        before it. Later prompts weigh more, instead of every weight becoming less."""
+        self._weight = 1.0
+        """Of the next prompt."""
+        self._total = 0.0
+        """Of all prompts."""
 
     def add(self, name: str, capacity: int) -> None:
         """An endpoint that holds nothing, and will be remembered to hold `capacity` blocks at most."""
@@ -56,6 +70,7 @@ class PrefixIndex:
         if name not in self._bits:
             return
         recent, capacity, holders = self._recent[name], self._capacity[name], self._holders
+        asked, weight = self._asked, self._weight
         bit = self._bits[name]
         mask = 1 << bit
         for digest in reversed(blocks[:capacity]):
@@ -64,9 +79,14 @@ class PrefixIndex:
             else:
                 recent[digest] = None
                 holders[digest] = holders.get(digest, 0) | mask
+            asked[digest] = asked.get(digest, 0.0) + weight
         while len(recent) > capacity:
             digest, _ = recent.popitem(last=False)
             self._drop(digest, bit)
+        self._total += weight
+        self._weight *= 1 + 1 / (WINDOW * len(self._bits))
+        if self._weight > MOST_WEIGHT:
+            self._scale_down()
 
     def depth(self, name: str, blocks: Sequence[bytes]) -> int:
         """How many leading blocks one endpoint holds."""
@@ -104,6 +124,31 @@ class PrefixIndex:
             spans.append((middle, high, between, after))
         return {name: depth for name, depth in found.items() if depth}
 
+    def wanted(self, blocks: Sequence[bytes], depths: Iterable[int], endpoints: int) -> int:
+        """How many leading blocks are asked for by a larger share of the prompts than the share of the endpoints that
+        hold them, given how many leading blocks each of them holds that holds any (`match`)."""
+        asked, share = self._asked, max(self._total, self._weight * FEWEST * endpoints) / endpoints
+        if not blocks or asked.get(blocks[0], 0.0) <= share:
+            return 0
+        holders = 0
+        held = sorted(depths, reverse=True)
+        for number, depth in enumerate(held):
+            holders += 1
+            below = held[number + 1] if number + 1 < len(held) else 0
+            if below == depth:
+                continue
+            # So many hold the blocks from `below` to `depth`, and the further of them are asked for less.
+            low, high = below, depth
+            while low < high:
+                middle = (low + high) // 2
+                if asked.get(blocks[middle], 0.0) > holders * share:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low > below:
+                return low
+        return 0
+
     def size(self, name: str) -> int:
         """Blocks remembered of an endpoint."""
         return len(self._recent.get(name, ()))
@@ -123,6 +168,13 @@ class PrefixIndex:
             self._holders[digest] = left
         else:
             del self._holders[digest]
+            del self._asked[digest]
+
+    def _scale_down(self) -> None:
+        scale = 1 / self._weight
+        self._asked = {digest: weight * scale for digest, weight in self._asked.items()}
+        self._total *= scale
+        self._weight = 1.0
 
     def check(self) -> None:
         """Raise AssertionError unless the two views agree and every bound is kept."""
@@ -136,3 +188,5 @@ class PrefixIndex:
                 holders[digest] = holders.get(digest, 0) | 1 << self._bits[name]
         if holders != self._holders:
             raise AssertionError("prefix index: holders differ from what the endpoints hold")
+        if self._asked.keys() != self._holders.keys():
+            raise AssertionError("prefix index: blocks are counted that nobody holds, or held that were not counted")

@@ -103,7 +103,8 @@ class Router:
             views = [view for view in views if view.name not in request.avoid] or views
         if not views:
             return None
-        return self.policy.choose(self._question(request, now, prefix=self.policy.uses_prefix), views).name
+        question = self._question(request, now, prefix=self.policy.uses_prefix)
+        return self.policy.choose(question, views).name
 
     def predict(self, request: RouteRequest, candidates: Sequence[str], now: float) -> list[Prediction]:
         """What the request could expect of each candidate: for deadlines and hedging, and for people who ask why."""
@@ -175,10 +176,13 @@ class Router:
 
     def _question(self, request: RouteRequest, now: float, *, prefix: bool) -> Question:
         cached: dict[str, int] = {}
+        wanted = 0
         if prefix and request.blocks:
             size = self.config.block_size
-            cached = {name: depth * size for name, depth in self.prefixes.match(request.blocks).items()}
-        return Question(request, self.lengths.remaining(0, request.num_output), cached, now)
+            depths = self.prefixes.match(request.blocks)
+            cached = {name: depth * size for name, depth in depths.items()}
+            wanted = self.prefixes.wanted(request.blocks, depths.values(), len(self.views)) * size
+        return Question(request, self.lengths.remaining(0, request.num_output), cached, wanted, now)
 
     def _next_turn(self) -> int:
         self._turn += 1

@@ -18,6 +18,10 @@ from shoal.core.fleet_types import RouteRequest
 SLACK_REQUESTS = 2
 """By how many requests an endpoint may be over the load limit."""
 
+COPY_RELIEF = 0.75
+"""Part of the prefill of what more endpoints should have that a request is not charged for: the next ones there are
+spared it. Not all, so that a request does not leave its home while that has nothing else to do."""
+
 
 class Question(msgspec.Struct, frozen=True):
     request: RouteRequest
@@ -25,6 +29,9 @@ class Question(msgspec.Struct, frozen=True):
     """Tokens of output, in the mean."""
     cached: dict[str, int]
     """Tokens of the prompt that endpoints probably have; those that have none are left out."""
+    wanted: int
+    """Tokens at the beginning of the prompt that more endpoints should have: the share of the prompts that begin with
+    them is larger than the share of the endpoints that do."""
     now: float
 
     def num_new(self, view: EndpointView) -> int:
@@ -66,6 +73,10 @@ class PredictedCompletion:
     as its output is expected to take, all at the endpoint's own speed. Others lose the time that it is prefilled, in
     which they do not stream, and what their steps are longer with one more. Without that term a prompt that is cached
     somewhere fills that endpoint up before the next one gets to know it.
+
+    What a larger share of the prompts begins with than the share of endpoints that have it will be computed by more of
+    them in any case. So that is charged at a discount, and done early where there is time for it, not once a queue at
+    those that have it is longer than it takes.
     """
 
     uses_prefix = True
@@ -74,12 +85,18 @@ class PredictedCompletion:
         self.first_token_weight = first_token_weight
 
     def choose(self, question: Question, views: Sequence[EndpointView]) -> EndpointView:
-        now, expected, cached = question.now, question.expected, question.cached
+        now, expected, cached, wanted = question.now, question.expected, question.cached, question.wanted
         weight = self.first_token_weight
         num_prompt = question.request.num_prompt
         best, least = views[0], float("inf")
         for view in views:
-            num_new = max(num_prompt - cached.get(view.name, 0), 1) if cached else num_prompt
+            if cached:
+                have = cached.get(view.name, 0)
+                if have < wanted:
+                    have += int(COPY_RELIEF * (wanted - have))
+                num_new = max(num_prompt - have, 1)
+            else:
+                num_new = num_prompt
             cost = weight * view.first_token_in(num_new, now) + expected * view.output_cost + num_new * view.prompt_cost
             if cost < least or (cost == least and view.turn < best.turn):
                 best, least = view, cost
