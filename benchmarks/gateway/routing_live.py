@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -266,6 +267,7 @@ def main(argv: list[str]) -> None:
         if unknown:
             parser.error(f"--only: {min(unknown)!r} is unknown; there are {', '.join(r.name for r in routers)}")
         routers = [router for router in routers if router.name == "direct" or router.name in arguments.only.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with tempfile.TemporaryDirectory(prefix="shoal-routing-") as folder:
         benchmark = Benchmark(arguments, Path(folder))
         results = benchmark.run(routers, missing)

@@ -18,7 +18,7 @@ from shoal.core.fleet_types import RouteRequest
 SLACK_REQUESTS = 2
 """By how many requests an endpoint may be over the load limit."""
 
-COPY_RELIEF = 0.75
+COPY_RELIEF = 0.9
 """Part of the prefill of what more endpoints should have that a request is not charged for: the next ones there are
 spared it. Not all, so that a request does not leave its home while that has nothing else to do."""
 
