@@ -185,7 +185,7 @@ LINKS = [
     (injectors.partition, True),
     (injectors.partition_replies, True),
     (injectors.delay, True),
-    (injectors.throttle, True),
+    pytest.param(injectors.throttle, True, marks=pytest.mark.full_faults),
 ]
 
 

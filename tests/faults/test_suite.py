@@ -68,6 +68,7 @@ def run(directory: Path, wanted: Options, *, flaws: tuple[str, ...] = (), extern
     return asyncio.run(act())
 
 
+@pytest.mark.full_faults
 def test_a_fleet_that_keeps_the_contract(tmp_path: Path) -> None:
     report = run(tmp_path, options("kill", "client-reset"))
     assert not [breach for row in report.rows for breach in row.breaches], report.markdown()

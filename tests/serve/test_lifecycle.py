@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shoal.bench.processes import descendants
 from shoal.core.health import HealthConfig
+from shoal.serve.deployment import ModelDeployment, engine_configs
 from tests.checkpoints import make_checkpoint
 from tests.serve.running import RunningServer, alive, running, state_of, wait_until
 
@@ -196,3 +198,18 @@ def test_a_bad_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(EngineStartError, match=r"model\.safetensors.*truncated"):
         asyncio.run(EngineClient.start(EngineConfig(model=str(path))))
+
+
+def test_a_server_that_prepares_grammars_has_its_compiler_running_when_it_is_ready(checkpoint: Path) -> None:
+    with running(checkpoint, engine={"prepare_grammars": True}) as server:
+        names = [
+            Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0") for child in descendants(server.process.pid)
+        ]
+        assert [words for words in names if b"shoal.engine.grammar" in words]
+
+
+def test_engines_of_several_prepare_grammars_and_a_single_one_does_not() -> None:
+    one = ModelDeployment(name="m", replicas=1)
+    assert [config.prepare_grammars for config in engine_configs(one, "path")] == [False]
+    two = ModelDeployment(name="m", replicas=1, spares=1)
+    assert [config.prepare_grammars for config in engine_configs(two, "path")] == [True, True]

@@ -223,7 +223,7 @@ def _overload(arena: Arena, control: bool) -> Fault:
         streamed or arena.specs,
         capacity=arena.capacity,
         tokens_per_second=arena.tokens_per_second,
-        deadline=max(2.0, 4 * arena.longest_answer),
+        longest_answer=arena.longest_answer,
         offered=0.5 if control else 3.0,
     )
 
@@ -245,7 +245,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="kill-twice",
         about="SIGKILL for an engine, and for the one that its requests move to",
-        make=lambda arena, control: KillTwice(arena.deployment, arena.watch, arena.decoy if control else None),
+        make=lambda arena, control: KillTwice(
+            arena.deployment, arena.watch, arena.endpoint, arena.decoy if control else None
+        ),
         lacks=_needs(_has_process, "no endpoint is a process on this host", least=3),
         target=_has_process,
         contract=Contract(returns=True),
@@ -430,7 +432,7 @@ KINDS: tuple[Kind, ...] = (
         make=_overload,
         lacks=_nothing,
         contract=Contract(refusals=True),
-        window=20.0,
+        window=60.0,
         loaded=False,
     ),
 )

@@ -284,10 +284,13 @@ class Overload:
         *,
         capacity: float,
         tokens_per_second: float,
-        deadline: float,
+        longest_answer: float,
         offered: float = 3.0,
     ) -> None:
-        """`capacity`: requests a second without faults. `offered`: multiples of it, three but in the control."""
+        """`capacity`: requests a second without faults, and `longest_answer` the seconds that one took at most then.
+        `offered`: multiples of the capacity, three but in the control."""
+        # Enough for a request that is begun at once, too little for one behind a minute's backlog.
+        deadline = max(2.0, 2 * longest_answer)
         self.breaches: list[str] = []
         self.outcomes: list[Outcome] = []
         self._client = client
@@ -297,6 +300,7 @@ class Overload:
         self._capacity = capacity
         self._tokens_per_second = tokens_per_second
         self._deadline = deadline
+        self._longest_answer = longest_answer
         self._offered = offered
         self._began = 0.0
         self._source: asyncio.Task[None] | None = None
@@ -327,7 +331,8 @@ class Overload:
         if share < 0.9:
             self.breaches.append(f"goodput under overload was {share:.0%} of capacity")
         calm = max(outcome.ended for outcome in self.outcomes) - ended
-        if calm > _RECOVERY_SECONDS:
+        # What was accepted last takes as long as it takes without any overload.
+        if calm > _RECOVERY_SECONDS + self._longest_answer:
             self.breaches.append(f"requests of the overload were under way {calm:.1f} s after it")
         return (
             f"{offered / self._capacity:.1f} x capacity offered for {seconds:.0f} s with a deadline of "

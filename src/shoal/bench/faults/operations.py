@@ -79,20 +79,26 @@ class RollingRestart:
 class KillTwice:
     """A second engine is killed as soon as requests of the first have begun to move."""
 
-    def __init__(self, deployment: Deployment, watch: FleetWatch, decoy: Callable[[], Process] | None) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        watch: FleetWatch,
+        target: EndpointStatus,
+        decoy: Callable[[], Process] | None,
+    ) -> None:
         self.breaches: list[str] = []
         self._deployment = deployment
         self._watch = watch
+        self._target = target
         self._decoy = decoy
         self._kills: list[Kill] = []
 
     async def inject(self) -> None:
         moved = self._migrations()
-        first = max(self._watch.ready, key=lambda e: (e.requests, e.name), default=None)
-        await self._kill(first)
+        await self._kill(self._target)
         await comes_true(lambda: self._migrations() > moved, 2.0)
         second = max(
-            (endpoint for endpoint in self._watch.ready if first is None or endpoint.name != first.name),
+            (endpoint for endpoint in self._watch.ready if endpoint.name != self._target.name),
             key=lambda endpoint: (endpoint.requests, endpoint.name),
             default=None,
         )
