@@ -128,9 +128,9 @@ def test_stop_token_ends_and_min_tokens_puts_it_off(server: RunningServer) -> No
 
 
 def test_timeout_ends_a_request_with_what_it_has(server: RunningServer) -> None:
-    answer = complete(server, max_tokens=400, ignore_eos=True, timeout=0.001).json()
+    answer = complete(server, max_tokens=6000, ignore_eos=True, timeout=0.3).json()
     assert answer["choices"][0]["finish_reason"] == "deadline"
-    assert answer["usage"]["completion_tokens"] < 400
+    assert 0 < answer["usage"]["completion_tokens"] < 6000
 
 
 @pytest.mark.parametrize(

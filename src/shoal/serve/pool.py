@@ -28,7 +28,7 @@ from shoal.serve.member import Member
 _DEADLINE_GRACE = 0.2
 """Seconds."""
 _CAUTION = 1.2
-"""A request that begins and then misses its deadline has wasted what it was given."""
+"""A request that begins and has nothing by its deadline has wasted what it was given."""
 
 
 class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,13 +144,16 @@ class Pool:
         return flight
 
     def _service_seconds(self, route: RouteRequest, now: float) -> float:
-        """From its dispatch to its end, as predicted where it ends soonest; 0 for a request that has no deadline."""
+        """From its dispatch to its first token, as predicted where that is soonest; 0 for one that has no deadline.
+
+        Not to its end: at its deadline a request ends with what it has, which is what its client asked for.
+        """
         if route.deadline is None:
             return 0.0
         ready = [
             name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
         ]
-        predicted = [prediction.completion for prediction in self.router.predict(route, ready, now)]
+        predicted = [prediction.first_token for prediction in self.router.predict(route, ready, now)]
         return _CAUTION * min(predicted, default=0.0)
 
     def _is_learned(self, name: str, now: float) -> bool:
