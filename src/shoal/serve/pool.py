@@ -144,16 +144,19 @@ class Pool:
         return flight
 
     def _service_seconds(self, route: RouteRequest, now: float) -> float:
-        """From its dispatch to its first token, as predicted where that is soonest; 0 for one that has no deadline.
+        """From its dispatch to when it has been of use, as predicted where that is soonest; 0 without a deadline.
 
-        Not to its end: at its deadline a request ends with what it has, which is what its client asked for.
+        At its deadline a request ends with what it has, so a first token is enough as long as nobody waits. While others
+        do it is the end: what is cut off would have been room for one that is not.
         """
         if route.deadline is None:
             return 0.0
         ready = [
             name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
         ]
-        predicted = [prediction.first_token for prediction in self.router.predict(route, ready, now)]
+        whole = len(self._queue) > 0
+        predictions = self.router.predict(route, ready, now)
+        predicted = [prediction.completion if whole else prediction.first_token for prediction in predictions]
         return _CAUTION * min(predicted, default=0.0)
 
     def _is_learned(self, name: str, now: float) -> bool:
