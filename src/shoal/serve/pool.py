@@ -146,8 +146,8 @@ class Pool:
     def _service_seconds(self, route: RouteRequest, now: float) -> float:
         """From its dispatch to when it has been of use, as predicted where that is soonest; 0 without a deadline.
 
-        At its deadline a request ends with what it has, so a first token is enough as long as nobody waits. While others
-        do it is the end: what is cut off would have been room for one that is not.
+        At its deadline a request ends with what it has, so a first token is enough as long as nobody waits. While
+        others do it is the end: what is cut off would have been room for one that is not.
         """
         if route.deadline is None:
             return 0.0
