@@ -7,6 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -146,9 +147,7 @@ class Suite:
             async with limit:
                 return await self._client.run(spec)
 
-        for url in self._deployment.urls():
-            # What a gateway starts only when it is first needed would look like a leak of the first fault.
-            await self._at(url).run(next((s for s in self._specs if s.feature == "schema"), self._specs[0]))
+        await self._use_every_gateway()
         stops = [spec for spec in self._specs if spec.feature == "stop"]
         for spec, outcome in zip(stops, await asyncio.gather(*map(ask, stops)), strict=True):
             self._specs[spec.number] = with_stop(spec, outcome.choices[0].text if outcome.choices else "")
@@ -182,9 +181,13 @@ class Suite:
             ((outcome.first_token or outcome.ended) - outcome.sent for outcome in outcomes), default=0.0
         )
 
-    def _at(self, url: str) -> Client:
+    async def _use_every_gateway(self) -> None:
+        """What one starts only when it is first needed would look like a leak of the next fault."""
         options = self._options
-        return Client(lambda: [url], options.headers, patience=options.patience, name="first")
+        spec = next((spec for spec in self._specs if spec.feature == "schema"), self._specs[0])
+        for url in self._deployment.urls():
+            client = Client(partial(list[str], [url]), options.headers, patience=options.patience, name="first")
+            await client.run(spec)
 
     def _learn(self, outcomes: list[Outcome], seconds: float) -> None:
         differing = {
@@ -225,6 +228,7 @@ class Suite:
         row = Row(fault=kind.name)
         self._strikes.clear()
         began = time.time()
+        await self._use_every_gateway()
         await self._settle()
         before = self._deployment.footprint()
         if kind.through_proxies:
