@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class CommError(RuntimeError):
-    """A rank did not come in time, is gone, or the group was aborted. The message names ranks (of the group).
+    """A rank did not come in time, is gone, or the group was aborted. The message names it (its rank in the group):
+    the one that was lost, or one that gave up just before, whose own message then says why.
 
     The group is broken from then on: every later call fails at once, with the same message.
     """

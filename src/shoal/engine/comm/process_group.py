@@ -223,23 +223,27 @@ class ProcessGroupComm:
     def _transfer(self, outgoing: Parts, incoming: Parts, what: str) -> None:
         """All at once over gloo.
 
-        The rank that does not come is the one to blame: others have sent to this one before they began to wait.
+        The rank that does not come is the one to blame. Others have sent to this one before they wait for it or fail
+        because of it: so all is begun and waited for whatever fails, and a lost connection says more than a timeout,
+        which may be for a rank that has given up for the same reason.
         """
+        failures: list[CommError] = []
         pending: list[tuple[str, Any]] = []
-        for rank, part in incoming:
-            if part.numel():
-                doing = f"{what}, receiving from rank {rank} of {self.size}"
-                with self._errors(doing):
-                    pending.append((doing, self._group.recv([part], rank, _COLLECTIVES)))
-        for rank, part in outgoing:
-            if part.numel():
-                doing = f"{what}, sending to rank {rank} of {self.size}"
-                with self._errors(doing):
-                    pending.append((doing, self._group.send([part], rank, _COLLECTIVES)))
+        plans = [("receiving from", self._group.recv, incoming), ("sending to", self._group.send, outgoing)]
+        for direction, begin, parts in plans:
+            for rank, part in parts:
+                doing = f"{what}, {direction} rank {rank} of {self.size}"
+                with _collect(failures, doing):
+                    if part.numel():
+                        pending.append((doing, begin([part], rank, _COLLECTIVES)))
         deadline = time.monotonic() + self._timeout
         for doing, work in pending:
-            with self._errors(doing):
+            with _collect(failures, doing):
                 work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        if failures:
+            worst = min(failures, key=_is_timeout)  # the first, of equals
+            self._broken = str(worst)
+            raise worst
 
     def _finish_oldest(self, patience: timedelta) -> None:
         what, work, _ = self._unsent.popleft()
@@ -265,6 +269,20 @@ def _ordered_sum(parts_RX: Tensor) -> Tensor:
     for part_X in wide_RX[1:]:
         total_X += part_X
     return total_X.to(parts_RX.dtype)
+
+
+@contextmanager
+def _collect(failures: list[CommError], what: str) -> Iterator[None]:
+    try:
+        with _as_comm_error(what):
+            yield
+    except CommError as error:
+        failures.append(error)
+
+
+def _is_timeout(error: CommError) -> bool:
+    """By gloo's words, which has no type for it; after one timeout it gives up all that was still waited for."""
+    return "Timed out" in str(error) or "Application timeout" in str(error)
 
 
 @contextmanager
