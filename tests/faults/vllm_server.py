@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-from shoal.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-
 START_SECONDS = 240
 
 
@@ -83,16 +81,7 @@ def make_checkpoint(target: Path) -> Path:
     finally:
         sys.path.remove(benchmarks)
     paths = model_files.prepare(Path.home() / ".cache" / "shoal" / "bench-models")
-    target.mkdir()
-    for file in paths.float32.iterdir():
-        (target / file.name).symlink_to(file)
-    tokenizer = tokenizer_from_gguf(paths.original)
-    (target / "tokenizer.json").write_text(tokenizer.to_json())
-    eos = tokenizer.token_text(tokenizer.eos_ids[0])
-    (target / "tokenizer_config.json").write_text(
-        f'{{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{eos}"}}'
-    )
-    return target
+    return model_files.with_tokenizer(paths, target)
 
 
 def _free_port() -> int:

@@ -64,6 +64,8 @@ class TextStream:
         """Text that may be the beginning of a stop string."""
         self.stopped: str | None = None
         """The stop string that ended the text."""
+        self.num_tokens = 0
+        """That the text is made of: what was pushed, without what came behind a stop string."""
         context = [i for i in prompt_ids[-2 * _MOST_BYTES_OF_A_CHARACTER :] if i not in self._skip]
         for token_id in context[-_MOST_BYTES_OF_A_CHARACTER:]:
             self._decode(token_id)
@@ -74,6 +76,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped is not None:
                 break
+            self.num_tokens += 1
             pieces.append(self._release(self._decode(token_id)))
         return "".join(pieces), self.stopped
 

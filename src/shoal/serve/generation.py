@@ -164,8 +164,12 @@ class TextRun:
     def _push(self, output: Output, *, silent: bool) -> None:
         """`silent`: the client has these tokens and their text; only an end is news."""
         stream = self._streams[output.index]
-        ids = output.token_ids
+        ids, logprobs = output.token_ids, output.logprobs
+        before = stream.num_tokens
         text, stopped = stream.push(ids[:-1] if output.stop_token is not None and not self._include_stop else ids)
+        if stopped is not None:  # several tokens may come at once, and those behind the stop string are not the answer's
+            count = stream.num_tokens - before
+            ids, logprobs = ids[:count], logprobs[:count]
         finish = output.finish
         stop_reason: str | int | None = output.stop_token
         if finish is not None and stopped is None:
@@ -178,7 +182,6 @@ class TextRun:
             finish = "stop"
         if finish is not None:
             del self._streams[output.index]
-        logprobs = output.logprobs
         if silent:
             if finish is None:
                 return

@@ -259,7 +259,7 @@ KINDS: tuple[Kind, ...] = (
         lacks=_PROCESS,
         target=_has_process,
         contract=_HANGS,
-        window=5.0,
+        window=12.0,
     ),
     Kind(
         name="child",

@@ -45,8 +45,11 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        self._kill_rest()
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(self._words, stdout=log, stderr=log, env=self._environment)
+            self.process = subprocess.Popen(
+                self._words, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
 
     @property
     def pid(self) -> int:
@@ -87,15 +90,20 @@ class Server:
             await asyncio.sleep(0.5)
 
     async def stop(self, seconds: float = 40.0) -> None:
-        if self.process is None or self.status is not None:
+        if self.process is not None and self.status is None:
+            self.process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + seconds
+            while self.status is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+        self._kill_rest()
+
+    def _kill_rest(self) -> None:
+        """Its whole process group, as the end of a container does: vLLM's engine outlives a server that was killed."""
+        if self.process is None:
             return
-        self.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + seconds
-        while self.status is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        if self.status is None:
-            self.process.kill()
-            self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def tail(self) -> str:
         text = self._log.read_text(errors="replace") if self._log.exists() else ""
