@@ -167,7 +167,8 @@ class TextRun:
         ids, logprobs = output.token_ids, output.logprobs
         before = stream.num_tokens
         text, stopped = stream.push(ids[:-1] if output.stop_token is not None and not self._include_stop else ids)
-        if stopped is not None:  # several tokens may come at once, and those behind the stop string are not the answer's
+        if stopped is not None:
+            # Several tokens may come at once, and those behind the stop string are not the answer's.
             count = stream.num_tokens - before
             ids, logprobs = ids[:count], logprobs[:count]
         finish = output.finish
