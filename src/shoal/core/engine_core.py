@@ -200,9 +200,7 @@ class EngineCore:
             self.scheduler.register_full_blocks(sequence)
         if self.config.stages > 1 and sequence.slot is not None:
             self._drawn.append(Drawn(sequence.slot, len(tokens) - 1, token_id))
-        return Output(
-            request.id, sequence.index, [token_id], logprobs, None, None, None, sequence.num_cached or 0
-        )
+        return Output(request.id, sequence.index, [token_id], logprobs, None, None, None, sequence.num_cached or 0)
 
     def _finish(
         self,

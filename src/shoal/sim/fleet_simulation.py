@@ -51,20 +51,20 @@ class FleetSimulation:
         config: SchedulerConfig,
         law: StepLaw,
         *,
+        stage_law: StepLaw | None = None,
         rules: Rules = OPEN,
         spares: int = 0,
         report_interval: float | None = None,
         report_delay: float = 0.0,
         start_seconds: float = 0.0,
-        front_seconds: float = 0.0,
+        front_seconds: Callable[[int], float] = lambda num_prompt: 0.0,
         router_block_size: int = 64,
         sample_interval: float | None = None,
         until: float = float("inf"),
         on_tick: Callable[[FleetSimulation], None] | None = None,
     ) -> None:
         """`start_seconds`: of an engine that is started while the simulation runs. `front_seconds`: what tokenising,
-        HTTP and streaming add before a request is seen by the gateway. `on_tick`: ten times a second of virtual time.
-        """
+        HTTP and streaming add to a request of so many tokens. `on_tick`: ten times a second of virtual time."""
         self.chooser = chooser
         self.config = config
         self.law = law
@@ -89,13 +89,20 @@ class FleetSimulation:
             on_event=self.say,
         )
         self.gateway.restart = lambda member: self.kill(member.name, "it was hung for too long")
-        self._arrivals = sorted(arrivals, key=lambda arrival: arrival.at)
+        # A request is seen once its front end is done with it.
+        self._arrivals = sorted(
+            (one.at + front_seconds(one.num_prompt), number, one) for number, one in enumerate(arrivals)
+        )
         self._to_come = len(self._arrivals)
-        self._front = front_seconds
+        self._stage_law = stage_law
         self._router_block_size = router_block_size
         self._interval = sample_interval
         self._on_tick = on_tick
         self._sampled = (0.0, 0, 0, 0, 0.0, 0.0)
+        self._created: dict[str, float] = {}
+        self._removed: dict[str, float] = {}
+        self.most_replicas = 0
+        """That there were at one time."""
         for number in range(replicas + spares):
             self.add(f"r{number:03d}", spare=number >= replicas)
 
@@ -125,10 +132,12 @@ class FleetSimulation:
 
     def add(self, name: str, *, after: float = 0.0, spare: bool = False) -> Replica:
         """A further engine, of use once it was started."""
-        replica = Replica(name, self.config, self.law, self.clock, self.gateway.stepped)
+        self._created[name] = self.now
+        replica = Replica(name, self.config, self.law, self.clock, self.gateway.stepped, self._stage_law)
         member = Member(replica, self.gateway.rules.health, self.now, spare=spare)
         self.replicas[name], self.members[name] = replica, member
         self._start(member, after)
+        self.most_replicas = max(self.most_replicas, len(self.members) - len(self._removed))
         return replica
 
     def kill(self, name: str, reason: str, *, back_after: float | None = None) -> None:
@@ -140,13 +149,22 @@ class FleetSimulation:
         self.gateway.gone(member, reason)
         self._start(member, self.start_seconds if back_after is None else back_after)
 
-    def lose_rank(self, name: str, seconds: float) -> None:
-        """One of its ranks dies: what runs is lost, and new workers are there after so long."""
+    def lose_rank(self, name: str, noticed_after: float, back_after: float) -> None:
+        """One of its ranks dies: nothing moves until that is noticed, then what runs is lost, and new workers are
+        there `back_after` later."""
         member = self.members[name]
         if member.state in ("down", "starting"):
             return
-        self.say("rank_lost", name, f"a rank was lost; new workers in {seconds:.1f} s")
-        self.gateway.lost_sequences(member, member.replica.lose_workers("a rank was lost", seconds))
+        epoch = member.replica.epoch
+        member.replica.freeze(noticed_after)
+
+        def notice() -> None:
+            if member.replica.epoch != epoch:
+                return  # it was started anew meanwhile
+            self.say("rank_lost", name, f"a rank was lost; new workers in {back_after:.1f} s")
+            self.gateway.lost_sequences(member, member.replica.lose_workers("a rank was lost", back_after))
+
+        self.clock.at(self.now + noticed_after, notice)
 
     def drain(self, name: str) -> None:
         """Nothing new; it is gone once it has nothing left."""
@@ -167,18 +185,20 @@ class FleetSimulation:
 
         self.clock.at(self.now + after, ready)
 
+    def allocated_seconds(self, name: str, end: float) -> float:
+        """For how long its devices were taken until `end`, while it started or was down too."""
+        return max(min(self._removed.get(name, end), end) - self._created[name], 0.0)
+
     # --- what happens -----------------------------------------------------------------------------------------------
 
     def _coming(self) -> Iterator[tuple[float, Action]]:
-        for arrival in self._arrivals:
-            yield arrival.at + self._front, lambda arrival=arrival: self._arrive(arrival)  # type: ignore[misc]
+        for at, _, arrival in self._arrivals:
+            yield at, lambda arrival=arrival: self._arrive(arrival)  # type: ignore[misc]
 
     def _arrive(self, arrival: Arrival) -> None:
         self._to_come -= 1
         prompt = arrival.prompt()
-        outcome = Outcome(
-            id=arrival.id, arrived=arrival.at, num_prompt=len(prompt), num_output=arrival.num_output
-        )
+        outcome = Outcome(id=arrival.id, arrived=arrival.at, num_prompt=len(prompt), num_output=arrival.num_output)
         self.outcomes[arrival.id] = outcome
         blocks = arrival.blocks
         route = RouteRequest(
@@ -200,6 +220,7 @@ class FleetSimulation:
         for member in list(self.gateway.members.values()):
             if member.draining and not member.attempts:
                 self.gateway.remove(member, "it was drained")
+                self._removed[member.name] = self.now
         if self._on_tick is not None:
             self._on_tick(self)
         if not self.is_over:

@@ -27,7 +27,9 @@ class Replica:
         law: StepLaw,
         clock: Clock,
         on_step: Callable[[Replica, list[Output]], None],
+        stage_law: StepLaw | None = None,
     ) -> None:
+        """`stage_law`: of a pipeline, how long a step keeps its slowest stage; the next can follow after so long."""
         while len(_SAMPLED) < config.max_sequences:
             _SAMPLED.append(Sampled(len(_SAMPLED), TOKEN))
         self.name = name
@@ -36,18 +38,21 @@ class Replica:
         self.law = law
         self.slowness = 1.0
         """Factor on the time of every step planned from now on."""
-        self.plans: deque[StepPlan] = deque()
-        """Computed one after another; the first of them now."""
+        self.stage_law = stage_law
+        self.plans: deque[tuple[StepPlan, float]] = deque()
+        """Computed one after another, with when each ends; the first of them now."""
         self.busy_seconds = 0.0
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         """Of cores that were lost; see `totals`."""
         self.block_seconds = 0.0
         """Blocks held, integrated over the time of steps."""
         self.most_blocks = 0
+        self.epoch = 0
+        """Times that its process died."""
         self._clock = clock
         self._on_step = on_step
         self._ends = 0.0
-        """When the step that is computed ends."""
+        """When the last step that was planned ends."""
         self._generation = 0
         """Events of earlier ones are of no interest any more."""
         self._frozen_until = 0.0
@@ -72,28 +77,33 @@ class Replica:
         if now < self._frozen_until:
             return
         while (plan := self.core.plan(now)) is not None:
-            plans.append(plan)
+            shape = shape_of_plan(plan)
+            seconds = self.law(shape) * self.slowness
+            before = self._ends if self._ends > now else now
+            if self.stage_law is None:
+                self._ends = before + seconds
+            else:
+                kept = self.stage_law(shape) * self.slowness
+                self._ends = max(now + seconds, before + kept) if plans else now + seconds
+                seconds = kept
+            self.busy_seconds += seconds
+            held = self.core.scheduler.pool.num_held
+            self.block_seconds += held * seconds
+            if held > self.most_blocks:
+                self.most_blocks = held
+            plans.append((plan, self._ends))
             if len(plans) == 1:
-                self._compute()
-
-    def _compute(self) -> None:
-        seconds = self.law(shape_of_plan(self.plans[0])) * self.slowness
-        self.busy_seconds += seconds
-        held = self.core.scheduler.pool.num_held
-        self.block_seconds += held * seconds
-        if held > self.most_blocks:
-            self.most_blocks = held
-        self._ends = self._clock.now + seconds
-        self._clock.call(self._ends, self._commit, self._generation)
+                self._clock.call(self._ends, self._commit, self._generation)
 
     def _commit(self, generation: int) -> None:
         if generation != self._generation:
             return
-        plan = self.plans.popleft()
+        plans = self.plans
+        plan, _ = plans.popleft()
         result = StepResult(plan.plan_id, [_SAMPLED[row.slot] for row in plan.rows if row.sample])
         outputs = self.core.commit(plan.plan_id, result, self._clock.now)
-        if self.plans:
-            self._compute()
+        if plans:
+            self._clock.call(plans[0][1], self._commit, generation)
         self._on_step(self, outputs)
         self.plan()
 
@@ -104,7 +114,7 @@ class Replica:
         goes on with them. Returns the ends of what ran, `lost`."""
         now = self._clock.now
         if self.plans:
-            plan_id = self.plans[0].plan_id
+            plan_id = self.plans[0][0].plan_id
             outputs = self.core.commit(plan_id, WorkerFailure(plan_id, message), now)
         else:
             outputs = self.core.fail(message, now)
@@ -119,11 +129,14 @@ class Replica:
         if self.plans:
             self._generation += 1
             self._ends += seconds
-            self._clock.call(self._ends, self._commit, self._generation)
+            self.plans = deque((plan, end + seconds) for plan, end in self.plans)
+            self._clock.call(self.plans[0][1], self._commit, self._generation)
 
     def die(self) -> None:
         """The process is gone, and all that it held."""
         self._stop_computing()
+        self.epoch += 1
+        self._frozen_until = 0.0
         load = self.core.load()
         self.steps += load.steps
         self.preemptions += load.preemptions
@@ -141,9 +154,9 @@ class Replica:
             self.plan()
 
     def _stop_computing(self) -> None:
-        if self.plans:
-            self.busy_seconds -= max(self._ends - self._clock.now, 0.0)
-            self.plans.clear()
+        self.busy_seconds = self.busy_until(self._clock.now)
+        self.plans.clear()
+        self._ends = self._clock.now
         self._generation += 1
 
     # --- what it did ------------------------------------------------------------------------------------------------
