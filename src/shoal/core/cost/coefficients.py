@@ -1,0 +1,262 @@
+"""What of a step's time does not depend on the step, worked out once for an engine. Seconds a unit of work.
+
+Layers are counted for the fullest pipeline stage. Names: `stream` is seconds of reading, `compute` of computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from shoal.core.cost import collectives
+from shoal.core.cost.calibration import Calibration
+from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
+from shoal.core.cost.operators import BYTES, CACHE_BYTES, Reached
+from shoal.core.cost.profiles import EngineProfile
+from shoal.core.cost.types import EngineShape, WeightPrecision
+from shoal.core.model_shape import LayerShape
+
+
+class ExpertCoefficients(msgspec.Struct, kw_only=True):
+    count: float
+    """Layers of a stage."""
+    local: float
+    """Experts of a layer on one device."""
+    chosen_share: float
+    """Of all experts that a token visits."""
+    parameters: float
+    """Of one expert's part on one device."""
+    bytes: float
+    stream: float
+    """Seconds of reading one expert."""
+    compute: float
+    """Seconds of one token in one expert."""
+    tile: int
+    """Rows that a grouped product computes together."""
+    skew: float
+    imbalance: float
+    """Load of the busiest device relative to the mean."""
+    launch: float
+
+
+class AttentionCoefficients(msgspec.Struct, kw_only=True):
+    count: float
+    window: int
+    """0: none."""
+    bytes: float
+    """Of cache, of one token, on one device."""
+    row_bytes: float
+    pair_operations: float
+    context_operations: float
+    decode_stream: float
+    decode_compute: float
+    prefill_compute: float
+    index_stream: float
+    index_compute: float
+    row_stream: float
+    token_compute: float
+    launch: float
+
+
+class Coefficients(msgspec.Struct, kw_only=True):
+    groups: int
+    """attention_dp."""
+    context_ranks: int
+    ranks: int
+    """That an all-reduce joins."""
+    stages: int
+    all_stages: float
+    """Work of all stages relative to the fullest."""
+    linear: list[tuple[float, float]]
+    """(seconds to read the matrices, seconds of one token), by precision."""
+    linear_bytes: float
+    linear_parameters: float
+    linear_launch: float
+    experts: list[ExpertCoefficients]
+    attention: list[AttentionCoefficients]
+    head_bytes: float
+    head_parameters: float
+    head_stream: float
+    head_compute: float
+    kernels: float
+    elementwise: float
+    """Of one token: norms, residuals, activation, quantising."""
+    reduces: float
+    hidden_bytes: float
+    exchange_ranks: int
+    exchange_bytes: float
+    """That one device sends for one of its tokens, all layers."""
+    collectives: Callable[[float], float]
+    send_latency: float
+    send_per_token: float
+    step_seconds: float
+    row_seconds: float
+    token_seconds: float
+
+
+INDEX_HEADS = 64
+"""Of the indexer of sparse attention, as in DeepSeek-V3.2."""
+GEMMS_A_LAYER = 4
+
+
+def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Calibration) -> Coefficients:
+    model, layout, device = engine.model, engine.layout, engine.cluster.device
+    reached = Reached(device, device.fractions)
+    share, ranks = stage_share(engine), layout.tensor_ranks
+    kernel = device.kernel_seconds * profile.kernel_factor
+    plain: WeightPrecision = "float32" if engine.weights == "float32" else "bfloat16"
+    dense, dense_parameters = 0.0, 0.0
+    projections = 0.0
+    for layer in model.layers:
+        projections += layer.count * share * layer.attention.parameters / ranks
+        per_feature = (3 if layer.mlp.gated else 2) * model.hidden_size
+        features = layer.mlp.shared_size if layer.mlp.num_experts else layer.mlp.intermediate_size
+        dense_parameters += layer.count * share * per_feature * features / ranks
+    by_precision: dict[WeightPrecision, float] = {}
+    for precision, parameters in (
+        (attention_precision(model, engine.weights), projections),
+        (engine.weights, dense_parameters),
+    ):
+        by_precision[precision] = by_precision.get(precision, 0.0) + parameters
+    linear = [
+        (parameters * BYTES[precision] / reached.stream(precision), 2 * parameters / reached.rate(precision))
+        for precision, parameters in by_precision.items()
+        if parameters
+    ]
+    dense = sum(parameters * BYTES[precision] for precision, parameters in by_precision.items())
+    layers = model.num_layers * share
+    head = model.vocab_size * model.hidden_size / ranks
+    hidden_bytes = model.hidden_size * BYTES[plain]
+    widest = max(
+        (layer.mlp.shared_size + layer.mlp.num_experts_per_token * layer.mlp.expert_size)
+        if layer.mlp.num_experts
+        else layer.mlp.intermediate_size
+        for layer in model.layers
+    )
+    elementwise = layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
+    link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
+    exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
+    expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
+    chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
+    exchange_bytes = expert_layers * chosen * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    return Coefficients(
+        groups=engine.attention_dp,
+        context_ranks=layout.cp,
+        ranks=ranks,
+        stages=layout.pp,
+        all_stages=1 / share,
+        linear=linear,
+        linear_bytes=dense,
+        linear_parameters=projections + dense_parameters,
+        linear_launch=layers * GEMMS_A_LAYER * kernel * 0.5,
+        experts=[_experts(engine, layer, reached, kernel, profile) for layer in model.layers if layer.mlp.num_experts],
+        attention=[_attention(engine, layer, reached, kernel, profile) for layer in model.layers],
+        head_bytes=head * BYTES[plain],
+        head_parameters=head,
+        head_stream=head * BYTES[plain] / reached.stream(plain),
+        head_compute=2 * head / reached.rate(plain),
+        kernels=layers * profile.layer_kernels * kernel,
+        elementwise=elementwise,
+        reduces=(2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers) if ranks > 1 else 0.0,
+        hidden_bytes=hidden_bytes,
+        exchange_ranks=exchange_ranks,
+        exchange_bytes=exchange_bytes,
+        collectives=_collectives(engine, profile, layers, expert_layers, hidden_bytes, exchange_ranks),
+        send_latency=link.latency if link else 0.0,
+        send_per_token=hidden_bytes / (link.bandwidth * link.reached) if link else 0.0,
+        step_seconds=profile.step_seconds,
+        row_seconds=profile.row_seconds,
+        token_seconds=profile.token_seconds,
+    )
+
+
+def _experts(
+    engine: EngineShape, layer: LayerShape, reached: Reached, kernel: float, profile: EngineProfile
+) -> ExpertCoefficients:
+    mlp = layer.mlp
+    parts = expert_ranks(engine)
+    parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
+    moved = parameters * BYTES[engine.weights]
+    factor = profile.expert_factor
+    return ExpertCoefficients(
+        count=layer.count * stage_share(engine),
+        local=mlp.num_experts / parts,
+        chosen_share=mlp.num_experts_per_token / mlp.num_experts,
+        parameters=parameters,
+        bytes=moved,
+        stream=factor * moved / reached.stream(engine.weights),
+        compute=factor * 2 * parameters / reached.rate(engine.weights),
+        tile=64,
+        skew=0.0,
+        imbalance=1.0 if parts == 1 else 1.2,
+        launch=5 * kernel,
+    )
+
+
+def _attention(
+    engine: EngineShape, layer: LayerShape, reached: Reached, kernel: float, profile: EngineProfile
+) -> AttentionCoefficients:
+    a = layer.attention
+    ranks = engine.layout.tensor_ranks
+    per = CACHE_BYTES[engine.cache]
+    heads = max(1.0, a.num_heads / ranks)
+    value = a.value_dim or a.head_dim
+    bandwidth, rate = reached.attention_bandwidth(engine.cache), reached.attention_rate()
+    if engine.cache in ("float8", "int8"):
+        bandwidth *= profile.float8_attention
+    index = a.index_dim * per
+    moved = local_cache_elements(a, ranks) * per - index
+    pair = 2 * heads * (a.head_dim + value)
+    # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
+    context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair
+    state = token = 0.0
+    if a.kind == "linear":
+        moved = pair = context = 0.0
+        state, token = 2 * a.state_elements / ranks * 4, 8 * a.state_elements / ranks
+    split = engine.layout.cp
+    return AttentionCoefficients(
+        count=layer.count * stage_share(engine),
+        window=(a.window or 0) if a.kind in ("windowed", "sparse") else 0,
+        bytes=moved,
+        row_bytes=state,
+        pair_operations=pair,
+        context_operations=context,
+        decode_stream=moved / bandwidth / split,
+        decode_compute=context / rate / split,
+        prefill_compute=pair / rate / split,
+        index_stream=index / bandwidth / split,
+        index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
+        row_stream=state / reached.copy(),
+        token_compute=token / rate,
+        launch=2 * kernel,
+    )
+
+
+def _collectives(
+    engine: EngineShape,
+    profile: EngineProfile,
+    layers: float,
+    expert_layers: float,
+    hidden_bytes: float,
+    exchange_ranks: int,
+) -> Callable[[float], float]:
+    cluster, ranks = engine.cluster, engine.layout.tensor_ranks
+    factor = profile.all_reduce
+    reduces = 2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers
+    chosen = max((layer.mlp.num_experts_per_token for layer in engine.model.layers), default=0)
+    hidden = engine.model.hidden_size
+
+    def of(tokens: float) -> float:
+        total = 0.0
+        if ranks > 1:
+            total += reduces * factor * collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
+        if exchange_ranks > 1:
+            # Each device of a group sends its share of the group's tokens: as float8, and back in 16 bits.
+            own = tokens / ranks
+            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden)
+            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden * 2)
+            total += expert_layers * (there + back)
+        return total
+
+    return of

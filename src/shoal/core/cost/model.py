@@ -1,0 +1,253 @@
+"""CostModel: time and memory of one engine's steps. One for planner, simulator and router.
+
+What does not depend on a step is worked out once (coefficients.py), so that a step's time is some dozens of
+multiplications. A step is of the whole engine: with attention_dp, each group computes its share of the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shoal.core.cost import memory
+from shoal.core.cost.calibration import Calibration, weakest
+from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of
+from shoal.core.cost.collectives import wire_bytes
+from shoal.core.cost.operators import distinct_experts, roofline
+from shoal.core.cost.profiles import EngineProfile, profile
+from shoal.core.cost.types import EngineShape, MemoryBudget, Part, StepCost, StepShape
+from shoal.core.hardware import LinkSpec
+
+Bound = Literal["compute", "bandwidth", "latency", "link", "host"]
+
+
+class CostModel:
+    def __init__(self, engine: EngineShape, calibration: Calibration | None = None) -> None:
+        self.engine = engine
+        self.calibration = calibration or Calibration()
+        self.engine, self.profile = calibrated(engine, profile(engine.profile), self.calibration)
+        self._c: Coefficients = coefficients_of(self.engine, self.profile, self.calibration)
+        self._factors = self.calibration.factors
+        self._reduce_cache: dict[int, float] = {}
+
+    def seconds(self, shape: StepShape) -> float:
+        """Of a step through all stages, from its plan to its tokens."""
+        return sum(self._times(shape))
+
+    def stage_seconds(self, shape: StepShape) -> float:
+        """How long a step keeps the slowest stage: with `layout.pp` steps under way, one ends every so often."""
+        times = self._times(shape)
+        return sum(times) - times[6]
+
+    def memory(self) -> MemoryBudget:
+        return memory.budget(self.engine, self.profile)
+
+    def step(self, shape: StepShape) -> StepCost:
+        """The same as `seconds`, explained."""
+        c = self._c
+        times = self._times(shape)
+        tokens = self._tokens(shape)
+        work = {
+            "linear": (c.linear_bytes, 2 * c.linear_parameters * tokens),
+            "experts": self._experts_work(shape),
+            "attention": self._attention_work(shape),
+            "collectives": (self._wire(shape), 0.0),
+            "head": (c.head_bytes, 2 * c.head_parameters * shape.sampled),
+        }
+        parts = tuple(
+            Part(
+                name=name,
+                seconds=seconds,
+                bound=self._bound(name, shape),
+                bytes=work.get(name, (0.0, 0.0))[0],
+                operations=work.get(name, (0.0, 0.0))[1],
+            )
+            for name, seconds in zip(PARTS, times, strict=True)
+        )
+        total = sum(times)
+        own = self.engine.cluster.device.provenance
+        provenance = self.calibration.provenance if self.calibration.device else weakest(own, "datasheet")
+        residual = self.calibration.residual("step", self.profile.name, provenance)
+        low, high = (residual.low, residual.high) if residual else (0.7, 1.5)
+        return StepCost(
+            seconds=total,
+            parts=parts,
+            low=total * low,
+            high=total * high,
+            provenance=provenance,
+            link_bytes=self._link_bytes(shape),
+        )
+
+    # --- the parts, in the order of PARTS -----------------------------------------------------------------------------
+
+    def _times(self, shape: StepShape) -> tuple[float, ...]:
+        c, factors = self._c, self._factors
+        tokens = self._tokens(shape)
+        if tokens <= 0:
+            return (0.0,) * len(PARTS)
+        linear = sum(roofline(stream, compute * tokens) for stream, compute in c.linear) + c.linear_launch
+        experts = self._experts(shape) if c.experts else 0.0
+        attention = self._attention(shape)
+        collectives = self._collectives(tokens, shape.tokens)
+        kernels = c.kernels + c.elementwise * tokens
+        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups) if shape.sampled else 0.0
+        host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
+        if factors:
+            get = factors.get
+            linear *= get("linear", 1.0)
+            experts *= get("experts", 1.0)
+            attention *= get("attention", 1.0)
+            collectives *= get("collectives", 1.0)
+            head *= get("head", 1.0)
+            host *= get("host", 1.0)
+        pipeline = 0.0
+        if c.stages > 1:
+            others = (linear + experts + attention + collectives + kernels) * (c.all_stages - 1)
+            pipeline = others + (c.stages - 1) * (c.send_latency + c.send_per_token * tokens)
+        return linear, experts, attention, collectives, head, kernels, pipeline, host
+
+    def _tokens(self, shape: StepShape) -> float:
+        """That one device computes the linear layers of."""
+        return shape.prefill_tokens / (self._c.groups * self._c.context_ranks) + shape.decode_rows / self._c.groups
+
+    def _experts(self, shape: StepShape) -> float:
+        total = 0.0
+        tokens = shape.tokens
+        for kind in self._c.experts:
+            total += kind.count * (self._expert_layer(kind, tokens) + kind.launch)
+        return total
+
+    def _expert_layer(self, kind: ExpertCoefficients, tokens: int) -> float:
+        touched = distinct_experts(kind.local, kind.chosen_share * kind.local, tokens, kind.skew)
+        pairs = tokens * kind.chosen_share * kind.local * kind.imbalance
+        # A tile of rows is computed whole: an expert with one token costs as much as one with a tile full.
+        padded = max(pairs, touched * kind.tile * min(1.0, 0.5 + pairs / (touched * kind.tile)))
+        return roofline(touched * kind.stream, padded * kind.compute)
+
+    def _attention(self, shape: StepShape) -> float:
+        total = 0.0
+        c = self._c
+        groups = c.groups
+        for kind in c.attention:
+            prefill = decode = 0.0
+            if shape.decode_rows:
+                context = float(shape.decode_context)
+                if kind.window:
+                    context = min(context, float(shape.decode_rows * kind.window))
+                context /= groups
+                decode = roofline(
+                    context * kind.decode_stream
+                    + shape.decode_context / groups * kind.index_stream
+                    + shape.decode_rows / groups * kind.row_stream,
+                    context * kind.decode_compute,
+                )
+                decode += kind.launch
+            if shape.prefill_rows:
+                pairs = shape.prefill_pairs
+                context = float(shape.prefill_context)
+                if kind.window:
+                    pairs = min(pairs, float(shape.prefill_tokens) * kind.window)
+                    context = min(context, shape.prefill_tokens + float(shape.prefill_rows * kind.window))
+                prefill = roofline(
+                    context / groups * kind.decode_stream + shape.prefill_rows / groups * kind.row_stream,
+                    pairs / groups * kind.prefill_compute
+                    + shape.prefill_pairs / groups * kind.index_compute
+                    + shape.prefill_tokens / groups * kind.token_compute,
+                )
+                prefill += kind.launch
+            total += kind.count * (prefill + decode)
+        return total
+
+    def _collectives(self, tokens: float, all_tokens: int) -> float:
+        """Two all-reduces a layer (after attention, after the MLP) or what experts over several groups exchange."""
+        key = all_tokens
+        found = self._reduce_cache.get(key)
+        if found is None:
+            found = self._c.collectives(tokens)
+            if len(self._reduce_cache) < 65536:
+                self._reduce_cache[key] = found
+        return found
+
+    # --- what an explanation adds ------------------------------------------------------------------------------------
+
+    def _experts_work(self, shape: StepShape) -> tuple[float, float]:
+        moved = operations = 0.0
+        for kind in self._c.experts:
+            touched = distinct_experts(kind.local, kind.chosen_share * kind.local, shape.tokens, kind.skew)
+            moved += kind.count * touched * kind.bytes
+            operations += kind.count * 2 * kind.parameters * shape.tokens * kind.chosen_share * kind.local
+        return moved, operations
+
+    def _attention_work(self, shape: StepShape) -> tuple[float, float]:
+        moved = operations = 0.0
+        groups = self._c.groups
+        for kind in self._c.attention:
+            context = float(shape.decode_context + shape.prefill_context)
+            pairs = shape.prefill_pairs
+            if kind.window:
+                context = min(context, float((shape.rows) * kind.window) + shape.prefill_tokens)
+                pairs = min(pairs, float(shape.prefill_tokens) * kind.window)
+            moved += kind.count * (context * kind.bytes + shape.rows * kind.row_bytes) / groups
+            operations += kind.count * (pairs * kind.pair_operations + context * kind.context_operations) / groups
+        return moved, operations
+
+    def _bound(self, name: str, shape: StepShape) -> Bound:
+        c = self._c
+        tokens = self._tokens(shape)
+        if name == "linear":
+            return "compute" if sum(x for _, x in c.linear) * tokens > sum(x for x, _ in c.linear) else "bandwidth"
+        if name == "experts":
+            busy = sum(
+                kind.count * (shape.tokens * kind.chosen_share * kind.local * kind.compute) for kind in c.experts
+            )
+            read = sum(
+                kind.count * distinct_experts(kind.local, kind.chosen_share * kind.local, shape.tokens) * kind.stream
+                for kind in c.experts
+            )
+            return "compute" if busy > read else "bandwidth"
+        if name == "attention":
+            return "compute" if shape.prefill_tokens > shape.decode_rows else "bandwidth"
+        if name == "collectives":
+            return "latency" if self._collectives(tokens, shape.tokens) < 2 * c.collectives(1e-9) else "link"
+        return {"head": "bandwidth", "kernels": "latency", "pipeline": "link", "host": "host"}[name]  # type: ignore[return-value]
+
+    def _wire(self, shape: StepShape) -> float:
+        return sum(self._link_bytes(shape).values())
+
+    def _link_bytes(self, shape: StepShape) -> dict[str, float]:
+        c, tokens = self._c, self._tokens(shape)
+        sent: dict[str, float] = {}
+        if c.ranks > 1:
+            link: LinkSpec = self.engine.cluster.link(c.ranks)
+            sent[link.name] = c.reduces * wire_bytes(c.ranks, tokens * c.hidden_bytes)
+        if c.exchange_ranks > 1:
+            link = self.engine.cluster.link(c.exchange_ranks)
+            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.exchange_bytes
+        if c.stages > 1:
+            link = self.engine.cluster.link(2, self.engine.layout.ranks // c.stages)
+            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.hidden_bytes
+        return sent
+
+
+PARTS = ("linear", "experts", "attention", "collectives", "head", "kernels", "pipeline", "host")
+
+
+def calibrated(engine: EngineShape, own: EngineProfile, calibration: Calibration) -> tuple[EngineShape, EngineProfile]:
+    """Device, link and profile with what was measured in the place of what is printed."""
+    cluster, device = engine.cluster, engine.cluster.device
+    if calibration.fractions or calibration.kernel_seconds is not None:
+        device = msgspec.structs.replace(
+            device,
+            fractions={**device.fractions, **calibration.fractions},
+            kernel_seconds=device.kernel_seconds if calibration.kernel_seconds is None else calibration.kernel_seconds,
+        )
+    link = cluster.scale_up
+    if calibration.link_latency is not None:
+        link = msgspec.structs.replace(link, latency=calibration.link_latency, all_reduce={})
+    if calibration.link_bandwidth is not None:
+        link = msgspec.structs.replace(link, bandwidth=calibration.link_bandwidth, reached=1.0, all_reduce={})
+    names = ("step_seconds", "row_seconds", "token_seconds", "layer_kernels", "front_seconds")
+    given = {name: value for name in names if (value := getattr(calibration, name)) is not None}
+    cluster = msgspec.structs.replace(cluster, device=device, scale_up=link)
+    return msgspec.structs.replace(engine, cluster=cluster), msgspec.structs.replace(own, **given)
