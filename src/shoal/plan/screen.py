@@ -2,7 +2,7 @@
 
 With b sequences that generate and prompts arriving as fast as answers end, a step brings p = b I / O tokens of prompts
 (I tokens in, O out), whatever the step takes. So the mix of a step follows from b alone; its time gives the rate,
-b / (O T). Arrivals at random make the batch vary like a Poisson number, and prompts wait as at a server with their
+b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make the batch vary like a Poisson number, and prompts wait as at a server with their
 step's time as its service (Pollaczek-Khinchine, and its exponential tail).
 """
 
@@ -49,7 +49,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return max((self.value(target) / target.seconds for target in targets), default=0.0)
 
 
-class Lengths(msgspec.Struct, frozen=True, kw_only=True):
+class Traffic(msgspec.Struct, frozen=True, kw_only=True):
     """Of a workload, as the closed form needs them."""
 
     input: float
@@ -65,13 +65,13 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
         return self.input + self.output / 2
 
 
-def lengths_of(demand: Demand) -> Lengths:
+def traffic_of(demand: Demand) -> Traffic:
     if not demand.lengths:
-        return Lengths(input=demand.input, output=demand.output, long_input=demand.input, spread=0.0)
+        return Traffic(input=demand.input, output=demand.output, long_input=demand.input, spread=0.0)
     inputs = sorted(tokens for tokens, _ in demand.lengths)
     mean = demand.input
     variance = sum((tokens - mean) ** 2 for tokens in inputs) / len(inputs)
-    return Lengths(
+    return Traffic(
         input=mean,
         output=demand.output,
         long_input=max(1.0, inputs[min(len(inputs) - 1, int(len(inputs) * 0.99))]),
@@ -85,16 +85,17 @@ class Curve:
     def __init__(
         self,
         seconds: Seconds,
-        lengths: Lengths,
+        traffic: Traffic,
         *,
         chunk: int,
         max_sequences: int,
         cache_tokens: float,
         front_seconds: float = 0.0,
+        stages: int = 1,
     ) -> None:
-        self._seconds, self._lengths, self._chunk = seconds, lengths, chunk
-        self._front = front_seconds
-        self._most = min(float(max_sequences), cache_tokens / max(1.0, lengths.context))
+        self._seconds, self._traffic, self._chunk = seconds, traffic, chunk
+        self._front, self._stages = front_seconds, stages
+        self._most = min(float(max_sequences), cache_tokens / max(1.0, traffic.context))
         self.loads = self._trace()
         self.held = self._most
         """Sequences that memory and limit allow at once."""
@@ -116,7 +117,7 @@ class Curve:
     def _decode(self, batch: float) -> float:
         rows = max(1, round(batch))
         return self._seconds(
-            StepShape(decode_rows=rows, decode_context=int(rows * self._lengths.context), sampled=rows)
+            StepShape(decode_rows=rows, decode_context=int(rows * self._traffic.context), sampled=rows)
         )
 
     def _mixed(self, batch: float, tokens: float, of: float) -> float:
@@ -132,40 +133,44 @@ class Curve:
                 prefill_pairs=count * (before + (each + 1) / 2),
                 prefill_context=int(prompts * (before + each)),
                 decode_rows=rows,
-                decode_context=int(rows * self._lengths.context),
+                decode_context=int(rows * self._traffic.context),
                 sampled=rows + prompts,
             )
         )
 
+    def _passes(self, tokens: float) -> float:
+        """Steps that a prompt takes; behind the first, the next piece is one stage later."""
+        return 1 + (ceil(tokens / self._chunk) - 1) / self._stages
+
     def _at(self, batch: float) -> Load | None:
-        lengths, chunk = self._lengths, float(self._chunk)
-        needed = batch * lengths.input / lengths.output
-        piece = min(lengths.input, chunk)
+        traffic, chunk, whole = self._traffic, float(self._chunk), batch
+        batch = batch / self._stages
+        needed = batch * traffic.input / traffic.output
+        piece = min(traffic.input, chunk)
         share = min(1.0, needed / piece)
         if needed >= chunk:
             return None
-        mixed = self._mixed(batch, max(piece, needed), lengths.input)
+        mixed = self._mixed(batch, max(piece, needed), traffic.input)
         plain = self._decode(batch)
         mean = share * mixed + (1 - share) * plain
-        tail = min(batch + TAIL * sqrt(batch), self._most)
-        crowded = min(chunk, max(piece, needed + TAIL * sqrt(needed * piece), min(chunk, lengths.long_input)))
-        worst = self._mixed(tail, crowded, lengths.long_input) if share >= 0.01 else self._decode(tail)
+        tail = min(batch + TAIL * sqrt(whole) / self._stages, self._most / self._stages)
+        crowded = min(chunk, max(piece, needed + TAIL * sqrt(needed * piece), min(chunk, traffic.long_input)))
+        worst = self._mixed(tail, crowded, traffic.long_input) if share >= 0.01 else self._decode(tail)
         used = needed / chunk
-        pieces = ceil(lengths.input / chunk)
-        service = pieces * mixed
-        wait = used * service * (1 + lengths.spread) / (2 * (1 - used))
-        long_service = ceil(lengths.long_input / chunk) * self._mixed(tail, min(chunk, lengths.long_input), lengths.long_input)
-        late = max(0.0, log(max(used, 1e-9) / 0.01)) * service * (1 + lengths.spread) / (2 * (1 - used))
+        service = self._passes(traffic.input) * mixed
+        wait = used * service * (1 + traffic.spread) / (2 * (1 - used))
+        long_piece = self._mixed(tail, min(chunk, traffic.long_input), traffic.long_input)
+        late = max(0.0, log(max(used, 1e-9) / 0.01)) * service * (1 + traffic.spread) / (2 * (1 - used))
         waiting = batch > 0
         return Load(
-            batch=batch,
-            rate=batch / (lengths.output * mean),
+            batch=whole,
+            rate=whole / (traffic.output * mean),
             ttft_p50=self._front + service + waiting * (mean / 2 + wait),
-            ttft_p99=self._front + long_service + waiting * (worst + late),
+            ttft_p99=self._front + self._passes(traffic.long_input) * long_piece + waiting * (worst + late),
             itl_p50=mixed if share > 0.5 else plain,
             itl_p99=worst,
             itl_mean=mean,
-            utilisation=max(used, batch / self._most),
+            utilisation=max(used, whole / self._most),
         )
 
     @property
