@@ -9,9 +9,10 @@ import msgspec
 from shoal.core.hardware import Cluster
 from shoal.plan.trace import Trace
 from shoal.plan.units import show_duration, show_money, show_rate
+from shoal.plan.workload import Lengths, Workload
 
 Metric = Literal["ttft", "itl", "tpot"]
-Percentile = Literal["p50", "p90", "p99", "mean"]
+Percentile = Literal["p50", "p90", "p99"]
 Survive = Literal["", "gpu", "node"]
 
 
@@ -20,6 +21,8 @@ class GoalError(ValueError):
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """TPOT is a mean, whatever the percentile says."""
+
     metric: Metric
     percentile: Percentile
     seconds: float
@@ -27,10 +30,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def flag(self) -> str:
         """As the command line has it."""
-        return f"--{self.metric}-{self.percentile}"
+        return "--tpot" if self.metric == "tpot" else f"--{self.metric}-{self.percentile}"
 
     def __str__(self) -> str:
-        return f"{self.metric.upper()} {self.percentile} {show_duration(self.seconds)}"
+        name = self.flag.removeprefix("--").replace("-", " ")
+        return f"{name.replace(self.metric, self.metric.upper())} {show_duration(self.seconds)}"
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +54,16 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def output_tokens_per_second(self) -> float:
         return self.rate * self.output
+
+
+    def workload(self) -> Workload:
+        """As the event loop takes it."""
+        if not self.lengths:
+            return Workload(inputs=Lengths.fixed(round(self.input)), outputs=Lengths.fixed(round(self.output)))
+        return Workload(
+            inputs=Lengths.of([tokens for tokens, _ in self.lengths]),
+            outputs=Lengths.of([tokens for _, tokens in self.lengths]),
+        )
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):

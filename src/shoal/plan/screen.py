@@ -40,7 +40,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     def value(self, target: Target) -> float:
         if target.metric == "ttft":
             return self.ttft_p99 if target.percentile in ("p99", "p90") else self.ttft_p50
-        if target.metric == "tpot" or target.percentile == "mean":
+        if target.metric == "tpot":
             return self.itl_mean
         return self.itl_p99 if target.percentile in ("p99", "p90") else self.itl_p50
 

@@ -71,8 +71,10 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """At the asked rate, with all engines there."""
 
     ttft_p50: Interval
+    ttft_p90: Interval
     ttft_p99: Interval
     itl_p50: Interval
+    itl_p90: Interval
     itl_p99: Interval
     tpot: Interval
     """Mean."""
@@ -85,11 +87,10 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     provenance: Provenance
 
     def interval(self, target: Target) -> Interval:
-        if target.metric == "tpot" or target.percentile == "mean":
-            return self.tpot if target.metric != "ttft" else self.ttft_p50
-        if target.metric == "ttft":
-            return self.ttft_p50 if target.percentile == "p50" else self.ttft_p99
-        return self.itl_p50 if target.percentile == "p50" else self.itl_p99
+        if target.metric == "tpot":
+            return self.tpot
+        found: Interval = getattr(self, f"{target.metric}_{target.percentile}")
+        return found
 
     def excess(self, targets: tuple[Target, ...]) -> float:
         """The most by which a target is missed, as a factor; at most 1 where all are met."""
