@@ -19,7 +19,7 @@ from shoal.plan.screen import Curve, Load, Traffic, traffic_of
 from shoal.plan.setups import EngineChoice
 from shoal.plan.units import show_bytes, show_duration
 
-SLACK = 1.3
+SLACK = 1.15
 """By how much a closed form may miss a target and still be looked at closely."""
 
 
@@ -29,13 +29,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     weights: tuple[WeightPrecision, ...] = ("bfloat16",)
     caches: tuple[CachePrecision, ...] = ("bfloat16",)
     profile: str = "shoal"
-    chunks: tuple[int, ...] = (512, 2048, 8192)
+    chunks: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     """Token budgets of a step."""
     max_sequences: int = 512
     memory_share: float = 0.9
     pools: bool = True
     """Look at prefill and decode apart, too."""
-    closer: int = 12
+    closer: int = 24
     """Setups at most whose latencies are worked out by the event loop."""
 
 

@@ -25,6 +25,10 @@ from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.units import show_duration, show_money, show_rate
 
 
+MOST_MORE = 3
+"""Engines that are tried beyond what the closed form asks for."""
+
+
 class Found(msgspec.Struct, kw_only=True):
     """What a search came to, before it is told."""
 
@@ -50,7 +54,10 @@ class Candidate(msgspec.Struct, kw_only=True):
     """The busiest at which an engine meets the targets, within SLACK."""
     limit: int
     """Sequences at once that the engine is to allow."""
-    tries: int = 0
+    more: int = 0
+    """Replicas beyond those that the closed form asks for."""
+    others: list[tuple[Load, Engine]] = []
+    """The same split with other chunk sizes, the next best first."""
 
     @property
     def capacity(self) -> float:
@@ -100,14 +107,15 @@ class Search:
         if not loads:
             self._no_load(made)
             return None
-        load, engine = max(loads, key=lambda pair: pair[0].rate)
-        shape = engine.choice.shape
-        lost = lost_engines(shape.devices, self.goal.cluster, self.goal.survive)
-        replicas = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9)) + lost
-        return self._placed(engine, load, replicas, lost)
+        loads.sort(key=lambda pair: -pair[0].rate)
+        return self._placed(loads)
 
-    def _placed(self, engine: Engine, load: Load, replicas: int, lost: int, tries: int = 0) -> Candidate | None:
-        """None where the cluster has no room for so many, or the budget no money."""
+    def _placed(self, loads: list[tuple[Load, Engine]], more: int = 0) -> Candidate | None:
+        """The first of `loads`, as often as the rate asks for and `more`. None where the cluster has no room for so
+        many, or the budget no money."""
+        load, engine = loads[0]
+        lost = lost_engines(engine.choice.shape.devices, self.goal.cluster, self.goal.survive)
+        replicas = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9)) + lost + more
         goal, shape = self.goal, engine.choice.shape
         fits = engines_that_fit(shape.devices, goal.cluster)
         if replicas > fits:
@@ -121,8 +129,15 @@ class Search:
                 lambda: self._too_many(engine, replicas, fits, lost, carried),
             )
             return None
-        limit = _limit(engine, load)
-        candidate = Candidate(engine=engine, replicas=replicas, lost=lost, load=load, limit=limit, tries=tries)
+        candidate = Candidate(
+            engine=engine,
+            replicas=replicas,
+            lost=lost,
+            load=load,
+            limit=_limit(engine, load),
+            more=more,
+            others=loads[1:],
+        )
         dollars = self._dollars(candidate.devices)
         if goal.budget is not None and dollars is not None and dollars > goal.budget:
             self.ledger.add(
@@ -213,12 +228,20 @@ class Search:
             if one is not None and one.tie:
                 found.near.append(one)
             self._missed(candidate, one)
-            more = self._placed(
-                candidate.engine, candidate.load, candidate.replicas + 1, candidate.lost, candidate.tries + 1
-            )
-            if more is not None and more.tries <= 3:
+            for further in self._further(candidate, one):
                 number += 1
-                heappush(heap, (*self._rank(more), number, more))
+                heappush(heap, (*self._rank(further), number, further))
+
+    def _further(self, candidate: Candidate, one: Verdict | None) -> list[Candidate]:
+        """What else the same split may do after it missed: another chunk size, or more engines where load is what it
+        missed by."""
+        found = []
+        if candidate.others:
+            found.append(self._placed(candidate.others))
+        if candidate.more < MOST_MORE and (one is None or candidate.load.batch > 2):
+            own = [(candidate.load, candidate.engine)]
+            found.append(self._placed(own, candidate.more + 1))
+        return [one for one in found if one is not None]
 
     def judge(self, candidate: Candidate) -> Verdict | None:
         """By the event loop; None where requests come faster than they are served."""
@@ -282,7 +305,7 @@ class Search:
         return None if price is None else price * devices
 
     def _rank(self, candidate: Candidate) -> tuple[float, float]:
-        return float(candidate.devices), -candidate.capacity
+        return self.setup(candidate).cost, -candidate.capacity
 
     # --- what is written down -----------------------------------------------------------------------------------------
 
