@@ -97,7 +97,7 @@ class FleetSimulation:
         self._stage_law = stage_law
         self._router_block_size = router_block_size
         self._interval = sample_interval
-        self._on_tick = on_tick
+        self.on_tick = on_tick
         self._sampled = (0.0, 0, 0, 0, 0.0, 0.0)
         self._created: dict[str, float] = {}
         self._removed: dict[str, float] = {}
@@ -115,7 +115,7 @@ class FleetSimulation:
 
     def run(self) -> list[Outcome]:
         """All that arrived, in that order, once nothing is left to happen or `until` has come."""
-        if self.gateway.rules.watch or self._on_tick is not None:
+        if self.gateway.rules.watch or self.on_tick is not None:
             self.clock.at(TICK_SECONDS, self._tick)
         if self._interval is not None:
             self.clock.at(self._interval, self._sample)
@@ -221,8 +221,8 @@ class FleetSimulation:
             if member.draining and not member.attempts:
                 self.gateway.remove(member, "it was drained")
                 self._removed[member.name] = self.now
-        if self._on_tick is not None:
-            self._on_tick(self)
+        if self.on_tick is not None:
+            self.on_tick(self)
         if not self.is_over:
             self.clock.at(self.now + TICK_SECONDS, self._tick)
 

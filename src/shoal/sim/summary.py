@@ -15,8 +15,7 @@ from math import inf
 
 import msgspec
 
-from shoal.core.fleet_types import FleetEvent
-from shoal.sim.fleet_simulation import FleetSimulation, Sample
+from shoal.sim.fleet_simulation import FleetSimulation
 from shoal.sim.histogram import Histogram, mean, percentile
 from shoal.sim.requests import Outcome
 
@@ -103,12 +102,6 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     kv_usage_peak: float
     busy: Spread
     """Share of the time that a replica was up in which it computed a step."""
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    summary: Summary
-    samples: list[Sample]
-    events: list[FleetEvent]
 
 
 def summarise(
