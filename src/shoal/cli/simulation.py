@@ -37,6 +37,8 @@ from shoal.sim.traces import TraceError, arrivals, read, synthetic
 VOCABULARY = 1 << 31
 """Token ids of a simulation are names, one a prompt or a block of it: they need not be the model's."""
 Number = TypeVar("Number", int, float)
+REPORT_SECONDS = 0.1
+"""Live, an engine reports its load with every step. It tells a router what other gateways sent, and here are none."""
 _DEFAULT_SECONDS = 600.0
 _TYPICAL_STEP = StepShape(decode_rows=1, decode_context=1, sampled=1)
 _SCALE_TARGETS = {"queue": 4.0, "running": 0.7, "kv": 0.7}
@@ -312,7 +314,7 @@ def _simulation(
             hung_seconds=deployment.supervision.hung_seconds,
         ),
         spares=model.spares,
-        report_interval=0.0,
+        report_interval=REPORT_SECONDS,
         start_seconds=_duration("--start", options.start) or 0.0,
         front_seconds=lambda tokens: front.front_seconds + tokens * front.prompt_token_seconds,
         router_block_size=model.routing.block_size,

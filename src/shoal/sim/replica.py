@@ -73,10 +73,10 @@ class Replica:
 
     def plan(self) -> None:
         """As many plans as the core will have out; the first of them is computed at once."""
-        now, plans = self._clock.now, self.plans
+        now, plans, depth = self._clock.now, self.plans, self.config.depth
         if now < self._frozen_until:
             return
-        while (plan := self.core.plan(now)) is not None:
+        while len(plans) < depth and (plan := self.core.plan(now)) is not None:
             shape = shape_of_plan(plan)
             seconds = self.law(shape) * self.slowness
             before = self._ends if self._ends > now else now
