@@ -33,6 +33,7 @@ from shoal.sim import traces
 from shoal.sim.fleet_simulation import FleetSimulation
 from shoal.sim.gateway import Rules
 from shoal.sim.histogram import percentile
+from shoal.sim.law import remembered
 from shoal.sim.requests import Arrival, Outcome
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ class Scene:
     replicas: int
 
 
-BUSY = Scene("8 x Llama-3.1-8B, every replica full", "llama-3.1-8b", "8xH100", Layout(), "bfloat16", 8)
+BUSY = Scene("8 x Llama-3.1-8B, all busy", "llama-3.1-8b", "8xH100", Layout(), "bfloat16", 8)
 LARGE = Scene("1,024 H100: 128 x Llama-3.1-405B tp8", "llama-3.1-405b", "128x8xH100:ndr", Layout(tp=8), "float8", 128)
 
 
@@ -73,7 +74,14 @@ def simulation(scene: Scene, arrivals: list[Arrival]) -> FleetSimulation:
     )
     router = Router(RoutingConfig())
     return FleetSimulation(
-        router, arrivals, scene.replicas, config, cost.seconds, rules=Rules(), report_interval=0.1, sample_interval=10.0
+        router,
+        arrivals,
+        scene.replicas,
+        config,
+        remembered(cost.seconds),
+        rules=Rules(),
+        report_interval=0.1,
+        sample_interval=10.0,
     )
 
 
@@ -97,8 +105,8 @@ def speeds(folder: Path, repeat: int, seconds: float) -> None:
     rng = random.Random(0)
     speed(
         BUSY,
-        traces.arrivals(traces.synthetic(6000, 1000, 300, 0.5, rng), rng, rate=200.0),
-        "200/s of 1,000 + 300 tokens",
+        traces.arrivals(traces.synthetic(6000, 1000, 300, 0.5, rng), rng, rate=120.0),
+        "120/s of 1,000 + 300 tokens",
     )
     file = folder / CONVERSATION
     if file.exists():

@@ -15,7 +15,7 @@ from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, check
 from shoal.sim.fleet_simulation import FleetSimulation
 from shoal.sim.gateway import Rules
 from shoal.sim.histogram import Histogram, percentile
-from shoal.sim.law import StepLaw, StepTime
+from shoal.sim.law import StepLaw, StepTime, remembered
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
 
@@ -178,3 +178,24 @@ def test_bounds_are_checked() -> None:
     ):
         with pytest.raises(AutoscalingError, match=says):
             check(policy)
+
+
+def test_a_law_that_is_remembered_is_the_same_law() -> None:
+    asked: list[StepShape] = []
+
+    def law(shape: StepShape) -> float:
+        asked.append(shape)
+        return StepTime()(shape)
+
+    shapes = [
+        StepShape(
+            decode_rows=rows, decode_context=100 * context, sampled=sampled, prefill_rows=prefill, prefill_tokens=9
+        )
+        for rows in (0, 1, 4, 5)
+        for context in (1, 2)
+        for sampled in (0, 1)
+        for prefill in (0, 1)
+    ]
+    seconds = remembered(law)
+    assert [seconds(shape) for shape in shapes * 2] == [StepTime()(shape) for shape in shapes * 2]
+    assert len(shapes) < len(asked) < 2 * len(shapes)

@@ -29,7 +29,7 @@ from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, Measu
 from shoal.sim.faults import Fault, FaultError, parse, schedule
 from shoal.sim.fleet_simulation import FleetSimulation
 from shoal.sim.gateway import Rules
-from shoal.sim.law import StepLaw
+from shoal.sim.law import StepLaw, remembered
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
 from shoal.sim.traces import TraceError, arrivals, read, synthetic
@@ -301,7 +301,7 @@ def _simulation(
         load,
         replicas,
         engine.scheduler,
-        engine.cost.seconds,
+        remembered(engine.cost.seconds),
         stage_law=engine.cost.stage_seconds if model.layout.pp > 1 else None,
         rules=Rules(
             admission=model.admission,
