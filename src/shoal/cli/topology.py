@@ -111,7 +111,12 @@ def detected_table(found: Detected) -> RenderableType:
     return Group(*parts)
 
 
-def _plain(*columns: str, left: int = 1) -> Table:
+def _clean(text: str) -> Text:
+    """Names come from drivers and files: no markup of ours, and nothing that steers the terminal."""
+    return Text(printable(text))
+
+
+def _plain(*columns: str | Text, left: int = 1) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
@@ -126,7 +131,7 @@ def _gpu_table(found: Detected) -> Table:
         links = f"{gpu.nvlinks} ({gpu.nvlink_bandwidth / 1e9:g} GB/s)" if gpu.nvlinks else "–"
         bus = f"gen{gpu.pcie_generation} x{gpu.pcie_lanes}"
         memory = f"{gpu.memory_bytes / 2**30:.1f} GiB"
-        table.add_row(str(gpu.index), printable(gpu.name), memory, bus, links, _numa(numa), profiles)
+        table.add_row(str(gpu.index), _clean(gpu.name), memory, bus, links, _numa(numa), _clean(profiles))
     return table
 
 
@@ -135,7 +140,7 @@ def _matrix(found: Detected) -> Table:
     assert found.gpus is not None
     gpus = found.gpus.gpus
     paths = {(pair.a, pair.b): pair.path for pair in found.gpus.pairs}
-    table = _plain("", *(f"GPU{gpu.index}" for gpu in gpus), *(printable(port.name) for port in found.rdma))
+    table = _plain("", *(f"GPU{gpu.index}" for gpu in gpus), *(_clean(port.name) for port in found.rdma))
     for gpu, distances in zip(gpus, found.gpu_port, strict=True):
         row = []
         for other in gpus:
@@ -151,7 +156,7 @@ def _port_table(found: Detected) -> Table:
         speed = f"{port.bits_per_second / 1e9:g}" if port.bits_per_second else "?"
         state = "active" if port.active else "down"
         protocol = f"{port.protocol} {port.generation}".strip()
-        table.add_row(printable(port.name), printable(protocol), speed, state, _numa(port.numa))
+        table.add_row(_clean(port.name), _clean(protocol), speed, state, _numa(port.numa))
     return table
 
 
@@ -168,7 +173,7 @@ def cluster_table(cluster: Cluster) -> RenderableType:
     table.add_column(style="dim", overflow="fold")
 
     def add(name: str, value: str, source: str) -> None:
-        table.add_row(name, value, printable(source))
+        table.add_row(name, _clean(value), _clean(source))
 
     add("memory", f"{device.memory_bytes / 2**30:.1f} GiB", source_of(device, "memory_bytes"))
     add("bandwidth", f"{device.memory_bandwidth / 1e12:.4g} TB/s", source_of(device, "memory_bandwidth"))

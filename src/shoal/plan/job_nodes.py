@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from itertools import product
+from math import prod
 from typing import Any
 
 import msgspec
@@ -49,15 +50,16 @@ def slurm_job(environment: Mapping[str, str], run: Run) -> Job | None:
 def expand_hosts(text: str) -> list[str]:
     """`gpu[01-03,7],login` as Slurm writes it: gpu01, gpu02, gpu03, gpu7, login. Raises ValueError."""
     hosts: list[str] = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+    item_pattern = r"(?:[^,\[\]]|\[[^\[\]]*\])+"
+    if not re.fullmatch(f"{item_pattern}(?:,{item_pattern})*", text):
+        raise ValueError(f"{text!r} is not a list of hosts, as gpu[01-03],login is")
+    for item in re.findall(item_pattern, text):
         parts = re.split(r"\[([^\]]*)\]", item)
         # Every second part was within brackets.
         choices = [_range(part) if at % 2 else [part] for at, part in enumerate(parts)]
-        hosts += ["".join(choice) for choice in product(*choices)]
-        if len(hosts) > MAX_HOSTS:
+        if len(hosts) + prod(len(choice) for choice in choices) > MAX_HOSTS:
             raise ValueError(f"{text!r} names more than {MAX_HOSTS:,} hosts")
-    if not hosts or any(set(host) & set("[]") for host in hosts):
-        raise ValueError(f"{text!r} is not a list of hosts, as gpu[01-03],login is")
+        hosts += ["".join(choice) for choice in product(*choices)]
     return hosts
 
 

@@ -158,7 +158,7 @@ def check(
             f"{text}: {num_nodes} nodes need a network; write {num_nodes}x{per_node}x{device.name}:{near}"
         )
     known = [node for node in catalogue.nodes_of(device) if catalogue.link(node.scale_up).name == scale_up.name]
-    own = default_scale_up(device, catalogue)
+    own = default_scale_up(device, catalogue) if device.scale_up or device.host_link else scale_up
     if scale_up.kind == "scale-up" and own.kind != "scale-up" and not known:
         raise CatalogueError(f"{text}: {device.name} has no {scale_up.name}; its link is {own.name}")
     if scale_up.kind == own.kind and not known:
