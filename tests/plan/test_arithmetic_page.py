@@ -1,4 +1,4 @@
-"""docs/arithmetic.md against the shipped models and devices: every figure of it is computed here, or derived on the page.
+"""docs/arithmetic.md against the shipped models and devices: every figure is computed here, or derived on the page.
 
 Three rules. Each equation (an indented line `label: expression = result`) is evaluated, and where its label names a
 model or a device its result is what the shipped data give. Each cell of a table with figures is computed. Any other
@@ -22,7 +22,7 @@ from shoal.plan.models import model_shape, published_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "arithmetic.md").read_text(encoding="utf-8")
 
-# --- what the shipped data give -----------------------------------------------------------------------------------------
+# --- what the shipped data give ---------------------------------------------------------------------------------------
 
 
 def cache_bytes(shape: ModelShape, tokens: int) -> float:
@@ -74,7 +74,9 @@ def matrices(shape: ModelShape) -> float:
 
 def attended(shape: ModelShape, positions: float) -> float:
     """Operations of a token's attention to so many positions; for models of full attention."""
-    return sum(4 * layer.count * layer.attention.num_heads * layer.attention.head_dim * positions for layer in shape.layers)
+    return sum(
+        4 * layer.count * layer.attention.num_heads * layer.attention.head_dim * positions for layer in shape.layers
+    )
 
 
 def operations(shape: ModelShape, context: int) -> float:
@@ -132,8 +134,10 @@ COLUMNS_ARE_MODELS: dict[str, Callable[[ModelShape, int], float]] = {
 }
 
 L70, V3, MIXTRAL = (model_shape(name) for name in ("llama-3.1-70b", "deepseek-v3", "mixtral-8x7b"))
+SHAPES = (L70, V3, MIXTRAL, *map(model_shape, ("llama-3.1-405b", "qwen3.5-397b-a17b")))
 H100, H200 = catalogue.device("h100"), catalogue.device("h200")
 NVLINK, NDR = catalogue.link("nvlink4"), catalogue.link("ndr")
+DRAFT = published_model("deepseek-v3").published.beside - 41_540_496 - 2 * V3.vocab_size * V3.hidden_size
 RING_BYTES = 80 * reduced(L70) * 2 * 7 / 8
 WAITS = 2 * L70.num_layers * all_reduce_seconds(8, 16_384)
 STREAM = streamed(L70) / 8 / H100.memory_bandwidth
@@ -202,7 +206,7 @@ QUOTED = {
     "6": "operations a parameter in training",
 }
 
-# --- reading the page ---------------------------------------------------------------------------------------------------
+# --- reading the page -------------------------------------------------------------------------------------------------
 
 UNITS = {
     "": 1.0,
@@ -225,7 +229,10 @@ UNITS = {
     "TFLOP/s": 1e12,
     "%": 0.01,
 }
-QUANTITY = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*(GB/s|TB/s|TFLOP/s|GFLOP|FLOP|KiB|MiB|GiB|KB|MB|GB|TB|bytes|ms|µs|B|s|%)?(?![\w])")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+QUANTITY = re.compile(
+    r"(\d[\d,]*(?:\.\d+)?)\s*(GB/s|TB/s|TFLOP/s|GFLOP|FLOP|KiB|MiB|GiB|KB|MB|GB|TB|bytes|ms|µs|B|s|%)?(?![\w])"
+)
 OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -283,7 +290,7 @@ def tables() -> dict[str, tuple[list[str], list[list[str]]]]:
     return found
 
 
-# --- the rules ----------------------------------------------------------------------------------------------------------
+# --- the rules --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("label", "expression", "results"), equations(), ids=[label for label, _, _ in equations()])
@@ -296,6 +303,28 @@ def test_equations(label: str, expression: str, results: list[str]) -> None:
         assert abs(number - derived) <= max(half, 0.003 * derived if "." in expression else 0), (result, derived)
         if expected is not None:
             assert agrees(result, expected), (result, expected)
+
+
+def test_operands_are_of_the_models_the_devices_or_of_this_page() -> None:
+    """A slip in the fifth digit of an operand does not show in a result of three."""
+    known = {float(number) for shape in SHAPES for number in NUMBER.findall(repr(shape).replace(",", " , "))}
+    known |= {128_000.0, 131_072.0, 1_024.0, 100.0, NVLINK.bandwidth / 1e9, NDR.bandwidth / 1e9, 81_559.0, 3_958.0}
+    known |= {spec.memory_bandwidth / 1e12 for spec in (H100, H200)} | {
+        H100.rates["bfloat16"] / 1e12,
+        streamed(L70),
+        DRAFT,
+    }
+    known |= {quantity(result)[0] for _, _, results in equations() for result in results}
+    known |= {float(number) for _, _, results in equations() for result in results for number in parts(result)[:1]}
+    for label, expression, _ in equations():
+        for number in parts(expression):
+            if len(str(number).replace(".0", "").replace(".", "")) > 2:
+                assert number in known, (label, number)
+
+
+def parts(text: str) -> list[float]:
+    """Its numbers, without their units."""
+    return [float(found[1].replace(",", "")) for found in QUANTITY.finditer(text)]
 
 
 def test_every_expected_equation_is_on_the_page() -> None:
@@ -325,7 +354,9 @@ def test_tables_with_a_model_a_column(name: str) -> None:
 
 def figures(text: str) -> list[str]:
     """Numbers, without those of model names, references and powers."""
-    text = re.sub(r"`[^`]*`|[A-Za-z][\w.]*-[\w.-]*\d[\w.-]*|\b(?:NVLink|FP|H|Qwen|Gemma)\s?\d[\w.]*|10⁹|2³⁰|\d+[kB]\b", " ", text)
+    text = re.sub(
+        r"`[^`]*`|[A-Za-z][\w.]*-[\w.-]*\d[\w.-]*|\b(?:NVLink|FP|H|Qwen|Gemma)\s?\d[\w.]*|10⁹|2³⁰|\d+[kB]\b", " ", text
+    )
     return re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
 
 

@@ -29,14 +29,59 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("SHOAL_DATA", ROOT.parent / "shared")) / "data"
 MODELS = {model.name: model for model in _catalogue()}
 
-MUST_SHIP = """
-llama-2-7b llama-2-13b llama-2-70b llama-3-8b llama-3-70b llama-3.1-8b llama-3.1-70b llama-3.1-405b llama-3.2-1b
-llama-3.2-3b llama-3.3-70b qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b
-qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b qwen3-30b-a3b qwen3-235b-a22b mixtral-8x7b mixtral-8x22b
-mistral-7b deepseek-v3 deepseek-r1 deepseek-v3.1 deepseek-v2-lite gpt-oss-20b gpt-oss-120b smollm2-135m smollm2-360m
-smollm2-1.7b gemma-3-1b gemma-3-4b gemma-3-12b gemma-3-27b minimax-m2.5 qwen3.5-397b-a17b kimi-k2.5 glm-5
-llama-4-scout llama-4-maverick bloom-176b
-""".split()
+MUST_SHIP = [
+    # fmt: off
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+    "llama-3-8b",
+    "llama-3-70b",
+    "llama-3.1-8b",
+    "llama-3.1-70b",
+    "llama-3.1-405b",
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "llama-3.3-70b",
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen2.5-3b",
+    "qwen2.5-7b",
+    "qwen2.5-14b",
+    "qwen2.5-32b",
+    "qwen2.5-72b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+    "qwen3-4b",
+    "qwen3-8b",
+    "qwen3-14b",
+    "qwen3-32b",
+    "qwen3-30b-a3b",
+    "qwen3-235b-a22b",
+    "mixtral-8x7b",
+    "mixtral-8x22b",
+    "mistral-7b",
+    "deepseek-v3",
+    "deepseek-r1",
+    "deepseek-v3.1",
+    "deepseek-v2-lite",
+    "gpt-oss-20b",
+    "gpt-oss-120b",
+    "smollm2-135m",
+    "smollm2-360m",
+    "smollm2-1.7b",
+    "gemma-3-1b",
+    "gemma-3-4b",
+    "gemma-3-12b",
+    "gemma-3-27b",
+    "minimax-m2.5",
+    "qwen3.5-397b-a17b",
+    "kimi-k2.5",
+    "glm-5",
+    "llama-4-scout",
+    "llama-4-maverick",
+    "bloom-176b",
+    # fmt: on
+]
 
 # Numbers a token, over all layers, written from the published configurations and not through our shapes.
 CACHE = {
@@ -207,7 +252,9 @@ def test_kinds_of_attention(name: str, expected: dict[str, int]) -> None:
 )
 def test_layers_with_experts(name: str, dense: int, mixed: int) -> None:
     shape = model_shape(name)
-    found = [sum(layer.count for layer in shape.layers if bool(layer.mlp.num_experts) is kind) for kind in (False, True)]
+    found = [
+        sum(layer.count for layer in shape.layers if bool(layer.mlp.num_experts) is kind) for kind in (False, True)
+    ]
     assert found == [dense, mixed]
     assert shape.is_mixture is bool(mixed)
 
@@ -288,7 +335,11 @@ def test_a_description() -> None:
 
 @pytest.mark.parametrize(
     ("said", "nearest"),
-    [("llama-3.1-7b", "llama-3.1-70b"), ("meta-llama/Llama-3.1-71B", "llama-3.1-70b"), ("mixtral-8x8b", "mixtral-8x7b")],
+    [
+        ("llama-3.1-7b", "llama-3.1-70b"),
+        ("meta-llama/Llama-3.1-71B", "llama-3.1-70b"),
+        ("mixtral-8x8b", "mixtral-8x7b"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest(said: str, nearest: str) -> None:
     with pytest.raises(ModelError, match=f"'{said}' is not known; nearest: .*{nearest}"):
@@ -394,7 +445,9 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         model_shape(str(tmp_path))
 
 
-@given(st.recursive(st.integers(0, 100), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
+@given(
+    st.recursive(st.integers(0, 100), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9)
+)
 def test_counts_add_in_mappings_and_multiply_in_lists(value: Any) -> None:
     assert _count({"all": value}) == _count(value) == _count([value, 1])
     assert _count({"a": value, "b": value}) == _count([2, value])
