@@ -150,7 +150,7 @@ def spec_from(
     Raises CatalogueError.
     """
     where = where or name
-    allowed = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
+    allowed: list[str] = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
     for key in fields:
         if key not in allowed:
             raise CatalogueError(f"{where}: unknown key {key}; the nearest is {nearest(str(key), allowed)}")
@@ -170,7 +170,7 @@ def spec_from(
         spec = msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
         raise CatalogueError(f"{where}: {_explain(str(error))}") from None
-    figures = list(figures_of(spec))
+    figures: list[str] = list(figures_of(spec))
     for key in given:
         if key not in allowed and key not in figures:
             raise CatalogueError(
@@ -179,6 +179,36 @@ def spec_from(
     _check(spec, where)
     sources = given | {figure: source_of(spec, figure) or default for figure in figures}
     return msgspec.structs.replace(spec, sources=sources)
+
+
+def override(base: Spec, fields: Mapping[str, Any], source: str, where: str) -> Spec:
+    """`base` with some of its figures replaced, as a file says of one machine: {bandwidth: 42GB/s}.
+
+    A table of all-reduces was taken at the old speed: it goes where the bandwidth is another. Raises CatalogueError.
+    """
+    kind = type(base)
+    allowed: list[str] = [field.name for field in msgspec.structs.fields(kind) if field.name not in ("name", "sources")]
+    tree = msgspec.to_builtins(base)
+    if isinstance(base, LinkSpec) and "bandwidth" in fields:
+        tree["all_reduce"] = {}
+    for key, value in fields.items():
+        if key not in allowed:
+            raise CatalogueError(f"{where}: unknown key {key}; the nearest is {nearest(str(key), allowed)}")
+        try:
+            tree[key] = _field(key, value)
+        except ValueError as error:
+            raise CatalogueError(f"{where}.{key}: {error}") from None
+    changed = [key for key in fields if key in _FIGURES[kind]]
+    kept = {
+        key: text for key, text in base.sources.items() if not any(f"{key}.".startswith(f"{one}.") for one in changed)
+    }
+    try:
+        spec: Spec = msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise CatalogueError(f"{where}: {_explain(str(error))}") from None
+    _check(spec, where)
+    sources = {figure: kept.get(figure, source) for figure in figures_of(spec)}
+    return msgspec.structs.replace(spec, sources=kept | sources)
 
 
 def figures_of(spec: DeviceSpec | LinkSpec | NodeSpec) -> Iterator[str]:
@@ -257,17 +287,7 @@ def _explain(message: str) -> str:
 def _check(spec: DeviceSpec | LinkSpec | NodeSpec, where: str) -> None:
     """What types cannot say. Raises CatalogueError."""
     if isinstance(spec, DeviceSpec):
-        if not spec.rates:
-            raise CatalogueError(f"{where}.rates: at least one is needed")
-        for key, options in ((spec.rates, DTYPES), (spec.fractions, FRACTIONS)):
-            for name in key:
-                if name not in options:
-                    raise CatalogueError(f"{where}: unknown figure {name}; the nearest is {nearest(name, options)}")
-        for name, fraction in spec.fractions.items():
-            if not 0 < fraction <= 1:
-                raise CatalogueError(f"{where}.fractions.{name}: {fraction} must be above 0 and at most 1")
-        if spec.watts is not None and spec.watts <= 0:
-            raise CatalogueError(f"{where}.watts: {spec.watts} must be above 0")
+        _check_device(spec, where)
     elif isinstance(spec, LinkSpec):
         if not 0 < spec.reached <= 1:
             raise CatalogueError(f"{where}.reached: {spec.reached} must be above 0 and at most 1")
@@ -281,3 +301,17 @@ def _check(spec: DeviceSpec | LinkSpec | NodeSpec, where: str) -> None:
         for price in spec.prices:
             if price.dollars_per_hour <= 0:
                 raise CatalogueError(f"{where}.prices: {price.dollars_per_hour} must be above 0")
+
+
+def _check_device(spec: DeviceSpec, where: str) -> None:
+    if not spec.rates:
+        raise CatalogueError(f"{where}.rates: at least one is needed")
+    for key, options in ((spec.rates, DTYPES), (spec.fractions, FRACTIONS)):
+        for name in key:
+            if name not in options:
+                raise CatalogueError(f"{where}: unknown figure {name}; the nearest is {nearest(name, options)}")
+    for name, fraction in spec.fractions.items():
+        if not 0 < fraction <= 1:
+            raise CatalogueError(f"{where}.fractions.{name}: {fraction} must be above 0 and at most 1")
+    if spec.watts is not None and spec.watts <= 0:
+        raise CatalogueError(f"{where}.watts: {spec.watts} must be above 0")
