@@ -308,12 +308,12 @@ def test_equations(label: str, expression: str, results: list[str]) -> None:
 def test_operands_are_of_the_models_the_devices_or_of_this_page() -> None:
     """A slip in the fifth digit of an operand does not show in a result of three."""
     known = {float(number) for shape in SHAPES for number in NUMBER.findall(repr(shape).replace(",", " , "))}
-    known |= {128_000.0, 131_072.0, 1_024.0, 100.0, NVLINK.bandwidth / 1e9, NDR.bandwidth / 1e9, 81_559.0, 3_958.0}
-    known |= {spec.memory_bandwidth / 1e12 for spec in (H100, H200)} | {
-        H100.rates["bfloat16"] / 1e12,
-        streamed(L70),
-        DRAFT,
-    }
+    known |= {128_000.0, 131_072.0, 1_024.0, 100.0}
+    known |= {2 * 16 * 128.0 + 64 * 128}  # q, k and v of a linear layer of Qwen3.5-397B-A17B
+    known |= {spec.memory_bandwidth / 1e12 for spec in (H100, H200)} | {link.bandwidth / 1e9 for link in (NVLINK, NDR)}
+    known |= {H100.rates["bfloat16"] / 1e12, 2 * H100.rates["float8"] / 1e12, H100.memory_bytes / 2**20}
+    known |= {streamed(L70), DRAFT}
+    known |= {41_540_496.0, *(float(shape.num_parameters()) for shape in SHAPES)}
     known |= {quantity(result)[0] for _, _, results in equations() for result in results}
     known |= {float(number) for _, _, results in equations() for result in results for number in parts(result)[:1]}
     for label, expression, _ in equations():
