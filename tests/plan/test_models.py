@@ -438,6 +438,14 @@ def test_files_that_do_not_describe_a_model(tmp_path: Path, file: str, text: str
         model_shape(str(path))
 
 
+def test_a_directory_without_a_config_does_not_hide_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt-oss-20b").mkdir()
+    assert model_shape("gpt-oss-20b").num_layers == 24
+    (tmp_path / "gpt-oss-20b" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    assert model_shape("gpt-oss-20b").num_layers == 2
+
+
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         model_shape(str(tmp_path / "nowhere"))

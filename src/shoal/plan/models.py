@@ -97,7 +97,8 @@ def model_shape(name_or_path: str, read: Callable[[Path], ModelSpec] | None = No
     `read` makes a ModelSpec of (GGUF). Raises ModelError.
     """
     path = Path(name_or_path)
-    if path.exists() or name_or_path.startswith((".", "/", "~")):
+    is_path = path.is_file() or (path / "config.json").is_file()
+    if is_path or name_or_path.startswith((".", "/", "~")):
         return _shape_of_path(path.expanduser(), read)
     return published_model(name_or_path).shape
 
@@ -258,7 +259,7 @@ def _shape_of_path(path: Path, read: Callable[[Path], ModelSpec] | None) -> Mode
         if read is not None:
             return shape_of(read(file), file.stem)
     except UnsupportedModel as error:
-        raise ModelError(f"{file}: {error}") from None
+        raise ModelError(f"{file}: {error}. Its shape can be given as YAML, as the published ones are") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
     raise ModelError(f"{file} is none of config.json, YAML, or a directory with config.json")
