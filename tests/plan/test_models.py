@@ -293,6 +293,10 @@ def test_a_checkpoint_in_another_precision_is_the_same_model() -> None:
         ("somebody/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
         ("zhipuai/GLM-5", "glm-5"),
         ("bigscience/bloom", "bloom-176b"),
+        ("Qwen/Qwen2.5-72B-Instruct-AWQ", "qwen2.5-72b"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "qwen2.5-7b"),
+        ("RedHatAI/Meta-Llama-3.1-405B-Instruct-FP8-dynamic", "llama-3.1-405b"),
+        ("mistralai/Mixtral-8x22B-Instruct-v0.1", "mixtral-8x22b-instruct"),
     ],
 )
 def test_many_names_of_one_model(said: str, name: str) -> None:
