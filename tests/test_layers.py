@@ -22,6 +22,7 @@ RINGS: dict[str, tuple[str, ...]] = {
     "engine": ("core", "checkpoint"),
     "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
     "bench": ("core",),
+    "plan": ("core",),
     "sim": ("core",),
     "config": (),
     "cli": (
