@@ -19,6 +19,14 @@ from shoal.plan.job_nodes import Job, JobNode
 from tests.plan.hosts import bridged_box, hgx_h100
 
 
+@pytest.fixture(autouse=True)
+def _a_plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No job, no hardware of the user who runs this."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("RAY_ADDRESS", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def shown(part: RenderableType, width: int = 160) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(part)
@@ -91,7 +99,6 @@ def test_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], status
 def test_a_slurm_job_that_makes_no_sense(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[3-1]")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     status, _, err = run(capsys)
     assert status == 1 and "'3-1' is not a range of numbers" in err
     monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-3]")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.plan.job_nodes import JobNode, expand_hosts, ray_job, ray_nodes, slurm_job
+from shoal.plan.job_nodes import JobNode, expand_hosts, ray_job, ray_nodes, ray_session, slurm_job
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,20 @@ def test_ray_nodes_become_nodes() -> None:
     ]
     job = ray_job(said, "auto")
     assert job.nodes == (JobNode("head", 0), JobNode("w2", 8, "H100")) and job.scheduler == "ray"
+
+
+def test_a_ray_session_of_this_host(tmp_path: Path) -> None:
+    assert ray_session(tmp_path) is None
+    file = tmp_path / "tmp/ray/ray_current_cluster"
+    file.parent.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        file.write_text(address)
+        assert ray_session(tmp_path) == address
+    assert ray_session(tmp_path) is None, "what was left behind by one that ended is no cluster"
+    for text in ("", "nonsense", "127.0.0.1:x", "127.0.0.1:99999999"):
+        file.write_text(text)
+        assert ray_session(tmp_path) is None
 
 
 def test_without_ray_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

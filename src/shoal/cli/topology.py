@@ -22,7 +22,7 @@ from shoal.core.hardware import Cluster, LinkSpec
 from shoal.plan.catalogue import load
 from shoal.plan.detect import Detected, Topology, detect, topology
 from shoal.plan.hardware_file import source_of
-from shoal.plan.job_nodes import Job, ray_job, ray_nodes, slurm_job
+from shoal.plan.job_nodes import Job, ray_job, ray_nodes, ray_session, slurm_job
 from shoal.plan.nvml import NoNvml, load_nvml
 from shoal.plan.topology import parse_cluster
 
@@ -70,11 +70,13 @@ def file_text(result: Topology) -> str:
 
 
 def _job(ray: str | None) -> Job | None:
+    """The Ray cluster that is named; else the Slurm job of this process; else a Ray cluster that this host began."""
     try:
-        if ray or os.environ.get("RAY_ADDRESS"):
-            address = ray or os.environ["RAY_ADDRESS"]
-            return ray_job(ray_nodes(address), address)
-        return slurm_job(os.environ, _run)
+        address = ray or os.environ.get("RAY_ADDRESS")
+        if not address and (job := slurm_job(os.environ, _run)):
+            return job
+        address = address or ray_session(Path("/"))
+        return ray_job(ray_nodes(address), address) if address else None
     except ValueError as error:
         raise CommandError(str(error)) from None
 

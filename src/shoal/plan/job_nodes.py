@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 from collections.abc import Callable, Mapping
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -74,6 +76,17 @@ def _range(text: str) -> list[str]:
             raise ValueError(f"{part!r} is not a range of numbers, as 01-03 is")
         found += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
     return found
+
+
+def ray_session(root: Path) -> str | None:
+    """The address of a Ray cluster that was started on this host and still answers; None: there is none."""
+    try:
+        address = (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=0.5).close()
+    except (OSError, ValueError, OverflowError):
+        return None
+    return address
 
 
 def ray_nodes(address: str) -> list[dict[str, Any]]:
