@@ -11,6 +11,9 @@ from typing import Literal
 
 import msgspec
 
+from shoal.core import metrics as defined
+from shoal.core.metrics import Metric
+
 Kind = Literal["gauge", "counter", "histogram"]
 Fold = Literal["sum", "max", "mean"]
 
@@ -82,31 +85,35 @@ def _named(prefix: str, **names: str) -> dict[str, tuple[str, ...]]:
     return {quantity: tuple(f"{prefix}{name}" for name in text.split()) for quantity, text in names.items()}
 
 
+def _defined(**metrics: tuple[Metric, ...]) -> dict[str, tuple[str, ...]]:
+    """Names as they are written: of counters with what the exporter appends."""
+    return {
+        quantity: tuple(one.name + ("_total" if one.kind == "counter" else "") for one in those)
+        for quantity, those in metrics.items()
+    }
+
+
 SHOAL = Dialect(
     name="shoal",
     title="shoal",
-    names=_named(
-        "shoal:",
-        # An engine's own; where a gateway has only servers of others behind it, what they tell it.
-        running="num_requests_running fleet_endpoint_sequences_running fleet_requests_running",
-        waiting="num_requests_waiting fleet_endpoint_sequences_waiting",
-        queued_ahead="fleet_requests_waiting",
-        kv_usage="kv_cache_usage_perc fleet_endpoint_kv_usage",
-        rank_imbalance="expert_imbalance",
-        preemptions="num_preemptions_total",
-        finished="request_success_total fleet_requests_total",
-        prompt_tokens="prompt_tokens_total fleet_prompt_tokens_total",
-        generated_tokens="generation_tokens_total fleet_generation_tokens_total",
-        steps="engine_steps_total",
-        ttft="time_to_first_token_seconds fleet_time_to_first_token_seconds",
-        itl="inter_token_latency_seconds fleet_inter_token_latency_seconds",
+    # An engine's own; where a gateway has only servers of others behind it, what they tell it.
+    names=_defined(
+        running=(defined.RUNNING, defined.ENDPOINT_RUNNING, defined.FLEET_RUNNING),
+        waiting=(defined.WAITING, defined.ENDPOINT_WAITING),
+        queued_ahead=(defined.FLEET_WAITING,),
+        kv_usage=(defined.KV_USAGE, defined.ENDPOINT_KV_USAGE),
+        rank_imbalance=(defined.EXPERT_IMBALANCE,),
+        preemptions=(defined.PREEMPTIONS,),
+        finished=(defined.REQUESTS, defined.FLEET_REQUESTS),
+        prompt_tokens=(defined.PROMPT_TOKENS, defined.FLEET_PROMPT_TOKENS),
+        generated_tokens=(defined.GENERATED_TOKENS, defined.FLEET_GENERATED_TOKENS),
+        steps=(defined.STEPS,),
+        ttft=(defined.TTFT, defined.FLEET_TTFT),
+        itl=(defined.ITL, defined.FLEET_ITL),
     ),
     only={"rank_imbalance": ("over", "ranks")},
     replicas=Replicas(
-        "endpoint",
-        "shoal:fleet_endpoint_sequences_running",
-        "shoal:fleet_endpoint_sequences_waiting",
-        "shoal:fleet_endpoint_kv_usage",
+        "endpoint", defined.ENDPOINT_RUNNING.name, defined.ENDPOINT_WAITING.name, defined.ENDPOINT_KV_USAGE.name
     ),
     flags={
         "kv_memory": "--kv-cache-memory SIZE",

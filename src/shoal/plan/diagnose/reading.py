@@ -11,6 +11,8 @@ from shoal.plan.diagnose.histogram import Histogram, merged
 from shoal.plan.diagnose.prometheus_text import Exposition, Labels, Sample
 
 Basis = Literal["window", "lifetime"]
+_MOST = 1e18
+"""No quantity here is negative or reaches this: what does was not counted."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -167,7 +169,7 @@ def _series(exposition: Exposition, dialect: Dialect, quantity: str, name: str) 
     for sample in exposition[name]:
         if label and sample.labels.get(label) != wanted or any(sample.labels.get(part) for part in dialect.parts):
             continue
-        if sample.value != sample.value:  # not a number: a gauge that was never set
+        if not 0 <= sample.value < _MOST:  # a gauge that was never set is NaN
             continue
         key = tuple(pair for pair in sample.key if pair[0] not in dialect.copies)
         found[key] = max(found.get(key, sample.value * scale), sample.value * scale)

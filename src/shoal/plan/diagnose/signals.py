@@ -18,8 +18,8 @@ def diagnose(reading: Reading, targets: Targets) -> tuple[Finding, Finding, Find
     return does_not_fit(reading), idle_compute(reading, targets), batching_limit(reading, targets)
 
 
-def waiting(reading: Reading) -> tuple[float, str] | None:
-    """Sequences that wait on the average, and the metric that says so. None if none does.
+def engine_queue(reading: Reading) -> tuple[float, str] | None:
+    """Sequences that wait in the engine on the average, and the metric that says so. None if none does.
 
     A gauge is read a few times a window and may miss every burst. By Little's law the seconds that requests spent in
     the queue, per second of the window, are the mean length of that queue: the larger of both counts.
@@ -31,14 +31,36 @@ def waiting(reading: Reading) -> tuple[float, str] | None:
     return max(found) if found else None
 
 
+def waiting(reading: Reading) -> tuple[float, str] | None:
+    """With those that a gateway holds back until the engine has a place: they wait for it no less."""
+    queue, ahead = engine_queue(reading), reading.gauge("queued_ahead")
+    if not ahead:
+        return queue
+    inside = queue or (0.0, "")
+    return inside[0] + ahead, " + ".join(filter(None, (inside[1], reading.metric("queued_ahead"))))
+
+
 def has_queue(reading: Reading) -> bool:
     queue = waiting(reading)
     return (queue is not None and queue[0] >= limit.WAITING) or _queue_share(reading) >= limit.QUEUE_SHARE
 
 
+def places(reading: Reading, targets: Targets) -> int | None:
+    """Sequences that the batches of all replicas have room for; None where it was not said."""
+    return targets.max_sequences and targets.max_sequences * max(1, len(reading.parts))
+
+
+def is_half_empty(reading: Reading, targets: Targets) -> bool:
+    """The batch had room for twice as many: as its limit says, or since it held as many within the same window."""
+    found, most = reading.gauges.get("running"), places(reading, targets)
+    if found is None:
+        return False
+    return found.mean < limit.COMPUTE_IDLE * most if most else found.mean < limit.COMPUTE_IDLE * found.high
+
+
 def is_idle(reading: Reading) -> bool:
     """Nothing ran in the window, or since the start."""
-    at_work = (reading.gauge("running") or 0.0) + (reading.gauge("waiting") or 0.0)
+    at_work = sum(reading.gauge(name) or 0.0 for name in ("running", "waiting", "queued_ahead"))
     ended = reading.grown("finished") or reading.grown("generated_tokens") or 0.0
     return not at_work and not ended
 
@@ -100,10 +122,10 @@ def _kv_is_full(reading: Reading) -> bool:
 def wanted_kv(reading: Reading) -> float | None:
     """KV memory over what there is that those who wait would need too, if they are like those who run."""
     running, usage = reading.gauge("running"), reading.gauge("kv_usage")
-    queue = reading.gauge("waiting")
+    queue = waiting(reading)
     if not running or usage is None or queue is None:
         return None
-    return usage * (running + queue) / running
+    return usage * (running + queue[0]) / running
 
 
 def _make_room(reading: Reading) -> tuple[Action, ...]:
@@ -111,7 +133,7 @@ def _make_room(reading: Reading) -> tuple[Action, ...]:
     more = Action("give the KV cache what memory is still free", "kv_memory")
     halve = Action("half the bytes a token; compare answers first", "kv_dtype")
     shorter = Action("if no request is as long as the present maximum: a shorter one", "max_len")
-    times = 2 if wanted is None else min(8, 2 ** max(1, math.ceil(math.log2(max(wanted, 1.0)))))
+    times = 2 if wanted is None or wanted <= 2 else 4 if wanted <= 4 else 8
     much = f"who runs and who waits would take {wanted:.1f} times the KV cache there is: " if wanted else ""
     split = Action(f"{much}{times} times the present ranks, which share the weights too", "tensor_parallel", str(times))
     # More than twice the cache comes from no setting of one device.
@@ -130,7 +152,7 @@ def idle_compute(reading: Reading, targets: Targets) -> Finding:
             summary="no latency was observed",
             missing=("a histogram of time to first token or between tokens, with requests in the window",),
         )
-    ahead, outside = _held_back(reading), front_end_seconds(reading)
+    ahead, outside = _held_back(reading, targets), front_end_seconds(reading)
     late = [tail for tail in found if tail.is_high]
     is_slow_outside = outside is not None and outside >= limit.FRONT_END_SECONDS
     evidence = [tail.evidence() for tail in found]
@@ -160,10 +182,11 @@ def idle_compute(reading: Reading, targets: Targets) -> Finding:
     )
 
 
-def _held_back(reading: Reading) -> bool:
-    """A gateway queues while the engine has nobody waiting."""
-    queue = waiting(reading)
-    return (reading.gauge("queued_ahead") or 0.0) >= limit.WAITING and (queue is None or queue[0] < limit.WAITING)
+def _held_back(reading: Reading, targets: Targets) -> bool:
+    """A gateway queues while the engine has room and nobody waits in it."""
+    queue = engine_queue(reading)
+    is_ahead = (reading.gauge("queued_ahead") or 0.0) >= limit.WAITING and (queue is None or queue[0] < limit.WAITING)
+    return is_ahead and is_half_empty(reading, targets)
 
 
 def _compute_is_idle(reading: Reading, targets: Targets) -> tuple[bool, bool, list[Evidence]]:
@@ -173,13 +196,14 @@ def _compute_is_idle(reading: Reading, targets: Targets) -> tuple[bool, bool, li
         if share is not None:
             evidence = [Evidence(f"{what} {share:.0%} of the time", share, reading.metric(name))]
             return share < limit.COMPUTE_IDLE, True, evidence
-    running, usage, queue = reading.gauge("running"), reading.gauge("kv_usage"), waiting(reading)
+    running, usage, queue = reading.gauge("running"), reading.gauge("kv_usage"), engine_queue(reading)
     if running is None or queue is None:
         return False, False, []
+    ahead = reading.gauge("queued_ahead") or 0.0
     evidence = [Evidence(f"{running:.1f} sequences run and {queue[0]:.1f} wait", running, reading.metric("running"))]
     has_room = queue[0] < limit.WAITING and (usage is None or usage < limit.COMPUTE_IDLE)
-    if targets.max_sequences:
-        has_room = has_room and running < limit.COMPUTE_IDLE * targets.max_sequences
+    if targets.max_sequences or ahead >= limit.WAITING:
+        has_room = has_room and is_half_empty(reading, targets)
     return has_room, False, evidence
 
 
@@ -239,8 +263,11 @@ def batching_limit(reading: Reading, targets: Targets) -> Finding:
     if does_not_fit(reading).state == "present":
         summary = "the batch ends where memory does: see 1"
         return Finding(signal="batching_limit", state="absent", summary=summary, evidence=tuple(evidence))
-    if not has_queue(reading) and not (is_flat and misses_target):
-        summary = "the batch takes in whoever comes"
+    is_ahead = _held_back(reading, targets)
+    if (is_ahead or not has_queue(reading)) and not (is_flat and misses_target):
+        summary = (
+            "who waits is held back ahead of the engine: see 2" if is_ahead else "the batch takes in whoever comes"
+        )
         return Finding(signal="batching_limit", state="absent", summary=summary, evidence=tuple(evidence))
     if reading.gauge("deferred") and (reading.gauge("deferred") or 0.0) >= 0.5 * queue[0]:
         summary = "who waits waits for an adapter or a KV transfer, not for a place in the batch"
@@ -279,9 +306,9 @@ def _queue_evidence(reading: Reading) -> list[Evidence]:
 
 def _batch_is_held(reading: Reading, targets: Targets) -> bool:
     """By a limit of sequences; otherwise by the tokens of a step, which prompts fill."""
-    found = reading.gauges["running"]
-    if targets.max_sequences:
-        return found.mean >= limit.AT_LIMIT * targets.max_sequences
+    found, most = reading.gauges["running"], places(reading, targets)
+    if most:
+        return found.mean >= limit.AT_LIMIT * most
     return found.mean > 0 and found.high - found.low <= limit.STEADY * found.mean
 
 
@@ -309,8 +336,9 @@ def _limit(reading: Reading, is_held: bool, is_flat: bool) -> str:
 def _more_batch(reading: Reading, *, is_held: bool, is_flat: bool) -> tuple[Action, ...]:
     running, queue = reading.gauge("running") or 0.0, waiting(reading) or (0.0, "")
     usage = reading.gauge("kv_usage") or 0.0
-    fits = math.floor(running * limit.KV_FULL / usage) if usage else math.inf
-    wanted = math.ceil(running + queue[0])
+    wanted, fits = math.ceil(running + queue[0]), math.inf
+    if usage and running * limit.KV_FULL < wanted * usage:
+        fits = math.floor(running * limit.KV_FULL / usage)
     actions = []
     places = int(min(wanted, fits, 2 * max(running, 1)))
     if is_held and not is_flat and places > running:
@@ -322,8 +350,8 @@ def _more_batch(reading: Reading, *, is_held: bool, is_flat: bool) -> tuple[Acti
         actions.append(
             Action("more prompt tokens a step, at the price of the time between tokens", "batch_tokens", "8192")
         )
-    times = max(2, math.ceil(wanted / running)) if running else 2
-    actions.append(Action(f"{min(times, 8)} times the present engines", "replicas", str(min(times, 8))))
+    times = next((few for few in (2, 4) if wanted <= few * running), 8) if running else 2
+    actions.append(Action(f"{times} times the present engines", "replicas", str(times)))
     if is_flat or not actions[:-1]:
         actions.append(Action("twice the present ranks, where a sequence alone is too slow", "tensor_parallel", "2"))
     return tuple(actions)
