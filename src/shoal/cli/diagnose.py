@@ -244,15 +244,16 @@ def _print(result: Report) -> None:
     def show(text: str, style: str, indent: int) -> None:
         console.print(Padding(Text(printable(text), style=style), (0, 0, 0, indent)), soft_wrap=False)
 
+    # First: what another spread of the load would mend needs nothing that is said of an engine alone.
+    for finding in result.fleet:
+        for kind, text in lines(finding, ""):
+            show(text, _STYLES[kind], 0 if kind == "title" else 4)
     for target in result.targets:
         show(f"{target.source} ({target.engine}): {headline(target)}", f"bold {_COLOURS[target.verdict]}", 0)
         show(f"over {window_text(target)}", "dim", 2)
         for finding in target.findings:
             for kind, text in lines(finding, target.engine):
                 show(text, _STYLES[kind], 2 if kind == "title" else 4)
-    for finding in result.fleet:
-        for kind, text in lines(finding, ""):
-            show(text, _STYLES[kind], 0 if kind == "title" else 4)
     for note in result.notes:
         show(f"note: {note}", "dim", 0)
     if not result.targets:

@@ -80,6 +80,22 @@ def test_a_full_cache_and_a_queue_do_not_fit() -> None:
     assert finding(reading, 1).try_first[0].lever == "kv_memory", "9 of 8 need little more"
 
 
+@pytest.mark.parametrize(
+    ("preemptions", "finished", "state"),
+    [(0, 1000, "absent"), (9, 1000, "absent"), (10, 1000, "present"), (0, 0, "absent"), (1, 0, "present")],
+)
+def test_one_sequence_in_a_hundred_is_preempted(preemptions: int, finished: int, state: str) -> None:
+    found = finding(of(vllm(preemptions=preemptions, finished=finished)), 1)
+    assert found.state == state
+    assert "preemptions" in found.evidence[0].says, "also where there are too few to matter"
+
+
+def test_the_limit_of_the_batch_is_each_replicas() -> None:
+    reading = of(vllm(running=8, waiting=5, engine="0") + vllm(running=8, waiting=5, engine="1"))
+    assert "stays at 16" in finding(reading, 3, Targets(max_sequences=8)).summary
+    assert "stays at" not in finding(reading, 3, Targets(max_sequences=16)).summary
+
+
 def test_without_metrics_of_the_cache_nothing_is_said_of_it() -> None:
     found = finding(of("vllm:num_requests_running 3\n"), 1)
     assert (found.state, bool(found.missing)) == ("unknown", True)

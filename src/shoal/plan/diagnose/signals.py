@@ -340,7 +340,7 @@ def _more_batch(reading: Reading, *, is_held: bool, is_flat: bool) -> tuple[Acti
     if usage and running * limit.KV_FULL < wanted * usage:
         fits = math.floor(running * limit.KV_FULL / usage)
     actions = []
-    places = int(min(wanted, fits, 2 * max(running, 1)))
+    places = int(min(wanted, fits, 2 * max(reading.gauges["running"].high, 1)))
     if is_held and not is_flat and places > running:
         says = "the KV cache has room for them" if wanted <= fits else f"the KV cache has room for about {fits:.0f}"
         actions.append(
