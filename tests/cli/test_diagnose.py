@@ -30,6 +30,11 @@ class Exporter:
                 # The third scrape of a window fails.
                 status = 503 if exporter.scrapes == 3 else exporter.status
                 status = status if self.path == "/metrics" else 404
+                if self.path == "/moved":
+                    self.send_response(302)
+                    self.send_header("location", "/metrics")
+                    self.end_headers()
+                    return
                 self.send_response(status)
                 self.end_headers()
                 if status == 200:
@@ -90,6 +95,11 @@ def test_a_key_goes_nowhere_if_there_is_none(
     assert main(["diagnose", "--metrics", exporter.url]) == 0
     assert exporter.keys == [None]
     assert "(vllm): healthy" in capsys.readouterr().out
+
+
+def test_a_redirection_does_not_get_the_key(exporter: Exporter, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", "--metrics", exporter.url + "/moved", "--api-key", "k"]) == 0
+    assert exporter.keys == ["Bearer k", None]
 
 
 @pytest.mark.parametrize(

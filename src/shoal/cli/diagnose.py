@@ -156,7 +156,8 @@ def _get(url: str, api_key: str | None) -> str:
         parts = parts._replace(path="/metrics")
     request = urllib.request.Request(parts.geturl())
     if api_key:
-        request.add_header("authorization", f"Bearer {api_key}")
+        # A redirection must not carry the key to a host that nobody named.
+        request.add_unredirected_header("authorization", f"Bearer {api_key}")
     # A proxy for the outside world must not get a request that is meant for this machine.
     is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))

@@ -55,6 +55,18 @@ def test_flags_are_those_of_the_engine_and_of_shoal() -> None:
     assert flags_of(Action("why"), "vllm") == []
 
 
+def test_levers_that_an_engine_has_not_are_not_named() -> None:
+    engines = {
+        "sglang": "sglang:num_running_reqs {}\nsglang:num_queue_reqs 40\nsglang:token_usage 0.2\n",
+        "vllm": "vllm:num_requests_running {}\nvllm:num_requests_waiting 40\nvllm:kv_cache_usage_perc 0.2\n",
+    }
+    for engine, text in engines.items():
+        reading = read([snapshot(text.format(running)) for running in (4, 9)])
+        finding = report({"a": reading}, Targets()).targets[0].findings[2]
+        assert finding.state == "present"
+        assert ("admission" in [action.lever for action in finding.try_first]) == (engine == "sglang")
+
+
 def test_a_sign_is_printed_with_evidence_what_to_try_and_what_would_disprove_it() -> None:
     target = report({"a": read([recorded("memory-after")])}, Targets()).targets[0]
     kinds = [kind for kind, _ in lines(target.findings[0], target.engine)]

@@ -111,6 +111,16 @@ def test_a_tail_with_a_small_batch_is_idle_compute() -> None:
     assert (found.state, found.certainty) == ("present", "shown")
 
 
+def test_a_busy_device_may_be_nearly_empty_but_an_idle_one_is_idle() -> None:
+    slow = {0.02: 97_000, 0.2: 0, 0.5: 3000}
+    found = finding(of(vllm(itl=slow, device={"DCGM_FI_DEV_GPU_UTIL": 99})), 2)
+    assert (found.state, found.certainty) == ("present", "indicated"), "by its small batch"
+    found = finding(of(vllm(itl=slow, running=60, kv=0.8, device={"DCGM_FI_DEV_GPU_UTIL": 99})), 2)
+    assert found.state == "absent"
+    found = finding(of(vllm(itl=slow, running=60, kv=0.8, device={"DCGM_FI_DEV_GPU_UTIL": 20})), 2)
+    assert (found.state, found.certainty) == ("present", "shown")
+
+
 def test_a_target_replaces_the_median() -> None:
     reading = of(vllm())
     assert finding(reading, 2).state == "absent"

@@ -2,7 +2,8 @@
 
 Sources: shoal's names are those of core/metrics.py; vLLM's of vllm/v1/metrics/loggers.py (0.32.0), with older ones
 behind them; SGLang's of python/sglang/srt/observability/metrics_collector.py (016d860) and its page on production
-metrics; DCGM's of dcgm-exporter's etc/default-counters.csv (4.6.0).
+metrics; DCGM's of dcgm-exporter's etc/default-counters.csv (4.6.0). SGLang's
+flags are those of its pages on server arguments and on tuning.
 """
 
 from __future__ import annotations
@@ -49,7 +50,15 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 Lever = Literal[
-    "kv_memory", "kv_dtype", "max_len", "tensor_parallel", "replicas", "max_sequences", "batch_tokens", "front_end"
+    "kv_memory",
+    "kv_dtype",
+    "max_len",
+    "tensor_parallel",
+    "replicas",
+    "max_sequences",
+    "batch_tokens",
+    "admission",
+    "front_end",
 ]
 
 
@@ -185,6 +194,7 @@ SGLANG = Dialect(
         "replicas": "--dp-size {value}",
         "max_sequences": "--max-running-requests {value}",
         "batch_tokens": "--chunked-prefill-size {value}",
+        "admission": "--schedule-conservativeness 0.3",
         "front_end": "--tokenizer-worker-num {value}",
     },
 )

@@ -54,7 +54,7 @@ def report(readings: dict[str, Reading], targets: Targets, notes: tuple[str, ...
 
 
 def _target(source: str, reading: Reading, targets: Targets) -> TargetReport:
-    findings = diagnose(reading, targets)
+    findings = tuple(_with_levers_of(finding, reading.engine) for finding in diagnose(reading, targets))
     states = [finding.state for finding in findings]
     verdict: Verdict = "healthy"
     if "present" in states:
@@ -74,6 +74,12 @@ def _target(source: str, reading: Reading, targets: Targets) -> TargetReport:
         findings=findings,
         metrics={name: reading.metric(name) for name in quantities},
     )
+
+
+def _with_levers_of(finding: Finding, engine: str) -> Finding:
+    """Without what can be pulled in neither that engine nor shoal."""
+    kept = tuple(one for one in finding.try_first if one.lever is None or flags_of(one, engine))
+    return msgspec.structs.replace(finding, try_first=kept)
 
 
 def _parts(engines: dict[str, Reading]) -> list[Part]:

@@ -189,18 +189,33 @@ def _held_back(reading: Reading, targets: Targets) -> bool:
     return is_ahead and is_half_empty(reading, targets)
 
 
+_DEVICE = (
+    ("sm_active", "processors have work"),
+    ("device_busy", "any kernel runs"),
+    ("memory_active", "device memory moves data"),
+)
+
+
 def _compute_is_idle(reading: Reading, targets: Targets) -> tuple[bool, bool, list[Evidence]]:
     """Whether it is, whether that was measured rather than inferred from the batch, and on what grounds."""
-    for name, what in (("sm_active", "processors have work"), ("device_busy", "any kernel runs")):
-        share = reading.gauge(name)
-        if share is not None:
-            evidence = [Evidence(f"{what} {share:.0%} of the time", share, reading.metric(name))]
-            return share < limit.COMPUTE_IDLE, True, evidence
+    evidence = [
+        Evidence(f"{what} {share:.0%} of the time", share, reading.metric(name))
+        for name, what in _DEVICE
+        if (share := reading.gauge(name)) is not None
+    ]
+    active, busy = reading.gauge("sm_active"), reading.gauge("device_busy")
+    if active is not None:
+        return active < limit.COMPUTE_IDLE, True, evidence
+    # One small kernel after another keeps a device busy that is nearly empty: only the opposite shows something.
+    if busy is not None and busy < limit.COMPUTE_IDLE:
+        return True, True, evidence
     running, usage, queue = reading.gauge("running"), reading.gauge("kv_usage"), engine_queue(reading)
     if running is None or queue is None:
-        return False, False, []
+        return False, False, evidence
     ahead = reading.gauge("queued_ahead") or 0.0
-    evidence = [Evidence(f"{running:.1f} sequences run and {queue[0]:.1f} wait", running, reading.metric("running"))]
+    evidence.append(
+        Evidence(f"{running:.1f} sequences run and {queue[0]:.1f} wait", running, reading.metric("running"))
+    )
     has_room = queue[0] < limit.WAITING and (usage is None or usage < limit.COMPUTE_IDLE)
     if targets.max_sequences or ahead >= limit.WAITING:
         has_room = has_room and is_half_empty(reading, targets)
@@ -221,7 +236,7 @@ def _cause(reading: Reading, late: list[Tail], ahead: bool, is_slow_outside: boo
 def _find_the_wait(reading: Reading, late: list[Tail], ahead: bool, is_slow_outside: bool) -> tuple[Action, ...]:
     actions = []
     if ahead:
-        actions.append(Action("let the gateway pass on more: models[].queue, and endpoints that are not ready"))
+        actions.append(Action("let the gateway pass on more: max_sequences of models[].endpoints; shoal fleet status"))
     if (reading.gauge("rank_imbalance") or 0.0) >= limit.RANK_IMBALANCE:
         actions.append(Action("place experts by their load: shoal's --expert-load FILE and --redundant-experts 2"))
     if is_slow_outside or ahead:
@@ -252,6 +267,7 @@ def batching_limit(reading: Reading, targets: Targets) -> Finding:
         Evidence(f"{running:.1f} sequences run{spread}", running, found.metric),
         Evidence(f"{queue[0]:.1f} sequences wait", *queue),
         *_queue_evidence(reading),
+        *_step_evidence(reading),
     ]
     elasticity = throughput_per_batch(reading)
     if elasticity is not None:
@@ -304,6 +320,14 @@ def _queue_evidence(reading: Reading) -> list[Evidence]:
     return [Evidence(says, queue.mean or 0.0, reading.metric("queue_time"))]
 
 
+def _step_evidence(reading: Reading) -> list[Evidence]:
+    steps, generated, prompts = (reading.grown(name) for name in ("steps", "generated_tokens", "prompt_tokens"))
+    if not steps or generated is None or prompts is None:
+        return []
+    says = f"a step computes {prompts / steps:.1f} prompt tokens and generates {generated / steps:.1f}"
+    return [Evidence(says, generated / steps, reading.metric("steps"))]
+
+
 def _batch_is_held(reading: Reading, targets: Targets) -> bool:
     """By a limit of sequences; otherwise by the tokens of a step, which prompts fill."""
     found, most = reading.gauges["running"], places(reading, targets)
@@ -350,6 +374,8 @@ def _more_batch(reading: Reading, *, is_held: bool, is_flat: bool) -> tuple[Acti
         actions.append(
             Action("more prompt tokens a step, at the price of the time between tokens", "batch_tokens", "8192")
         )
+    if not is_held and not is_flat:
+        actions.append(Action("if outputs end long before their limit: admit sooner", "admission"))
     times = next((few for few in (2, 4) if wanted <= few * running), 8) if running else 2
     actions.append(Action(f"{times} times the present engines", "replicas", str(times)))
     if is_flat or not actions[:-1]:
