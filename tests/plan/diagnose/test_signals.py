@@ -121,6 +121,15 @@ def test_a_busy_device_may_be_nearly_empty_but_an_idle_one_is_idle() -> None:
     assert (found.state, found.certainty) == ("present", "shown")
 
 
+def test_one_slow_request_of_a_few_is_no_tail() -> None:
+    few = {0.02: 50, 0.04: 30, 0.5: 1}
+    found = finding(of(vllm(itl=few)), 2)
+    assert found.state == "absent"
+    assert "too few for a p99" in found.evidence[1].says
+    found = finding(of(vllm(itl={0.02: 60, 0.04: 10, 0.5: 11})), 2)
+    assert (found.state, found.certainty) == ("present", "indicated"), "one in eight is"
+
+
 def test_a_target_replaces_the_median() -> None:
     reading = of(vllm())
     assert finding(reading, 2).state == "absent"

@@ -17,43 +17,53 @@ class Tail(msgspec.Struct, frozen=True):
     name: Literal["ttft", "itl"]
     title: str
     p50: Percentile
-    p99: Percentile
+    slow: Percentile
+    """The p99, or the p90 of too few observations: their p99 would be the one slowest, as the first after a start."""
     target: float | None
     """Seconds that the p99 may take; None: compared with the p50."""
     ratio: float
-    """p99 over p50, from which on it is high if there is no target."""
+    """Over the p50, from which on it is high if there is no target."""
     metric: str
 
     @property
+    def is_p99(self) -> bool:
+        return self.slow.count >= limit.ENOUGH_FOR_P99
+
+    @property
     def is_high(self) -> bool:
-        return self.p99.value > (self.ratio * self.p50.value if self.target is None else self.target)
+        return self.slow.value > (self.ratio * self.p50.value if self.target is None else self.target)
 
     @property
     def is_certain(self) -> bool:
-        """Wherever in their buckets both lie, and with enough observations for a 99th percentile."""
-        enough = self.p99.count >= limit.ENOUGH_FOR_P99
-        return enough and self.p99.low >= (self.ratio * self.p50.high if self.target is None else self.target)
+        """Wherever in their buckets both lie."""
+        return self.is_p99 and self.slow.low >= (self.ratio * self.p50.high if self.target is None else self.target)
 
     def evidence(self) -> Evidence:
-        bucket = f"in its bucket of {seconds(self.p99.low)} to {seconds(self.p99.high)}"
-        few = f", of only {self.p99.count} observations" if self.p99.count < limit.ENOUGH_FOR_P99 else ""
+        which = "p99" if self.is_p99 else f"p90 (of {self.slow.count} observations, too few for a p99)"
+        bucket = f"in its bucket of {seconds(self.slow.low)} to {seconds(self.slow.high)}"
         against = f"p50 {seconds(self.p50.value)}" if self.target is None else f"target {seconds(self.target)}"
-        return Evidence(
-            f"{self.title} p99 {seconds(self.p99.value)} ({bucket}{few}), {against}", self.p99.value, self.metric
-        )
+        says = f"{self.title}: {which} {seconds(self.slow.value)}, {bucket}; {against}"
+        return Evidence(says, self.slow.value, self.metric)
+
+
+_LATENCIES: tuple[tuple[Literal["ttft", "itl"], str, float], ...] = (
+    ("ttft", "time to first token", limit.TTFT_TAIL),
+    ("itl", "time between tokens", limit.ITL_TAIL),
+)
 
 
 def tails(reading: Reading, targets: Targets) -> list[Tail]:
     """Of the latencies that were observed."""
     found = []
-    for name, title, target, ratio in (
-        ("ttft", "time to first token", targets.ttft_p99, limit.TTFT_TAIL),
-        ("itl", "time between tokens", targets.itl_p99, limit.ITL_TAIL),
-    ):
+    for name, title, ratio in _LATENCIES:
         histogram = reading.histogram(name)
-        p50, p99 = (histogram.percentile(0.5), histogram.percentile(0.99)) if histogram else (None, None)
-        if p50 is not None and p99 is not None:
-            found.append(Tail(name, title, p50, p99, target, ratio, reading.metric(name)))  # type: ignore[arg-type]
+        if histogram is None:
+            continue
+        enough = histogram.count >= limit.ENOUGH_FOR_P99
+        p50, slow = histogram.percentile(0.5), histogram.percentile(0.99 if enough else 0.9)
+        target = targets.ttft_p99 if name == "ttft" else targets.itl_p99
+        if p50 is not None and slow is not None:
+            found.append(Tail(name, title, p50, slow, target, ratio, reading.metric(name)))
     return found
 
 

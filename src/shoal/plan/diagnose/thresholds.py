@@ -52,4 +52,4 @@ SLOW = 1.5
 """Time between tokens of one replica over another's at no larger a batch: more than batches of equal size vary."""
 
 ENOUGH_FOR_P99 = 100
-"""Observations, below which the 99th percentile is the largest one."""
+"""Observations, below which the 99th percentile is the largest one, and the 90th is looked at instead."""
