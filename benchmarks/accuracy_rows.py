@@ -139,7 +139,31 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         few = row["stat"].endswith("of 300 requests")
         return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else 1000), True
     concurrency = int(float(row["concurrency"]))
-    return closed_loop(cost, work, concurrency, requests=10 * concurrency), False
+    poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
+    wait = wait_steps(row, concurrency)
+    found = closed_loop(cost, work, concurrency, requests=10 * concurrency, poll_steps=poll, wait_steps=wait)
+    return found, False
+
+
+def wait_steps(row: Row, concurrency: int) -> int:
+    """InferenceX starts TensorRT-LLM with batch_wait_timeout_iters 20 for Llama below 8 devices, and 40 for DeepSeek
+    from 64 clients, in both cases for 1024 tokens in and out."""
+    if (
+        engine_name(row) != "tensorrt-llm"
+        or "uniform[0.8" not in row["len_note"]
+        or (row["isl"], row["osl"]) != ("1024",) * 2
+    ):
+        return 0
+    if "Llama" in row["model"]:
+        return 20 if number(row["tp"]) < 8 else 0
+    return 40 if 64 <= concurrency < 256 else 0
+
+
+def poll_steps(row: Row, device: str, concurrency: int) -> int:
+    """InferenceX starts SGLang on Blackwell with --scheduler-recv-interval 30, or 10 below 16 clients."""
+    if engine_name(row) != "sglang" or not row["source"].startswith("AIC") or not device.startswith(("B2", "B3", "GB")):
+        return 1
+    return 30 if concurrency >= 16 else 10
 
 
 def _answer(found: ServingEstimate, replicas: int, median: bool) -> Answer:
@@ -195,12 +219,11 @@ def layout_of(row: Row, shape: ModelShape, device: str) -> tuple[Layout, int]:
     if not row["tp"]:
         return fewest(row, shape, device), 1
     tp, pp, ep, groups = (number(row[name]) for name in ("tp", "pp", "ep", "attn_dp"))
-    if row["source"].startswith("AIC") and tp * pp * groups > HOST_DEVICES and "NVL" not in device and ep > 1:
-        tp, groups = (tp, 1) if groups == 1 else (tp * groups, 1)
-        devices = tp // ep
-        if number(row["attn_dp"]) > 1:
-            return Layout(), min(HOST_DEVICES, devices)
-        return Layout(tp=max(1, devices // ep), ep=min(ep, devices), pp=pp), 1
+    if row["source"].startswith("AIC") and groups > 1:
+        # One device a group: recorded as tp = groups = the devices (vLLM), or as ep, and the groups times ep.
+        return Layout(), tp if tp > 1 else ep
+    if row["source"].startswith("AIC") and tp > HOST_DEVICES and ep > 1:
+        tp //= ep
     if not shape.is_mixture:
         return Layout(tp=tp, pp=pp), groups
     if groups > 1:
@@ -282,6 +305,8 @@ def pool(text: str) -> dict[str, int]:
 
 def answer_disaggregated(row: Row, shape: ModelShape, device: str, calibration: Calibration | None) -> Answer:
     prompts, tokens = pool(row["prefill_cfg"]), pool(row["decode_cfg"])
+    if "workers" not in prompts or "workers" not in tokens:
+        raise CannotAnswer("how many workers each pool has is not stated")
     costs = []
     for stated in (prompts, tokens):
         tp, groups, ep = stated.get("tp", 1), stated.get("adp", 1), stated.get("ep", 1)

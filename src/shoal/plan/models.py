@@ -131,7 +131,9 @@ def describe(name: str) -> Description:
             LayerKind(
                 count=layer.count,
                 attention=_attention(layer.attention),
-                experts=f"{layer.mlp.num_experts_per_token} of {layer.mlp.num_experts}" if layer.mlp.num_experts else "",
+                experts=f"{layer.mlp.num_experts_per_token} of {layer.mlp.num_experts}"
+                if layer.mlp.num_experts
+                else "",
             )
             for layer in shape.layers
         ),

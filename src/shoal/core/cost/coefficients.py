@@ -12,7 +12,17 @@ import msgspec
 from shoal.core.cost import collectives
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
-from shoal.core.cost.operators import BYTES, CACHE_BYTES, Reached
+from shoal.core.cost.operators import (
+    ATTENTION_KERNELS,
+    BYTES,
+    CACHE_BYTES,
+    EXPERT_COMPUTE,
+    EXPERT_KERNELS,
+    EXPERT_SKEW,
+    EXPERT_STATES,
+    EXPERT_STREAM,
+    Reached,
+)
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
 from shoal.core.model_shape import LayerShape
@@ -32,11 +42,9 @@ class ExpertCoefficients(msgspec.Struct, kw_only=True):
     """Seconds of reading one expert."""
     compute: float
     """Seconds of one token in one expert."""
-    tile: int
-    """Rows that a grouped product computes together."""
     skew: float
-    imbalance: float
-    """Load of the busiest device relative to the mean."""
+    parts: int
+    """Devices that the experts are dealt to."""
     launch: float
 
 
@@ -73,6 +81,8 @@ class Coefficients(msgspec.Struct, kw_only=True):
     linear_bytes: float
     linear_parameters: float
     linear_launch: float
+    eager: float
+    """The least time of a step with prompts, whose kernels the host launches one by one."""
     experts: list[ExpertCoefficients]
     attention: list[AttentionCoefficients]
     head_bytes: float
@@ -149,7 +159,8 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         linear=linear,
         linear_bytes=dense,
         linear_parameters=projections + dense_parameters,
-        linear_launch=layers * GEMMS_A_LAYER * kernel * 0.5,
+        linear_launch=layers * GEMMS_A_LAYER * reached.product_seconds(engine.weights) * profile.kernel_factor,
+        eager=_eager(engine, profile) * share,
         experts=[_experts(engine, layer, reached, kernel, profile) for layer in model.layers if layer.mlp.num_experts],
         attention=[_attention(engine, layer, reached, kernel, profile) for layer in model.layers],
         head_bytes=head * BYTES[plain],
@@ -179,18 +190,19 @@ def _experts(
     parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
     moved = parameters * BYTES[engine.weights]
     factor = profile.expert_factor
+    rate = reached.rate(engine.weights) * EXPERT_COMPUTE[reached.operands(engine.weights)]
+    states = EXPERT_STATES * engine.model.hidden_size / reached.copy()
     return ExpertCoefficients(
         count=layer.count * stage_share(engine),
         local=mlp.num_experts / parts,
         chosen_share=mlp.num_experts_per_token / mlp.num_experts,
         parameters=parameters,
         bytes=moved,
-        stream=factor * moved / reached.stream(engine.weights),
-        compute=factor * 2 * parameters / reached.rate(engine.weights),
-        tile=64,
-        skew=0.0,
-        imbalance=1.0 if parts == 1 else 1.2,
-        launch=5 * kernel,
+        stream=factor * moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM),
+        compute=factor * (2 * parameters / rate + states),
+        skew=EXPERT_SKEW,
+        parts=parts,
+        launch=EXPERT_KERNELS[reached.operands(engine.weights)] * kernel,
     )
 
 
@@ -229,8 +241,17 @@ def _attention(
         index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
         row_stream=state / reached.copy(),
         token_compute=token / rate,
-        launch=2 * kernel,
+        launch=ATTENTION_KERNELS[a.kind] * kernel,
     )
+
+
+def _eager(engine: EngineShape, profile: EngineProfile) -> float:
+    kernels = 0.0
+    for layer in engine.model.layers:
+        experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
+        own = ATTENTION_KERNELS[layer.attention.kind] + 2 * GEMMS_A_LAYER + profile.layer_kernels + experts
+        kernels += layer.count * own
+    return kernels * profile.eager_kernel_seconds
 
 
 def _collectives(
