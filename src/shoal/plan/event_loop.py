@@ -137,7 +137,7 @@ class Loop:
             if self.steps < self.next_poll:
                 return
             self.next_poll = self.steps + self.poll_steps
-            if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < self.token_limit:
+            if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < 0.8 * self.token_limit:
                 if self.wait_from < 0:
                     self.wait_from = self.steps
                 if self.steps - self.wait_from < self.wait_steps:

@@ -22,6 +22,7 @@ from shoal.core.cost.operators import (
     EXPERT_STATES,
     EXPERT_STREAM,
     Reached,
+    distinct_experts,
 )
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
@@ -108,6 +109,8 @@ class Coefficients(msgspec.Struct, kw_only=True):
 INDEX_HEADS = 64
 """Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
+UNFUSED = 3.0
+"""Launches that experts and uncommon attention take outside of graphs, for one within."""
 
 
 def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Calibration) -> Coefficients:
@@ -149,7 +152,8 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
     chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
-    exchange_bytes = expert_layers * chosen * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    copies = distinct_experts(exchange_ranks, 1, chosen)
+    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
     return Coefficients(
         groups=engine.attention_dp,
         context_ranks=layout.cp,
@@ -190,7 +194,10 @@ def _experts(
     parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
     moved = parameters * BYTES[engine.weights]
     factor = profile.expert_factor
-    rate = reached.rate(engine.weights) * EXPERT_COMPUTE[reached.operands(engine.weights)]
+    kind = engine.weights.removesuffix("-block")
+    if kind == "float4" and reached.operands(engine.weights) != "float4":
+        kind = "int4"  # Weights alone are of 4 bits, whatever their code.
+    rate = reached.rate(engine.weights) * EXPERT_COMPUTE[kind]
     states = EXPERT_STATES * engine.model.hidden_size / reached.copy()
     return ExpertCoefficients(
         count=layer.count * stage_share(engine),
@@ -198,11 +205,11 @@ def _experts(
         chosen_share=mlp.num_experts_per_token / mlp.num_experts,
         parameters=parameters,
         bytes=moved,
-        stream=factor * moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM),
+        stream=factor * moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM[kind]),
         compute=factor * (2 * parameters / rate + states),
         skew=EXPERT_SKEW,
         parts=parts,
-        launch=EXPERT_KERNELS[reached.operands(engine.weights)] * kernel,
+        launch=EXPERT_KERNELS[kind] * kernel,
     )
 
 
@@ -249,7 +256,8 @@ def _eager(engine: EngineShape, profile: EngineProfile) -> float:
     kernels = 0.0
     for layer in engine.model.layers:
         experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
-        own = ATTENTION_KERNELS[layer.attention.kind] + 2 * GEMMS_A_LAYER + profile.layer_kernels + experts
+        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS[layer.attention.kind]
+        own = 2 * GEMMS_A_LAYER + profile.layer_kernels + UNFUSED * (experts + special)
         kernels += layer.count * own
     return kernels * profile.eager_kernel_seconds
 
@@ -274,9 +282,9 @@ def _collectives(
             total += reduces * factor * collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
         if exchange_ranks > 1:
             # Each device of a group sends its share of the group's tokens: as float8, and back in 16 bits.
-            own = tokens / ranks
-            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden)
-            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden * 2)
+            own = tokens / ranks * distinct_experts(exchange_ranks, 1, chosen) * hidden
+            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own)
+            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * 2)
             total += expert_layers * (there + back)
         return total
 

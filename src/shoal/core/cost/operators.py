@@ -117,13 +117,14 @@ def roofline(stream: float, compute: float) -> float:
 
 PRODUCT_KERNELS = {"float32": 1.0, "bfloat16": 1.0, "int8": 2.0, "float8": 2.0, "float4": 3.0}
 """Least times of a kernel that a product takes beyond streaming, by its operands: an activation is quantised first."""
-EXPERT_COMPUTE = {"float32": 0.7, "bfloat16": 0.7, "float8": 0.35, "float4": 0.75, "int8": 0.45}
-"""Of what large matrix products reach, by products grouped by expert: tiles that are not full, loads that differ.
+EXPERT_COMPUTE = {"float32": 0.7, "bfloat16": 0.7, "float8": 0.35, "float4": 0.75, "int8": 0.35, "int4": 0.3}
+"""Of what large matrix products reach, by products grouped by expert, by their weights: tiles that are not full,
+loads that differ, weights that are unpacked on the way.
 From the tables of experts in aiconfigurator 0.12 (vLLM, SGLang, TensorRT-LLM on H100, H200, B200)."""
-EXPERT_STREAM = 0.78
+EXPERT_STREAM = {"float32": 0.78, "bfloat16": 0.78, "float8": 0.78, "float4": 0.78, "int8": 0.78, "int4": 0.45}
 """Of the bandwidth, by the weights of experts that few tokens visit; the same tables."""
-EXPERT_KERNELS = {"float32": 12.0, "bfloat16": 12.0, "int8": 18.0, "float8": 18.0, "float4": 9.0}
-"""Of a layer of experts, by operands: choosing, sorting, quantising, two products, activation, and the sum. Those for
+EXPERT_KERNELS = {"float32": 12.0, "bfloat16": 12.0, "int8": 18.0, "float8": 18.0, "float4": 9.0, "int4": 18.0}
+"""Of a layer of experts, by weights: choosing, sorting, quantising, two products, activation, and the sum. Those for
 float4 are fused."""
 ATTENTION_KERNELS = {"full": 3.0, "windowed": 3.0, "latent": 10.0, "sparse": 30.0, "linear": 10.0}
 """Of a layer's attention besides the projections, by kind."""
