@@ -99,6 +99,8 @@ class Workshop:
         self.traffic = traffic_of(goal.demand)
         self._profile = profile(options.profile)
         self.looked_at = 0
+        self.fitting: list[Engine] = []
+        """Whatever memory holds, also if one request alone misses a target."""
 
     def engines(self) -> Iterator[list[Engine]]:
         """Of each split and precision: one for each chunk size that fits, all of which pass for one request alone."""
@@ -130,6 +132,7 @@ class Workshop:
                 max_sequences=self.options.max_sequences,
             )
             made.append(Engine(choice, CostModel(engine, self.calibration), memory, self.traffic))
+        self.fitting += made
         return [engine for engine in made if self._passes_alone(engine)]
 
     def engine_shape(

@@ -9,6 +9,7 @@ step's time as its service (Pollaczek-Khinchine, and its exponential tail).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from math import ceil, log, sqrt
 
 import msgspec
@@ -96,16 +97,16 @@ class Curve:
         self._seconds, self._traffic, self._chunk = seconds, traffic, chunk
         self._front, self._stages = front_seconds, stages
         self._most = min(float(max_sequences), cache_tokens / max(1.0, traffic.context))
-        self.loads = self._trace()
         self.held = self._most
         """Sequences that memory and limit allow at once."""
+        self.idle = self._at(0.0) if self._most >= 1 else None
+        """With one request at a time: what no load makes better. None where not one sequence has room."""
 
-    def _trace(self) -> list[Load]:
-        loads, batch = [], 1.0
-        idle = self._at(0.0)
-        if self._most < 1 or idle is None:
-            return loads
-        loads.append(idle)
+    @cached_property
+    def loads(self) -> list[Load]:
+        if self.idle is None:
+            return []
+        loads, batch = [self.idle], 1.0
         while batch + TAIL * sqrt(batch) <= self._most or batch == 1.0:
             load = self._at(batch)
             if load is None or load.rate < loads[-1].rate:
@@ -172,11 +173,6 @@ class Curve:
             itl_mean=mean,
             utilisation=max(used, whole / self._most),
         )
-
-    @property
-    def idle(self) -> Load | None:
-        """With one request at a time: what no load makes better."""
-        return self.loads[0] if self.loads else None
 
     def best(self, targets: tuple[Target, ...], slack: float = 1.0) -> Load | None:
         """The busiest load at which every target is met within a factor."""

@@ -97,6 +97,11 @@ class Search:
         found.rejections = self.ledger.lines()
         return found
 
+    @property
+    def pool_engines(self) -> list[Engine]:
+        """Whatever fits: one that misses a target for tokens may still compute prompts."""
+        return self.workshop.fitting
+
     # --- from engines to candidates ----------------------------------------------------------------------------------
 
     def _candidate(self, made: list[Engine]) -> Candidate | None:
@@ -134,7 +139,7 @@ class Search:
             replicas=replicas,
             lost=lost,
             load=load,
-            limit=_limit(engine, load),
+            limit=limit_of(engine, load),
             more=more,
             others=loads[1:],
         )
@@ -247,7 +252,7 @@ class Search:
         """By the event loop; None where requests come faster than they are served."""
         goal, engine = self.goal, candidate.engine
         left = candidate.replicas - candidate.lost
-        capacity = self._capacity(engine) * candidate.replicas
+        capacity = self.capacity(engine) * candidate.replicas
         degraded = by_event_loop(
             engine, self._workload, goal.demand.rate / left, candidate.limit, capacity, self.calibration
         )
@@ -289,7 +294,7 @@ class Search:
         sizes = [verdict.setup.pools[0].engine.shape.devices for verdict in (one, other)]
         return sizes[0] < sizes[1]
 
-    def _capacity(self, engine: Engine) -> float:
+    def capacity(self, engine: Engine) -> float:
         """Requests a second under the targets, in closed form."""
         load = engine.curve.best(self.goal.targets)
         return load.rate if load is not None else 0.0
@@ -371,12 +376,12 @@ class Search:
                 pool = Pool(engine=engine.choice, replicas=replicas)
                 devices = pool.devices
                 setup = Setup(pools=(pool,), devices=devices, dollars_per_hour=self._dollars(devices))
-                prediction = from_load(engine, load, self._capacity(engine) * replicas)
+                prediction = from_load(engine, load, self.capacity(engine) * replicas)
                 verdicts.append(verdict(setup, prediction, None, goal, prediction.excess(goal.targets) <= 1))
         return verdicts
 
 
-def _limit(engine: Engine, load: Load) -> int:
+def limit_of(engine: Engine, load: Load) -> int:
     """Sequences at once: a quarter more than arrivals at random bring together, so that more wait instead of slowing
     those that run."""
     groups = engine.choice.shape.attention_dp

@@ -1,0 +1,194 @@
+"""Prefill and decode in pools of their own: the fewest engines of each that meet the targets, in closed form.
+
+A prompt waits for its pool as at a server (Pollaczek-Khinchine), is computed without sequences beside it, and its KV
+crosses a link, each device of the prefill engine sending its part. A decode step then has no prompts in it.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log
+
+import msgspec
+
+from shoal.core.cost.types import StepShape
+from shoal.core.hardware import LinkSpec
+from shoal.plan.candidates import CACHE_BYTES, engines_that_fit, lost_engines
+from shoal.plan.engines import Engine
+from shoal.plan.goal import Goal
+from shoal.plan.screen import GROWTH, TAIL
+from shoal.plan.setups import Interval, Pool, Prediction, Setup, Verdict, verdict
+from shoal.plan.steady_state import interval
+
+
+class _Prefill(msgspec.Struct, kw_only=True):
+    engine: Engine
+    replicas: int
+    ttft_p50: float
+    ttft_p99: float
+    transfer: float
+    capacity: float
+    """Requests a second that the pool could take."""
+
+
+class _Decode(msgspec.Struct, kw_only=True):
+    engine: Engine
+    replicas: int
+    batch: float
+    itl: float
+    itl_p99: float
+    capacity: float
+
+
+def best_pools(engines: list[Engine], goal: Goal) -> Verdict | None:
+    """The cheapest pair of pools in one precision; None where none meets the targets on this cluster."""
+    found: list[Verdict] = []
+    kinds = sorted({(engine.choice.weights, engine.choice.cache) for engine in engines})
+    for kind in kinds:
+        own = [engine for engine in engines if (engine.choice.weights, engine.choice.cache) == kind]
+        prefills = [one for engine in own if (one := _prefill(engine, goal)) is not None]
+        decodes = [one for engine in _one_a_shape(own) if (one := _decode(engine, goal)) is not None]
+        if not prefills or not decodes:
+            continue
+        prefill = min(prefills, key=lambda one: (_devices(one), one.ttft_p99))
+        decode = min(decodes, key=lambda one: (_devices(one), -one.capacity))
+        if _devices(prefill) + _devices(decode) <= goal.cluster.num_devices:
+            found.append(_verdict(prefill, decode, goal))
+    return min(found, key=lambda one: one.setup.cost, default=None)
+
+
+def _one_a_shape(engines: list[Engine]) -> list[Engine]:
+    """Token budgets do not matter to a decode step: of each split, the engine with most room for KV."""
+    best: dict[object, Engine] = {}
+    for engine in engines:
+        known = best.get(engine.choice.shape)
+        if known is None or engine.memory.cache > known.memory.cache:
+            best[engine.choice.shape] = engine
+    return list(best.values())
+
+
+def _devices(one: _Prefill | _Decode) -> int:
+    return one.replicas * one.engine.choice.shape.devices
+
+
+def link_between_pools(goal: Goal, devices: int) -> LinkSpec | None:
+    """What KV crosses: the network, unless both pools are in one node."""
+    cluster = goal.cluster
+    return cluster.scale_up if devices <= cluster.devices_per_node else cluster.network
+
+
+def transfer_seconds(engine: Engine, tokens: float, link: LinkSpec) -> float:
+    model = engine.cost.engine.model
+    size = model.kv_bytes_per_token(CACHE_BYTES[engine.choice.cache]) * tokens
+    return link.latency + size / (engine.choice.shape.devices * link.bandwidth * link.reached)
+
+
+def _prompt_seconds(engine: Engine, tokens: float) -> float:
+    """A prompt alone, all its pieces."""
+    chunk = engine.choice.max_batch_tokens * engine.choice.shape.attention_dp
+    whole, done = 0.0, 0.0
+    pieces = ceil(tokens / chunk)
+    for number in range(pieces):
+        size = min(chunk, tokens - done)
+        seconds = engine.cost.seconds(
+            StepShape(
+                prefill_tokens=round(size),
+                prefill_rows=1,
+                prefill_pairs=size * (done + (size + 1) / 2),
+                prefill_context=round(done + size),
+                sampled=1 if number == pieces - 1 else 0,
+            )
+        )
+        whole += seconds if number == 0 else seconds / engine.choice.shape.pp
+        done += size
+    return whole
+
+
+def _prefill(engine: Engine, goal: Goal) -> _Prefill | None:
+    """The fewest engines that meet the TTFT targets."""
+    traffic, shape = engine.traffic, engine.choice.shape
+    rate = goal.demand.rate
+    lost = lost_engines(shape.devices, goal.cluster, goal.survive)
+    fits = engines_that_fit(shape.devices, goal.cluster)
+    link = link_between_pools(goal, shape.devices + 1)
+    if link is None:
+        return None
+    service, long = _prompt_seconds(engine, traffic.input), _prompt_seconds(engine, traffic.long_input)
+    transfer = transfer_seconds(engine, traffic.long_input, link)
+    limits = {target.percentile: target.seconds for target in goal.targets if target.metric == "ttft"}
+    for left in range(max(1, ceil(rate * service)), fits - lost + 1):
+        used = rate * service / left
+        if used >= 1:
+            continue
+        slope = service * (1 + traffic.spread) / (2 * (1 - used))
+        middle = engine.front_seconds + service + used * slope + transfer
+        late = engine.front_seconds + long + max(0.0, log(used / 0.01)) * slope + transfer
+        if middle <= limits.get("p50", middle) and late <= min(limits.get("p90", late), limits.get("p99", late)):
+            return _Prefill(
+                engine=engine,
+                replicas=left + lost,
+                ttft_p50=middle,
+                ttft_p99=late,
+                transfer=transfer,
+                capacity=(left + lost) / service,
+            )
+    return None
+
+
+def _decode(engine: Engine, goal: Goal) -> _Decode | None:
+    """The fewest engines that meet the targets for tokens."""
+    traffic, shape = engine.traffic, engine.choice.shape
+    rate = goal.demand.rate
+    lost = lost_engines(shape.devices, goal.cluster, goal.survive)
+    fits = engines_that_fit(shape.devices, goal.cluster)
+    targets = [target for target in goal.targets if target.metric != "ttft"]
+    most = min(
+        engine.choice.max_sequences * shape.attention_dp, engine.held_tokens / max(1.0, traffic.context)
+    )
+    best: _Decode | None = None
+    batch = 1.0
+    while batch + TAIL * batch**0.5 <= most or batch == 1.0:
+        step, tail = (_decode_seconds(engine, size / shape.pp) for size in (batch, batch + TAIL * batch**0.5))
+        values = {"itl": tail, "tpot": step}
+        if any((step if target.percentile == "p50" else values[target.metric]) > target.seconds for target in targets):
+            break
+        each = batch / (traffic.output * step)
+        left = max(1, ceil(rate / each - 1e-9))
+        if left + lost <= fits and (best is None or left + lost < best.replicas):
+            total = each * (left + lost)
+            best = _Decode(engine=engine, replicas=left + lost, batch=batch, itl=step, itl_p99=tail, capacity=total)
+        batch *= GROWTH
+    return best
+
+
+def _decode_seconds(engine: Engine, batch: float) -> float:
+    rows = max(1, round(batch))
+    context = int(rows * engine.traffic.context)
+    return engine.cost.seconds(StepShape(decode_rows=rows, decode_context=context, sampled=rows))
+
+
+def _verdict(prefill: _Prefill, decode: _Decode, goal: Goal) -> Verdict:
+    price = goal.cluster.dollars_per_device_hour
+    pools = (
+        Pool(engine=prefill.engine.choice, replicas=prefill.replicas, role="prefill"),
+        Pool(engine=decode.engine.choice, replicas=decode.replicas, role="decode"),
+    )
+    devices = sum(pool.devices for pool in pools)
+    setup = Setup(pools=pools, devices=devices, dollars_per_hour=None if price is None else price * devices)
+    first, later = interval(prefill.engine.cost, "ttft"), interval(decode.engine.cost, "tpot")
+    ttft = [Interval(value, value * first[0], value * first[1]) for value in (prefill.ttft_p50, prefill.ttft_p99)]
+    itl = [Interval(value, value * later[0], value * later[1]) for value in (decode.itl, decode.itl_p99)]
+    prediction = Prediction(
+        ttft_p50=ttft[0],
+        ttft_p90=ttft[1],
+        ttft_p99=ttft[1],
+        itl_p50=itl[0],
+        itl_p90=itl[1],
+        itl_p99=itl[1],
+        tpot=itl[0],
+        batch=decode.batch,
+        utilisation=goal.demand.rate / min(prefill.capacity, decode.capacity),
+        capacity=min(prefill.capacity, decode.capacity),
+        method="closed form",
+        provenance=decode.engine.decode_step().provenance,
+    )
+    return verdict(setup, prediction, None, goal, True)
