@@ -24,7 +24,6 @@ RINGS: dict[str, tuple[str, ...]] = {
     "bench": ("core",),
     "plan": ("core",),
     "sim": ("core",),
-    "plan": ("core",),
     "config": (),
     "cli": (
         "core",

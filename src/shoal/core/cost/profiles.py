@@ -57,7 +57,7 @@ PROFILES: dict[str, EngineProfile] = {
             row_seconds=8e-6,
             layer_kernels=7,
             front_seconds=30e-3,
-            float8_attention=0.8,
+            float8_attention=1.0,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=2.1 * GIB,
         ),
@@ -67,7 +67,7 @@ PROFILES: dict[str, EngineProfile] = {
             row_seconds=8e-6,
             layer_kernels=7,
             front_seconds=40e-3,
-            float8_attention=0.65,
+            float8_attention=0.75,
             mixes_prefill=False,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=2.1 * GIB,
@@ -84,6 +84,9 @@ PROFILES: dict[str, EngineProfile] = {
         ),
     )
 }
+PROFILES["vllm-2023"] = msgspec.structs.replace(
+    PROFILES["vllm"], name="vllm-2023", step_seconds=6e-3, row_seconds=60e-6, kernel_factor=3.0, all_reduce=3.0
+)
 ALIASES = {"trtllm": "tensorrt-llm", "trt-llm": "tensorrt-llm", "tensorrtllm": "tensorrt-llm", "nim": "tensorrt-llm"}
 
 
