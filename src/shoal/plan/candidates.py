@@ -41,7 +41,13 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, order=True):
         return Layout(tp=self.tp, pp=self.pp, ep=self.ep, cp=self.cp)
 
     def __str__(self) -> str:
-        sizes = (("tp", self.tp), ("pp", self.pp), ("ep", self.ep), ("cp", self.cp), ("attention-dp", self.attention_dp))
+        sizes = (
+            ("tp", self.tp),
+            ("pp", self.pp),
+            ("ep", self.ep),
+            ("cp", self.cp),
+            ("attention-dp", self.attention_dp),
+        )
         return " x ".join(f"{name}{size}" for name, size in sizes if size != 1) or "tp1"
 
 

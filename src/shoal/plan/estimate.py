@@ -18,7 +18,6 @@ REQUESTS = 300
 
 def from_load(engine: Engine, load: Load, capacity: float) -> Prediction:
     """The closed form's."""
-    step = engine.decode_step(max(1, round(load.batch)))
     first, later = interval(engine.cost, "ttft"), interval(engine.cost, "tpot")
     ttft = [Interval(value, value * first[0], value * first[1]) for value in (load.ttft_p50, load.ttft_p99)]
     itl = [Interval(value, value * later[0], value * later[1]) for value in (load.itl_p50, load.itl_p99, load.itl_mean)]
@@ -34,7 +33,7 @@ def from_load(engine: Engine, load: Load, capacity: float) -> Prediction:
         utilisation=load.utilisation,
         capacity=capacity,
         method="closed form",
-        provenance=step.provenance,
+        provenance=engine.provenance,
     )
 
 
@@ -63,7 +62,7 @@ def by_event_loop(
         utilisation=found.utilisation,
         capacity=capacity,
         method="event loop",
-        provenance=engine.decode_step().provenance,
+        provenance=engine.provenance,
     )
 
 

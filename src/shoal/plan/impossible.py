@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 
 import msgspec
@@ -10,11 +11,15 @@ from shoal.core.cost.memory import budget
 from shoal.core.cost.profiles import profile
 from shoal.plan.candidates import engines_that_fit, lost_engines, refusal, shapes
 from shoal.plan.engines import Engine
+from shoal.plan.goal import Target
 from shoal.plan.rejections import where_time_goes
+from shoal.plan.screen import Load
 from shoal.plan.search import Candidate, Search, limit_of
 from shoal.plan.setups import Verdict
 from shoal.plan.units import show_bytes, show_duration, show_money, show_rate
 
+SCREENED = 80
+"""Engines, those that are fastest for one request alone, whose whole curve is drawn."""
 LOOKED_AT = 3
 """Setups that the event loop judges on the way to the nearest goal."""
 HEADROOM = 1.05
@@ -47,7 +52,9 @@ def explain(search: Search) -> Impossible:
     budget_bound = _budget(search)
     if budget_bound is not None and not floors:
         return budget_bound
-    return Impossible(bound=bound, nearest=flags or _slower(goal.demand.rate, search), setup=nearest[1] if nearest else "")
+    return Impossible(
+        bound=bound, nearest=flags or _slower(goal.demand.rate, search), setup=nearest[1] if nearest else ""
+    )
 
 
 def _does_not_fit(search: Search) -> Impossible:
@@ -75,7 +82,9 @@ def _does_not_fit(search: Search) -> Impossible:
         f"memory: {search.model.name} with one sequence of {goal.demand.longest:,} tokens takes {show_bytes(whole)}, and"
         f" {goal.cluster.num_devices} x {goal.cluster.device.name} can give it {show_bytes(usable * shape.devices)}"
     )
-    return Impossible(bound=bound, nearest=f"at least {least} such GPUs, or a smaller --precision, or shorter sequences")
+    return Impossible(
+        bound=bound, nearest=f"at least {least} such GPUs, or a smaller --precision, or shorter sequences"
+    )
 
 
 def _floors(search: Search) -> list[str]:
@@ -104,20 +113,18 @@ def _nearest(search: Search, engines: list[Engine]) -> tuple[str, str, str] | No
     """Flags, the setup that meets them, and the bound that breaks the goal asked for: of the engines whose targets must
     be relaxed least, all that the cluster holds of each."""
     goal = search.goal
-    options: list[tuple[float, int, Engine]] = []
-    for engine in engines:
+    options: list[tuple[float, int, Engine, Load]] = []
+    for engine in sorted(engines, key=_alone(goal.targets))[:SCREENED]:
         devices = engine.choice.shape.devices
         fits = engines_that_fit(devices, goal.cluster)
         left = fits - lost_engines(devices, goal.cluster, goal.survive)
-        load = engine.curve.at(goal.demand.rate / left) if left > 0 else None
+        load = engine.curve_for(()).at(goal.demand.rate / left) if left > 0 else None
         if load is not None:
-            options.append((load.excess(goal.targets), fits, engine))
+            options.append((load.excess(goal.targets), fits, engine, load))
     options.sort(key=lambda option: option[0])
     best: Verdict | None = None
-    for _, fits, engine in options[:LOOKED_AT]:
-        lost = lost_engines(engine.choice.shape.devices, goal.cluster, goal.survive)
-        load = engine.curve.at(goal.demand.rate / (fits - lost))
-        assert load is not None
+    for _, fits, engine, load in options[:LOOKED_AT]:
+        lost = _lost(search, engine)
         one = search.judge(Candidate(engine=engine, replicas=fits, lost=lost, load=load, limit=limit_of(engine, load)))
         if one is not None and (best is None or _excess(one, search) < _excess(best, search)):
             best = one
@@ -129,8 +136,17 @@ def _nearest(search: Search, engines: list[Engine]) -> tuple[str, str, str] | No
         value = prediction.interval(target).value
         if value > target.seconds:
             flags.append(f"{target.flag} {show_duration(value * HEADROOM).replace(' ', '')}")
-            missed.append(f"{target}: {show_duration(value)} is the least at {show_rate(goal.demand.rate)} ({best.setup})")
+            missed.append(
+                f"{target}: {show_duration(value)} is the least at {show_rate(goal.demand.rate)} ({best.setup})"
+            )
     return " ".join(flags), str(best.setup), "; ".join(missed)
+
+
+def _alone(targets: tuple[Target, ...]) -> Callable[[Engine], float]:
+    def excess(engine: Engine) -> float:
+        return engine.curve.idle.excess(targets) if engine.curve.idle else float("inf")
+
+    return excess
 
 
 def _excess(one: Verdict, search: Search) -> float:
@@ -163,7 +179,7 @@ def _slower(rate: float, search: Search) -> str:
     goal = search.goal
     most = max(
         (
-            search.capacity(engine) * (engines_that_fit(engine.choice.shape.devices, goal.cluster) - _lost(search, engine))
+            engine.capacity * (engines_that_fit(engine.choice.shape.devices, goal.cluster) - _lost(search, engine))
             for engine in search.engines
         ),
         default=0.0,
@@ -186,5 +202,3 @@ def _budget(search: Search) -> Impossible | None:
         nearest=f"--budget {price}/h",
         setup=str(answer.setup),
     )
-
-

@@ -58,7 +58,7 @@ def signals(search: Search) -> list[Signal]:
     smallest = alone or _smallest(search.engines)
     if not smallest:
         return [fits]
-    best = max(smallest, key=lambda engine: search.capacity(engine))
+    best = max(smallest, key=lambda engine: engine.capacity)
     return [fits, _idle_compute(search, best), _batching(search, best)]
 
 
@@ -74,7 +74,9 @@ def _fits(search: Search, passed: bool) -> Signal:
         shape = search.workshop.engine_shape(Shape(), weights, options.caches[0], min(options.chunks))
         memory = budget(shape, profile(options.profile))
         needed = search.goal.demand.longest * memory.bytes_per_token + memory.bytes_per_sequence
-        text = f"{weights}: {show_bytes(memory.weights)} of weights, {show_bytes(needed)} of KV for the longest sequence"
+        text = (
+            f"{weights}: {show_bytes(memory.weights)} of weights, {show_bytes(needed)} of KV for the longest sequence"
+        )
         told.append(f"{text}, of {show_bytes(memory.total)} usable")
         passed = passed or memory.cache >= needed
     return Signal(
@@ -134,7 +136,7 @@ def _batching(search: Search, engine: Engine) -> Signal:
             remedy="more ranks in an engine first, then replicas",
         )
     curve = engine.curve
-    limit = "its KV cache is full" if load is curve.loads[-1] and curve.held < 1.5 * load.batch + 8 else "a target binds"
+    limit = "its KV cache is full" if curve.full and curve.held < 2 * load.batch + 8 else "a target binds"
     evidence = f"{which} carries {show_rate(load.rate)} at {load.batch:.0f} sequences at once, where {limit}"
     present = load.rate < rate
     return Signal(
@@ -160,7 +162,10 @@ def advice(search: Search, answer: Verdict | None) -> list[Advice]:
     """Of each smaller precision that needs fewer devices than the answer, or any where there is none."""
     found = []
     for precision in smaller_precisions(search.options.weights, search.goal.cluster.device):
-        options = msgspec.structs.replace(search.options, weights=(precision,), pools=False, closer=4)
+        most = None if answer is None else answer.setup.devices - 1
+        options = msgspec.structs.replace(
+            search.options, weights=(precision,), pools=False, closer=4, most_devices=most
+        )
         other = Search(search.model, search.goal, options, search.calibration).run().answer
         if other is None or (answer is not None and other.setup.devices >= answer.setup.devices):
             continue

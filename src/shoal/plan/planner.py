@@ -13,9 +13,8 @@ from shoal.plan.engines import Options
 from shoal.plan.goal import Demand, Goal, Survive, Target, check
 from shoal.plan.impossible import Impossible
 from shoal.plan.need import Advice, Signal, Step, advice, signals, steps_by_devices, turning_point
-from shoal.plan.pools import best_pools
 from shoal.plan.rejections import Rejection
-from shoal.plan.search import Search
+from shoal.plan.search import Found, Search
 from shoal.plan.setups import Verdict, front, parts_of
 from shoal.plan.units import show_duration
 
@@ -87,10 +86,8 @@ def make_plan(
     check(goal, model.max_len, model.name)
     search = Search(model, goal, options, calibration)
     found = search.run()
-    pools = _pools(search, found.answer) if options.pools else None
     answer = found.answer
-    if pools is not None and pools.advised and pools.best is not None:
-        answer = pools.best
+    pools = _pools(found) if options.pools and search.workshop.fitting else None
     told = signals(search)
     steps = steps_by_devices(search)
     engine = next((one for one in search.engines if answer and _is(one.choice, answer)), None)
@@ -164,21 +161,23 @@ def _distribution(told: list[Signal], answer: Verdict | None) -> str:
     return f"Distribution is needed: {why}."
 
 
-def _pools(search: Search, colocated: Verdict | None) -> Pools:
+def _pools(found: Found) -> Pools:
     """Told as it is: apart only where that is cheaper."""
-    best = best_pools(search.pool_engines, search.goal)
+    best = found.pools
     if best is None:
         text = "Do not disaggregate: no pair of prefill and decode pools meets the targets on this cluster."
         return Pools(advised=False, text=text)
-    if colocated is None:
+    if found.answer is best and found.colocated is None:
         text = f"Disaggregate: {best.setup} meets the targets, and nothing colocated does."
         return Pools(advised=True, text=text, best=best)
+    colocated = found.colocated or found.answer
+    assert colocated is not None
     saved = colocated.setup.devices - best.setup.devices
     gain = (
         f"ITL p99 would be {show_duration(best.prediction.itl_p99.value)} instead of"
         f" {show_duration(colocated.prediction.itl_p99.value)}"
     )
-    if saved <= 0:
+    if found.answer is not best:
         text = (
             f"Do not disaggregate: pools need at least {best.setup.devices} GPUs ({best.setup}), colocated engines"
             f" {colocated.setup.devices}; {gain}, which no target asks for."

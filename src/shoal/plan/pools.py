@@ -1,23 +1,30 @@
-"""Prefill and decode in pools of their own: the fewest engines of each that meet the targets, in closed form.
+"""Prefill and decode in pools of their own: the fewest engines of each that meet the targets.
 
 A prompt waits for its pool as at a server (Pollaczek-Khinchine), is computed without sequences beside it, and its KV
-crosses a link, each device of the prefill engine sending its part. A decode step then has no prompts in it.
+crosses a link, each device of the prefill engine sending its part. A decode step then has no prompts in it. What the
+closed form chooses is run in the event loop, one engine of each pool, and given more engines until it meets the goal.
 """
 
 from __future__ import annotations
 
 from math import ceil, log
+from typing import TypeVar
 
 import msgspec
 
+from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.types import StepShape
 from shoal.core.hardware import LinkSpec
 from shoal.plan.candidates import CACHE_BYTES, engines_that_fit, lost_engines
 from shoal.plan.engines import Engine
+from shoal.plan.estimate import by_event_loop
 from shoal.plan.goal import Goal
 from shoal.plan.screen import GROWTH, TAIL
 from shoal.plan.setups import Interval, Pool, Prediction, Setup, Verdict, verdict
-from shoal.plan.steady_state import interval
+from shoal.plan.workload import Lengths, Workload
+
+MOST_TRIES = 4
+"""Times that pools are given more engines."""
 
 
 class _Prefill(msgspec.Struct, kw_only=True):
@@ -39,21 +46,68 @@ class _Decode(msgspec.Struct, kw_only=True):
     capacity: float
 
 
-def best_pools(engines: list[Engine], goal: Goal) -> Verdict | None:
+Stage = TypeVar("Stage", _Prefill, _Decode)
+
+
+def best_pools(engines: list[Engine], goal: Goal, calibration: Calibration | None = None) -> Verdict | None:
     """The cheapest pair of pools in one precision; None where none meets the targets on this cluster."""
-    found: list[Verdict] = []
+    pairs: list[tuple[_Prefill, _Decode]] = []
     kinds = sorted({(engine.choice.weights, engine.choice.cache) for engine in engines})
     for kind in kinds:
         own = [engine for engine in engines if (engine.choice.weights, engine.choice.cache) == kind]
         prefills = [one for engine in own if (one := _prefill(engine, goal)) is not None]
         decodes = [one for engine in _one_a_shape(own) if (one := _decode(engine, goal)) is not None]
-        if not prefills or not decodes:
-            continue
-        prefill = min(prefills, key=lambda one: (_devices(one), one.ttft_p99))
-        decode = min(decodes, key=lambda one: (_devices(one), -one.capacity))
-        if _devices(prefill) + _devices(decode) <= goal.cluster.num_devices:
-            found.append(_verdict(prefill, decode, goal))
-    return min(found, key=lambda one: one.setup.cost, default=None)
+        if prefills and decodes:
+            prefill = min(prefills, key=lambda one: (_devices(one), one.ttft_p99))
+            decode = min(decodes, key=lambda one: (_devices(one), -one.capacity))
+            pairs.append((prefill, decode))
+    pairs.sort(key=lambda pair: _devices(pair[0]) + _devices(pair[1]))
+    judged = (_judge(prefill, decode, goal, calibration) for prefill, decode in pairs)
+    return next((one for one in judged if one is not None), None)
+
+
+def _judge(prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibration | None) -> Verdict | None:
+    """With as many more engines as the event loop asks for. The decode engine is one whose prompts are cached but for
+    a token, so that its steps are those of sequences that come with their KV."""
+    workload = goal.demand.workload()
+    prompts = msgspec.structs.replace(workload, outputs=Lengths.fixed(1))
+    arrived = msgspec.structs.replace(workload, cached_share=1 - 1 / max(2, workload.inputs.longest))
+    ttft = tuple(target for target in goal.targets if target.metric == "ttft")
+    later = tuple(target for target in goal.targets if target.metric != "ttft")
+    for _ in range(MOST_TRIES):
+        if _devices(prefill) + _devices(decode) > goal.cluster.num_devices:
+            return None
+        lost = [lost_engines(one.engine.choice.shape.devices, goal.cluster, goal.survive) for one in (prefill, decode)]
+        first = _run(prefill, prompts, goal.demand.rate / (prefill.replicas - lost[0]), prefill.transfer, calibration)
+        second = _run(decode, arrived, goal.demand.rate / (decode.replicas - lost[1]), 0.0, calibration)
+        late, slow = (one is None or one.excess(of) > 1 for one, of in ((first, ttft), (second, later)))
+        if first is not None and second is not None and not late and not slow:
+            return _verdict(prefill, decode, first, second, goal)
+        if late:
+            prefill = _with_more(prefill)
+        if slow:
+            decode = _with_more(decode)
+    return None
+
+
+def _with_more(one: Stage) -> Stage:
+    count = one.replicas + 1
+    return msgspec.structs.replace(one, replicas=count, capacity=one.capacity * count / one.replicas)
+
+
+def _run(
+    one: _Prefill | _Decode, workload: Workload, rate: float, transfer: float, calibration: Calibration | None
+) -> Prediction | None:
+    engine = one.engine
+    found = by_event_loop(engine, workload, rate, engine.choice.max_sequences, one.capacity, calibration)
+    if found is None or not transfer:
+        return found
+    moved = {
+        name: Interval(*(value + transfer for value in (old.value, old.low, old.high)))
+        for name in ("ttft_p50", "ttft_p90", "ttft_p99")
+        for old in (getattr(found, name),)
+    }
+    return msgspec.structs.replace(found, **moved)
 
 
 def _one_a_shape(engines: list[Engine]) -> list[Engine]:
@@ -141,9 +195,7 @@ def _decode(engine: Engine, goal: Goal) -> _Decode | None:
     lost = lost_engines(shape.devices, goal.cluster, goal.survive)
     fits = engines_that_fit(shape.devices, goal.cluster)
     targets = [target for target in goal.targets if target.metric != "ttft"]
-    most = min(
-        engine.choice.max_sequences * shape.attention_dp, engine.held_tokens / max(1.0, traffic.context)
-    )
+    most = min(engine.choice.max_sequences * shape.attention_dp, engine.held_tokens / max(1.0, traffic.context))
     best: _Decode | None = None
     batch = 1.0
     while batch + TAIL * batch**0.5 <= most or batch == 1.0:
@@ -166,7 +218,7 @@ def _decode_seconds(engine: Engine, batch: float) -> float:
     return engine.cost.seconds(StepShape(decode_rows=rows, decode_context=context, sampled=rows))
 
 
-def _verdict(prefill: _Prefill, decode: _Decode, goal: Goal) -> Verdict:
+def _verdict(prefill: _Prefill, decode: _Decode, first: Prediction, second: Prediction, goal: Goal) -> Verdict:
     price = goal.cluster.dollars_per_device_hour
     pools = (
         Pool(engine=prefill.engine.choice, replicas=prefill.replicas, role="prefill"),
@@ -174,21 +226,12 @@ def _verdict(prefill: _Prefill, decode: _Decode, goal: Goal) -> Verdict:
     )
     devices = sum(pool.devices for pool in pools)
     setup = Setup(pools=pools, devices=devices, dollars_per_hour=None if price is None else price * devices)
-    first, later = interval(prefill.engine.cost, "ttft"), interval(decode.engine.cost, "tpot")
-    ttft = [Interval(value, value * first[0], value * first[1]) for value in (prefill.ttft_p50, prefill.ttft_p99)]
-    itl = [Interval(value, value * later[0], value * later[1]) for value in (decode.itl, decode.itl_p99)]
-    prediction = Prediction(
-        ttft_p50=ttft[0],
-        ttft_p90=ttft[1],
-        ttft_p99=ttft[1],
-        itl_p50=itl[0],
-        itl_p90=itl[1],
-        itl_p99=itl[1],
-        tpot=itl[0],
-        batch=decode.batch,
-        utilisation=goal.demand.rate / min(prefill.capacity, decode.capacity),
+    prediction = msgspec.structs.replace(
+        second,
+        ttft_p50=first.ttft_p50,
+        ttft_p90=first.ttft_p90,
+        ttft_p99=first.ttft_p99,
+        utilisation=max(first.utilisation, second.utilisation),
         capacity=min(prefill.capacity, decode.capacity),
-        method="closed form",
-        provenance=decode.engine.decode_step().provenance,
     )
     return verdict(setup, prediction, None, goal, True)

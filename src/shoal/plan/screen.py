@@ -20,8 +20,10 @@ from shoal.plan.goal import Demand, Target
 Seconds = Callable[[StepShape], float]
 TAIL = 2.33
 """Standard deviations to the 99th percentile."""
-GROWTH = 1.35
+GROWTH = 1.6
 """From one batch to the next that is tried."""
+GIVE_UP = 1.6
+"""A target that is missed by more is not looked at under more load still."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,9 +95,12 @@ class Curve:
         cache_tokens: float,
         front_seconds: float = 0.0,
         stages: int = 1,
+        targets: tuple[Target, ...] = (),
     ) -> None:
         self._seconds, self._traffic, self._chunk = seconds, traffic, chunk
-        self._front, self._stages = front_seconds, stages
+        self._front, self._stages, self._targets = front_seconds, stages, targets
+        self.full = False
+        """The loads end where memory or prefill do, not where targets are missed by far."""
         self._most = min(float(max_sequences), cache_tokens / max(1.0, traffic.context))
         self.held = self._most
         """Sequences that memory and limit allow at once."""
@@ -112,7 +117,10 @@ class Curve:
             if load is None or load.rate < loads[-1].rate:
                 break
             loads.append(load)
+            if load.excess(self._targets) > GIVE_UP:
+                return loads
             batch *= GROWTH
+        self.full = True
         return loads
 
     def _decode(self, batch: float) -> float:
@@ -177,7 +185,20 @@ class Curve:
     def best(self, targets: tuple[Target, ...], slack: float = 1.0) -> Load | None:
         """The busiest load at which every target is met within a factor."""
         met = [load for load in self.loads if load.excess(targets) <= slack]
-        return met[-1] if met else None
+        if not met:
+            return None
+        best = met[-1]
+        after = self.loads.index(best) + 1
+        if after == len(self.loads) or best.batch < 1:
+            return best
+        low, high = best.batch, self.loads[after].batch
+        for _ in range(3):
+            middle = self._at((low + high) / 2)
+            if middle is not None and middle.excess(targets) <= slack and middle.rate > best.rate:
+                low, best = middle.batch, middle
+            else:
+                high = (low + high) / 2
+        return best
 
     def at(self, rate: float) -> Load | None:
         """At a rate, between the two batches beside it; None where that is more than it takes."""

@@ -19,12 +19,14 @@ from shoal.plan.candidates import engines_that_fit, lost_engines
 from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason
 from shoal.plan.estimate import by_event_loop, from_load
 from shoal.plan.goal import Goal
+from shoal.plan.pools import best_pools
 from shoal.plan.rejections import Ledger, Rejection
 from shoal.plan.screen import Load
 from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.units import show_duration, show_money, show_rate
 
-
+FAR = 4
+"""Engines of more than so many times the devices of a setup that does are not looked at."""
 MOST_MORE = 3
 """Engines that are tried beyond what the closed form asks for."""
 
@@ -33,6 +35,10 @@ class Found(msgspec.Struct, kw_only=True):
     """What a search came to, before it is told."""
 
     answer: Verdict | None = None
+    pools: Verdict | None = None
+    """The cheapest with prefill and decode apart."""
+    colocated: Verdict | None = None
+    """The cheapest that is not, where pools are the answer."""
     equals: list[Verdict] = []
     """Others that meet the goal at the same cost."""
     near: list[Verdict] = []
@@ -88,32 +94,54 @@ class Search:
             candidate = self._candidate(made)
             if candidate is not None:
                 heap.append((*self._rank(candidate), len(heap), candidate))
+                self._look_no_further_than(candidate)
             found.screened += self._screened(made)
         heapify(heap)
         found.looked_at = self.workshop.looked_at
         self._descend(heap, found)
+        found.pools = best_pools(self.workshop.fitting, self.goal, self.calibration) if self._may_part else None
+        colocated = found.answer
+        if found.pools is not None and (colocated is None or found.pools.setup.cost < colocated.setup.cost):
+            found.colocated, found.answer = colocated, found.pools
+            found.equals = []
         for _, _, _, candidate in sorted(heap, key=lambda entry: entry[:3]):
             self._larger(candidate, found.answer)
         found.rejections = self.ledger.lines()
         return found
 
     @property
-    def pool_engines(self) -> list[Engine]:
-        """Whatever fits: one that misses a target for tokens may still compute prompts."""
-        return self.workshop.fitting
+    def _may_part(self) -> bool:
+        """Pools are two engines at least; what fits may compute prompts even if it is too slow for tokens."""
+        return self.options.pools and self.goal.cluster.num_devices > 1 and bool(self.workshop.fitting)
 
     # --- from engines to candidates ----------------------------------------------------------------------------------
 
     def _candidate(self, made: list[Engine]) -> Candidate | None:
         """Of the chunk sizes, the one whose engine carries most under the targets."""
         targets = self.goal.targets
-        loads = [(load, engine) for engine in made if (load := engine.curve.best(targets, SLACK)) is not None]
-        loads = [(load, engine) for load, engine in loads if load.rate > 0]
+        loads: list[tuple[Load, Engine]] = []
+        for engine in made:
+            load = engine.curve.best(targets, SLACK)
+            if load is not None and load.rate > 0:
+                loads.append((load, engine))
+            elif loads:
+                break  # a larger chunk only makes the steps longer that it is in
         if not loads:
             self._no_load(made)
             return None
         loads.sort(key=lambda pair: -pair[0].rate)
         return self._placed(loads)
+
+    def _look_no_further_than(self, candidate: Candidate) -> None:
+        """An engine of many times the devices that are known to do cannot be the smallest setup."""
+        carried = candidate.engine.capacity
+        if not carried:
+            return
+        shape = candidate.engine.choice.shape
+        devices = (ceil(self.goal.demand.rate / carried) + candidate.lost) * shape.devices
+        if devices <= self.goal.cluster.num_devices:
+            known = self.workshop.enough
+            self.workshop.enough = devices * FAR if known is None else min(known, devices * FAR)
 
     def _placed(self, loads: list[tuple[Load, Engine]], more: int = 0) -> Candidate | None:
         """The first of `loads`, as often as the rate asks for and `more`. None where the cluster has no room for so
@@ -170,7 +198,10 @@ class Search:
                 shape,
                 engine.precision,
                 1.0,
-                lambda: (f"its KV holds {held:.1f} sequences of this workload at once", "a smaller precision of weights"),
+                lambda: (
+                    f"its KV holds {held:.1f} sequences of this workload at once",
+                    "a smaller precision of weights",
+                ),
             )
             return
         load = min(loads[1:], key=lambda load: load.excess(self.goal.targets))
@@ -185,7 +216,11 @@ class Search:
             )
             return
         self.ledger.add(
-            "ttft", shape, engine.precision, load.value(missed) / missed.seconds, lambda: floor_reason(engine, load, missed)
+            "ttft",
+            shape,
+            engine.precision,
+            load.value(missed) / missed.seconds,
+            lambda: floor_reason(engine, load, missed),
         )
 
     def _interference(self, engine: Engine, load: Load, missed) -> tuple[str, str]:  # type: ignore[no-untyped-def]
@@ -252,7 +287,7 @@ class Search:
         """By the event loop; None where requests come faster than they are served."""
         goal, engine = self.goal, candidate.engine
         left = candidate.replicas - candidate.lost
-        capacity = self.capacity(engine) * candidate.replicas
+        capacity = engine.capacity * candidate.replicas
         degraded = by_event_loop(
             engine, self._workload, goal.demand.rate / left, candidate.limit, capacity, self.calibration
         )
@@ -283,7 +318,9 @@ class Search:
             if not meets and band.value > target.seconds and band.low <= target.seconds:
                 others = [other for other in self.goal.targets if other != target]
                 if all(prediction.interval(other).low <= other.seconds for other in others):
-                    return f"may meet {target}: predicted {show_duration(band.value)}, down to {show_duration(band.low)}"
+                    return (
+                        f"may meet {target}: predicted {show_duration(band.value)}, down to {show_duration(band.low)}"
+                    )
         return ""
 
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
@@ -293,11 +330,6 @@ class Search:
             return ratio > 1
         sizes = [verdict.setup.pools[0].engine.shape.devices for verdict in (one, other)]
         return sizes[0] < sizes[1]
-
-    def capacity(self, engine: Engine) -> float:
-        """Requests a second under the targets, in closed form."""
-        load = engine.curve.best(self.goal.targets)
-        return load.rate if load is not None else 0.0
 
     def setup(self, candidate: Candidate) -> Setup:
         choice = msgspec.structs.replace(candidate.engine.choice, max_sequences=candidate.limit)
@@ -354,7 +386,9 @@ class Search:
                 f" {show_rate(answer.prediction.capacity)}"
             )
         load = engine.curve.at(self.goal.demand.rate / candidate.replicas)
-        told = "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
+        told = (
+            "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
+        )
         self.ledger.add(
             "larger", engine.choice.shape, engine.precision, candidate.devices, lambda: (f"{setup}: {why}{told}", "")
         )
@@ -376,7 +410,7 @@ class Search:
                 pool = Pool(engine=engine.choice, replicas=replicas)
                 devices = pool.devices
                 setup = Setup(pools=(pool,), devices=devices, dollars_per_hour=self._dollars(devices))
-                prediction = from_load(engine, load, self.capacity(engine) * replicas)
+                prediction = from_load(engine, load, engine.capacity * replicas)
                 verdicts.append(verdict(setup, prediction, None, goal, prediction.excess(goal.targets) <= 1))
         return verdicts
 
