@@ -41,11 +41,7 @@ def test_imports_follow_the_table_of_rings() -> None:
     allowed: dict[str, list[str]] = {}
     for name, cell in re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE):
         allowed[name] = re.findall(r"`(\w+)`", cell)
-<<<<<<< HEAD
     assert set(allowed) == {"core", "checkpoint", "engine", "serve", "bench", "sim", "plan", "config", "cli"}
-=======
-    assert set(allowed) == {"core", "checkpoint", "engine", "serve", "bench", "plan", "sim", "config", "cli"}
->>>>>>> models
     everything = set(allowed)
     used: dict[str, set[str]] = {name: set() for name in allowed}
     for path in SOURCES:

@@ -33,6 +33,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "engine.launch",
         "serve",
         "bench",
+        "plan",
         "config",
         "__version__",
     ),

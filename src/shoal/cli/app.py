@@ -12,6 +12,7 @@ from shoal.cli.audit_commands import audit_app
 from shoal.cli.bench_commands import bench
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
+from shoal.cli.plan_commands import explain, plan
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
 
@@ -26,6 +27,8 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(topology)
+app.command()(plan)
+app.command()(explain)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

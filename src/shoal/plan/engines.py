@@ -35,6 +35,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Token budgets of a step."""
     max_sequences: int = 512
     memory_share: float = 0.9
+    attention_dp: bool = True
+    """Look at groups that have attention of their own and experts in common, too."""
     pools: bool = True
     """Look at prefill and decode apart, too."""
     most_devices: int | None = None
@@ -134,6 +136,8 @@ class Workshop:
         for shape in ordered:
             if self.options.most_devices is not None and shape.devices > self.options.most_devices:
                 break
+            if shape.attention_dp > 1 and not self.options.attention_dp:
+                continue
             why = refusal(shape, self.model)
             if why is not None:
                 self.ledger.add("layout", shape, "any precision", shape.devices, lambda why=why: (why, ""))
