@@ -14,6 +14,9 @@ from shoal.plan.workload import Workload
 
 REQUESTS = 300
 """Of one run of the event loop."""
+FEWEST = 60
+STEPS = 20_000
+"""Steps with prompts in them that a run may have; prompts of many pieces get fewer requests."""
 
 
 def from_load(engine: Engine, load: Load, capacity: float) -> Prediction:
@@ -47,7 +50,9 @@ def by_event_loop(
 ) -> Prediction | None:
     """One engine at so many requests a second; None where they come faster than they are served."""
     shape = msgspec.structs.replace(engine.cost.engine, max_sequences=max_sequences)
-    found = open_loop(CostModel(shape, calibration), workload, rate, requests=REQUESTS)
+    pieces = workload.inputs.mean / (shape.max_batch_tokens * shape.attention_dp) + 1
+    requests = int(min(REQUESTS, max(FEWEST, STEPS / pieces)))
+    found = open_loop(CostModel(shape, calibration), workload, rate, requests=requests)
     if found.refused or found.saturated:
         return None
     return Prediction(

@@ -117,7 +117,7 @@ def _nearest(search: Search, engines: list[Engine]) -> tuple[str, str, str] | No
     for engine in sorted(engines, key=_alone(goal.targets))[:SCREENED]:
         devices = engine.choice.shape.devices
         fits = engines_that_fit(devices, goal.cluster)
-        left = fits - lost_engines(devices, goal.cluster, goal.survive)
+        left = fits - _lost(search, engine)
         load = engine.curve_for(()).at(goal.demand.rate / left) if left > 0 else None
         if load is not None:
             options.append((load.excess(goal.targets), fits, engine, load))
@@ -171,7 +171,9 @@ def _rate_bound(search: Search, engines: list[Engine]) -> str:
 
 
 def _lost(search: Search, engine: Engine) -> int:
-    return lost_engines(engine.choice.shape.devices, search.goal.cluster, search.goal.survive)
+    """With all that fit."""
+    devices, cluster = engine.choice.shape.devices, search.goal.cluster
+    return lost_engines(engines_that_fit(devices, cluster), devices, cluster, search.goal.survive)
 
 
 def _slower(rate: float, search: Search) -> str:

@@ -15,7 +15,7 @@ import msgspec
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.types import StepShape
 from shoal.core.hardware import LinkSpec
-from shoal.plan.candidates import CACHE_BYTES, engines_that_fit, lost_engines
+from shoal.plan.candidates import CACHE_BYTES, engines_that_fit, lost_engines, replicas_for
 from shoal.plan.engines import Engine
 from shoal.plan.estimate import by_event_loop
 from shoal.plan.goal import Goal
@@ -77,7 +77,10 @@ def _judge(prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibrat
     for _ in range(MOST_TRIES):
         if _devices(prefill) + _devices(decode) > goal.cluster.num_devices:
             return None
-        lost = [lost_engines(one.engine.choice.shape.devices, goal.cluster, goal.survive) for one in (prefill, decode)]
+        lost = [
+            lost_engines(one.replicas, one.engine.choice.shape.devices, goal.cluster, goal.survive)
+            for one in (prefill, decode)
+        ]
         first = _run(prefill, prompts, goal.demand.rate / (prefill.replicas - lost[0]), prefill.transfer, calibration)
         second = _run(decode, arrived, goal.demand.rate / (decode.replicas - lost[1]), 0.0, calibration)
         late, slow = (one is None or one.excess(of) > 1 for one, of in ((first, ttft), (second, later)))
@@ -161,15 +164,15 @@ def _prefill(engine: Engine, goal: Goal) -> _Prefill | None:
     """The fewest engines that meet the TTFT targets."""
     traffic, shape = engine.traffic, engine.choice.shape
     rate = goal.demand.rate
-    lost = lost_engines(shape.devices, goal.cluster, goal.survive)
     fits = engines_that_fit(shape.devices, goal.cluster)
+    most_left = fits - lost_engines(fits, shape.devices, goal.cluster, goal.survive)
     link = link_between_pools(goal, shape.devices + 1)
     if link is None:
         return None
     service, long = _prompt_seconds(engine, traffic.input), _prompt_seconds(engine, traffic.long_input)
     transfer = transfer_seconds(engine, traffic.long_input, link)
     limits = {target.percentile: target.seconds for target in goal.targets if target.metric == "ttft"}
-    for left in range(max(1, ceil(rate * service)), fits - lost + 1):
+    for left in range(max(1, ceil(rate * service)), most_left + 1):
         used = rate * service / left
         if used >= 1:
             continue
@@ -177,13 +180,14 @@ def _prefill(engine: Engine, goal: Goal) -> _Prefill | None:
         middle = engine.front_seconds + service + used * slope + transfer
         late = engine.front_seconds + long + max(0.0, log(used / 0.01)) * slope + transfer
         if middle <= limits.get("p50", middle) and late <= min(limits.get("p90", late), limits.get("p99", late)):
+            replicas = replicas_for(left, shape.devices, goal.cluster, goal.survive)
             return _Prefill(
                 engine=engine,
-                replicas=left + lost,
+                replicas=replicas,
                 ttft_p50=middle,
                 ttft_p99=late,
                 transfer=transfer,
-                capacity=(left + lost) / service,
+                capacity=replicas / service,
             )
     return None
 
@@ -192,7 +196,6 @@ def _decode(engine: Engine, goal: Goal) -> _Decode | None:
     """The fewest engines that meet the targets for tokens."""
     traffic, shape = engine.traffic, engine.choice.shape
     rate = goal.demand.rate
-    lost = lost_engines(shape.devices, goal.cluster, goal.survive)
     fits = engines_that_fit(shape.devices, goal.cluster)
     targets = [target for target in goal.targets if target.metric != "ttft"]
     most = min(engine.choice.max_sequences * shape.attention_dp, engine.held_tokens / max(1.0, traffic.context))
@@ -205,9 +208,10 @@ def _decode(engine: Engine, goal: Goal) -> _Decode | None:
             break
         each = batch / (traffic.output * step)
         left = max(1, ceil(rate / each - 1e-9))
-        if left + lost <= fits and (best is None or left + lost < best.replicas):
-            total = each * (left + lost)
-            best = _Decode(engine=engine, replicas=left + lost, batch=batch, itl=step, itl_p99=tail, capacity=total)
+        replicas = replicas_for(left, shape.devices, goal.cluster, goal.survive)
+        if replicas <= fits and (best is None or replicas < best.replicas):
+            total = each * replicas
+            best = _Decode(engine=engine, replicas=replicas, batch=batch, itl=step, itl_p99=tail, capacity=total)
         batch *= GROWTH
     return best
 

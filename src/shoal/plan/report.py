@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from shoal.plan.candidates import Shape
 from shoal.plan.planner import Plan
 from shoal.plan.setups import Interval, Pool, Verdict
 from shoal.plan.units import show_bytes, show_duration, show_money, show_rate
@@ -125,12 +126,17 @@ def _pool(pool: Pool) -> tuple[str, ...]:
     return (
         role,
         str(pool.replicas),
-        str(engine.shape),
+        _split(engine.shape),
         engine.weights,
         engine.cache,
         f"{engine.max_batch_tokens:,}",
         f"{engine.max_sequences:,}",
     )
+
+
+def _split(shape: Shape) -> str:
+    over = shape.ep * shape.attention_dp
+    return str(shape) + (f", experts over {over}" if over > 1 else "")
 
 
 def _latencies(plan: Plan) -> Section:

@@ -15,7 +15,7 @@ import msgspec
 
 from shoal.core.cost.calibration import Calibration
 from shoal.core.model_shape import ModelShape
-from shoal.plan.candidates import engines_that_fit, lost_engines
+from shoal.plan.candidates import engines_that_fit, lost_engines, replicas_for
 from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason
 from shoal.plan.estimate import by_event_loop, from_load
 from shoal.plan.goal import Goal
@@ -138,7 +138,8 @@ class Search:
         if not carried:
             return
         shape = candidate.engine.choice.shape
-        devices = (ceil(self.goal.demand.rate / carried) + candidate.lost) * shape.devices
+        needed = ceil(self.goal.demand.rate / carried)
+        devices = replicas_for(needed, shape.devices, self.goal.cluster, self.goal.survive) * shape.devices
         if devices <= self.goal.cluster.num_devices:
             known = self.workshop.enough
             self.workshop.enough = devices * FAR if known is None else min(known, devices * FAR)
@@ -147,13 +148,15 @@ class Search:
         """The first of `loads`, as often as the rate asks for and `more`. None where the cluster has no room for so
         many, or the budget no money."""
         load, engine = loads[0]
-        lost = lost_engines(engine.choice.shape.devices, self.goal.cluster, self.goal.survive)
-        replicas = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9)) + lost + more
+        devices, cluster, survive = engine.choice.shape.devices, self.goal.cluster, self.goal.survive
+        needed = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9))
+        replicas = replicas_for(needed, devices, cluster, survive) + more
+        lost = lost_engines(replicas, devices, cluster, survive)
         goal, shape = self.goal, engine.choice.shape
         fits = engines_that_fit(shape.devices, goal.cluster)
         if replicas > fits:
             reason = "survive" if replicas - lost <= fits and lost else "rate"
-            carried = load.rate * max(0, fits - lost)
+            carried = load.rate * (fits - lost_engines(fits, devices, cluster, survive))
             self.ledger.add(
                 "survive" if reason == "survive" else "rate",
                 shape,
