@@ -158,9 +158,7 @@ def plan(
     ] = None,
     write: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.yaml", help="Write what `shoal serve --deployment` takes.", rich_help_panel=_OUT
-        ),
+        typer.Option(metavar="FILE.yaml", help="Write what `shoal serve --deployment` takes.", rich_help_panel=_OUT),
     ] = None,
     known: Annotated[
         Literal["models", "devices"] | None,
@@ -177,7 +175,7 @@ def plan(
     **Examples**
 
     - `shoal plan llama-3.1-70b --on 8xH100 --rate 2/s --input 2000 --output 300 --ttft-p99 1s --itl-p99 50ms`
-    - `shoal plan llama-3.1-405b --on 8x8xH100:ndr --rate 5/s --input 2k --output 300 --precision float8 --survive 1node`
+    - `shoal plan llama-3.1-405b --on 8x8xH100:ndr --rate 5/s --input 2k --output 300 --precision float8 --survive 1gpu`
     - `shoal plan qwen3-32b --on 4xL40S --trace requests.csv --tpot 40ms --budget $10/h --html plan.html`
     - `shoal plan llama-3.1-8b --on H100 --rate 1/s --input 1000 --output 200 --write deployment.yaml`
     - `shoal plan --list devices`
@@ -231,7 +229,9 @@ def explain(
         str, typer.Option(metavar="LAYOUT", help="As tp4 or tp8xpp2, attention-dp8.", rich_help_panel=_CHOICE)
     ] = "tp1",
     batch: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.", rich_help_panel=_LOAD)] = 1,
-    context: Annotated[Any, _option(units.count, "TOKENS", "That each has. [default: 2000]", _LOAD, "--context")] = None,
+    context: Annotated[
+        Any, _option(units.count, "TOKENS", "That each has. [default: 2000]", _LOAD, "--context")
+    ] = None,
     prompt: Annotated[Any, _option(units.count, "TOKENS", "Of a prompt. [default: 2000]", _LOAD, "--prompt")] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Of the weights. [default: the checkpoint's]", rich_help_panel=_CHOICE)

@@ -19,13 +19,13 @@ from shoal.core.cost.calibration import decode as decode_calibration
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
-from shoal.core.layout import Layout
 from shoal.core.model_shape import ModelShape
 from shoal.plan import catalogue, models
 from shoal.plan.candidates import Shape, refusal
 from shoal.plan.deployment_file import NotServable, as_yaml, deployment
 from shoal.plan.engines import Options
-from shoal.plan.explain import explain, sections as explained_sections
+from shoal.plan.explain import explain
+from shoal.plan.explain import sections as explained_sections
 from shoal.plan.goal import Demand, Goal, GoalError, Survive, Target, demand_of, demand_of_trace
 from shoal.plan.html_report import page
 from shoal.plan.planner import Plan, make_plan
@@ -135,6 +135,7 @@ def run_explain(asked: Explained, *, as_json: bool) -> None:
 def list_known(what: str, hardware: Sequence[Path], *, as_json: bool) -> None:
     """Models or devices, by name."""
     rows: list[dict[str, Any]]
+    columns: tuple[str, ...]
     if what == "models":
         described = [models.describe(name) for name in models.names()]
         if as_json:
@@ -213,8 +214,8 @@ def _demand(request: Request) -> Demand:
             if value is not None:
                 raise CommandError(f"{flag} and --trace both say how long requests are; give one of them")
         return demand_of_trace(read_trace(request.trace), request.rate, request.max_len)
-    for flag, value in (("--rate", request.rate), ("--input", request.input), ("--output", request.output)):
-        if value is None:
+    for flag, given in (("--rate", request.rate), ("--input", request.input), ("--output", request.output)):
+        if given is None:
             raise CommandError(f"{flag} is missing: give --rate, --input and --output, or --trace FILE")
     return demand_of(request.rate or 0, request.input or 0, request.output or 0, request.max_len)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import msgspec
@@ -140,7 +140,7 @@ class Workshop:
                 continue
             why = refusal(shape, self.model)
             if why is not None:
-                self.ledger.add("layout", shape, "any precision", shape.devices, lambda why=why: (why, ""))
+                self.ledger.add("layout", shape, "any precision", shape.devices, _told(why))
                 continue
             for weights in self.options.weights:
                 for cache in self.options.caches:
@@ -262,6 +262,10 @@ class Workshop:
             lambda: floor_reason(engine, idle, worst),
         )
         return False
+
+
+def _told(why: str) -> Callable[[], tuple[str, str]]:
+    return lambda: (why, "")
 
 
 def floor_reason(engine: Engine, idle: Load, target: Target) -> tuple[str, str]:

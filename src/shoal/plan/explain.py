@@ -118,7 +118,9 @@ def _limits(
     if turn is None:
         told.append(f"batching: the weights' matrix products stay bound by bandwidth up to {MOST_BATCH:,} sequences")
     elif turn <= held:
-        told.append(f"batching: more sequences are nearly free up to about {turn}, where matrix products fill the compute")
+        told.append(
+            f"batching: more sequences are nearly free up to about {turn}, where matrix products fill the compute"
+        )
     else:
         told.append(f"batching: memory ends it at {held:.0f} sequences, compute would at about {turn}")
     return told

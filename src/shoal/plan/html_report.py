@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from math import ceil, floor, log10
 
@@ -93,8 +93,8 @@ def _figure(
     points: Sequence[Point],
     caption: str,
     x_name: str,
-    show_x,  # type: ignore[no-untyped-def]
-    show_y,  # type: ignore[no-untyped-def]
+    show_x: Callable[[float], str],
+    show_y: Callable[[float], str],
     *,
     line: float | None = None,
     joined: bool = False,
@@ -170,7 +170,7 @@ def _svg(content: str, caption: str, height: float) -> str:
     )
 
 
-def _scale(values: Sequence[float]):  # type: ignore[no-untyped-def]
+def _scale(values: Sequence[float]) -> Callable[[float], float]:
     """0 to 1 over the logarithm, with a little room on both sides."""
     low, high = log10(min(values)), log10(max(values))
     room = max(0.05, (high - low) * 0.08)

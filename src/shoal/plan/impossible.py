@@ -79,7 +79,7 @@ def _does_not_fit(search: Search) -> Impossible:
     usable = memory.total - memory.activations - memory.workspace
     least = ceil(whole / max(1, usable))
     bound = (
-        f"memory: {search.model.name} with one sequence of {goal.demand.longest:,} tokens takes {show_bytes(whole)}, and"
+        f"memory: {search.model.name} with a sequence of {goal.demand.longest:,} tokens takes {show_bytes(whole)}, and"
         f" {goal.cluster.num_devices} x {goal.cluster.device.name} can give it {show_bytes(usable * shape.devices)}"
     )
     return Impossible(

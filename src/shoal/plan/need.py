@@ -53,9 +53,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 def signals(search: Search) -> list[Signal]:
     """What one GPU does; where the model does not fit in it, what the smallest engine that holds it does."""
-    alone = [engine for engine in search.engines if engine.choice.shape.devices == 1]
-    fits = _fits(search, bool(alone))
-    smallest = alone or _smallest(search.engines)
+    smallest = _smallest(search.workshop.fitting)
+    fits = _fits(search, bool(smallest) and smallest[0].choice.shape.devices == 1)
     if not smallest:
         return [fits]
     best = max(smallest, key=lambda engine: engine.capacity)

@@ -56,7 +56,7 @@ def best_pools(engines: list[Engine], goal: Goal, calibration: Calibration | Non
     for kind in kinds:
         own = [engine for engine in engines if (engine.choice.weights, engine.choice.cache) == kind]
         prefills = [one for engine in own if (one := _prefill(engine, goal)) is not None]
-        decodes = [one for engine in _one_a_shape(own) if (one := _decode(engine, goal)) is not None]
+        decodes = [found for engine in _one_a_shape(own) if (found := _decode(engine, goal)) is not None]
         if prefills and decodes:
             prefill = min(prefills, key=lambda one: (_devices(one), one.ttft_p99))
             decode = min(decodes, key=lambda one: (_devices(one), -one.capacity))
@@ -75,7 +75,7 @@ def _judge(prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibrat
     ttft = tuple(target for target in goal.targets if target.metric == "ttft")
     later = tuple(target for target in goal.targets if target.metric != "ttft")
     for _ in range(MOST_TRIES):
-        if _devices(prefill) + _devices(decode) > goal.cluster.num_devices:
+        if _devices(prefill) + _devices(decode) > _affordable(goal):
             return None
         lost = [
             lost_engines(one.replicas, one.engine.choice.shape.devices, goal.cluster, goal.survive)
@@ -91,6 +91,12 @@ def _judge(prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibrat
         if slow:
             decode = _with_more(decode)
     return None
+
+
+def _affordable(goal: Goal) -> int:
+    """Devices that there are and that the budget pays for."""
+    price, devices = goal.cluster.dollars_per_device_hour, goal.cluster.num_devices
+    return devices if goal.budget is None or not price else min(devices, int(goal.budget / price + 1e-9))
 
 
 def _with_more(one: Stage) -> Stage:

@@ -209,7 +209,7 @@ def _precision(plan: Plan) -> Section:
 def _front(plan: Plan) -> Section:
     rows = tuple(_front_row(one, plan) for one in plan.front)
     return Section(
-        title="Cost, TTFT, ITL, throughput: setups that no other beats in all",
+        title="Cost, TTFT, ITL, throughput: setups that no other beats in all (closed form, but for the answer)",
         columns=("GPUs", "setup", "weights", "budget", "TTFT p99", "ITL p99", "carries", "$/1M out", "meets"),
         rows=rows,
     )

@@ -2,8 +2,9 @@
 
 With b sequences that generate and prompts arriving as fast as answers end, a step brings p = b I / O tokens of prompts
 (I tokens in, O out), whatever the step takes. So the mix of a step follows from b alone; its time gives the rate,
-b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make the batch vary like a Poisson number, and prompts wait as at a server with their
-step's time as its service (Pollaczek-Khinchine, and its exponential tail).
+b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make
+the batch vary like a Poisson number, and prompts wait as at a server with their step's time as its service
+(Pollaczek-Khinchine, and its exponential tail).
 """
 
 from __future__ import annotations

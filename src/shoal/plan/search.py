@@ -18,7 +18,7 @@ from shoal.core.model_shape import ModelShape
 from shoal.plan.candidates import engines_that_fit, lost_engines, replicas_for
 from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason
 from shoal.plan.estimate import by_event_loop, from_load
-from shoal.plan.goal import Goal
+from shoal.plan.goal import Goal, Target
 from shoal.plan.pools import best_pools
 from shoal.plan.rejections import Ledger, Rejection
 from shoal.plan.screen import Load
@@ -176,16 +176,9 @@ class Search:
         )
         dollars = self._dollars(candidate.devices)
         if goal.budget is not None and dollars is not None and dollars > goal.budget:
-            self.ledger.add(
-                "budget",
-                shape,
-                engine.precision,
-                dollars,
-                lambda: (
-                    f"{replicas} x {shape} cost {show_money(dollars)}/h, the budget is {show_money(goal.budget or 0)}/h",
-                    f"--budget {show_money(dollars)}/h",
-                ),
-            )
+            over = f"{replicas} x {shape} cost {show_money(dollars)}/h, the budget is {show_money(goal.budget)}/h"
+            relaxed = f"--budget {show_money(dollars)}/h"
+            self.ledger.add("budget", shape, engine.precision, dollars, lambda: (over, relaxed))
             return None
         return candidate
 
@@ -226,7 +219,7 @@ class Search:
             lambda: floor_reason(engine, load, missed),
         )
 
-    def _interference(self, engine: Engine, load: Load, missed) -> tuple[str, str]:  # type: ignore[no-untyped-def]
+    def _interference(self, engine: Engine, load: Load, missed: Target) -> tuple[str, str]:
         value = show_duration(load.value(missed))
         why = (
             f"a step that also computes {engine.choice.max_batch_tokens} tokens of a prompt takes {value},"
@@ -406,7 +399,7 @@ class Search:
             shape = engine.choice.shape
             fits = engines_that_fit(shape.devices, goal.cluster)
             least = max(1, ceil(goal.demand.rate / loads[-1].rate - 1e-9))
-            for replicas in {least, 2 * least}:
+            for replicas in (least, 2 * least):
                 load = engine.curve.at(goal.demand.rate / replicas) if replicas <= fits else None
                 if load is None:
                     continue
@@ -423,4 +416,4 @@ def limit_of(engine: Engine, load: Load) -> int:
     those that run."""
     groups = engine.choice.shape.attention_dp
     wanted = 1.25 * (load.batch + 2.33 * load.batch**0.5) / groups
-    return max(1, min(engine.choice.max_sequences, 8 * ceil(wanted / 8)))
+    return int(max(1, min(engine.choice.max_sequences, 8 * ceil(wanted / 8))))

@@ -137,7 +137,7 @@ def per_million(dollars_per_hour: float | None, tokens_per_second: float) -> flo
 def front(verdicts: list[Verdict]) -> list[Verdict]:
     """Those that no other beats in cost, TTFT, ITL and throughput at once, cheapest first."""
 
-    def marks(one: Verdict) -> tuple[float, float, float, float]:
+    def marks(one: Verdict) -> tuple[float, ...]:
         prediction = one.prediction
         # Rounded, so that no tenth of a percent keeps a setup on the front.
         return (
