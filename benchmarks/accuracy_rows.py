@@ -4,7 +4,7 @@ What a row leaves unsaid is filled in by rules, each with its source, the same f
 
 - InferenceX (its scripts, github.com/SemiAnalysisAI/InferenceX): lengths uniform in [0.8 L, L]; 10 requests a client,
   all clients at once; the engine takes 0.9 of memory (SGLang 0.82 to 0.85), batches as large as the concurrency; FP8 KV
-  in TensorRT-LLM, in vLLM for Llama, and in SGLang on Blackwell, else 16 bits; chunks of 8,192 tokens, in SGLang on
+  in TensorRT-LLM, in vLLM but for MLA, and in SGLang on Blackwell, else 16 bits; chunks of 8,192 tokens, in SGLang on
   Blackwell 16,384 or more; TensorRT-LLM as many as a sequence may be long. Where aggregated rows claim more devices
   than a host has, their tp was multiplied by ep on the way into the sample: they ran on one host.
 - MLPerf: lengths of the datasets by the means that submitters' reports and the reference implementation state.
@@ -139,7 +139,40 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         few = row["stat"].endswith("of 300 requests")
         return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else 1000), True
     concurrency = int(float(row["concurrency"]))
-    return closed_loop(cost, work, concurrency, requests=10 * concurrency), False
+    poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
+    wait = wait_steps(row, concurrency)
+    found = closed_loop(cost, work, concurrency, requests=10 * concurrency, poll_steps=poll, wait_steps=wait)
+    return found, False
+
+
+def wait_steps(row: Row, concurrency: int) -> int:
+    """InferenceX starts TensorRT-LLM with batch_wait_timeout_iters 20 for Llama below 8 devices, and 40 for DeepSeek
+    from 64 clients, in both cases for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups."""
+    if (
+        engine_name(row) != "tensorrt-llm"
+        or "uniform[0.8" not in row["len_note"]
+        or (row["isl"], row["osl"]) != ("1024",) * 2
+    ):
+        return 0
+    if "Llama" in row["model"]:
+        return 20 if number(row["tp"]) < 8 else 0
+    return 40 if 64 <= concurrency < 256 else 0
+
+
+def poll_steps(row: Row, device: str, concurrency: int) -> int:
+    """InferenceX starts SGLang on Blackwell with --scheduler-recv-interval 30, or 10 below 16 clients.
+
+    A request waits for a whole interval in the mean, as if every other look missed it; B300 rows with the flag and
+    without it show this.
+    """
+    if (
+        "GLM" in row["model"]
+        or engine_name(row) != "sglang"
+        or not row["source"].startswith("AIC")
+        or not device.startswith(("B2", "B3", "GB"))
+    ):
+        return 1
+    return 60 if concurrency >= 16 else 20
 
 
 def _answer(found: ServingEstimate, replicas: int, median: bool) -> Answer:
@@ -195,12 +228,11 @@ def layout_of(row: Row, shape: ModelShape, device: str) -> tuple[Layout, int]:
     if not row["tp"]:
         return fewest(row, shape, device), 1
     tp, pp, ep, groups = (number(row[name]) for name in ("tp", "pp", "ep", "attn_dp"))
-    if row["source"].startswith("AIC") and tp * pp * groups > HOST_DEVICES and "NVL" not in device and ep > 1:
-        tp, groups = (tp, 1) if groups == 1 else (tp * groups, 1)
-        devices = tp // ep
-        if number(row["attn_dp"]) > 1:
-            return Layout(), min(HOST_DEVICES, devices)
-        return Layout(tp=max(1, devices // ep), ep=min(ep, devices), pp=pp), 1
+    if row["source"].startswith("AIC") and groups > 1:
+        # One device a group: recorded as tp = groups = the devices (vLLM), or as ep, and the groups times ep.
+        return Layout(), tp if tp > 1 else ep
+    if row["source"].startswith("AIC") and tp > HOST_DEVICES and ep > 1:
+        tp //= ep
     if not shape.is_mixture:
         return Layout(tp=tp, pp=pp), groups
     if groups > 1:
@@ -241,6 +273,9 @@ def model_of(
     if engine == "tensorrt-llm" and inputs and row["source"].startswith("AIC"):
         chunk = max(8192, inputs + outputs) if shape.is_mixture else inputs + outputs + 200
     sequences = max(1, -(-concurrency // groups)) if concurrency else 512
+    if row["len_note"].startswith("NVIDIA internal"):
+        # Its TTFT holds about 1/c of a request's whole time: one of the c slots was not to be had.
+        sequences = max(1, sequences - 1)
     if limits:
         sequences, chunk = int(limits.group(1)), int(limits.group(2))
     return CostModel(
@@ -270,7 +305,8 @@ def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     blackwell = device.startswith(("B2", "B3", "GB"))
     if engine == "tensorrt-llm" or (engine == "sglang" and blackwell):
         return "float8"
-    return "float8" if engine == "vllm" and not shape.is_mixture else "bfloat16"
+    latent = any(layer.attention.latent_dim for layer in shape.layers)
+    return "float8" if engine == "vllm" and not latent else "bfloat16"
 
 
 # --- pools -------------------------------------------------------------------------------------------------------------
@@ -282,6 +318,8 @@ def pool(text: str) -> dict[str, int]:
 
 def answer_disaggregated(row: Row, shape: ModelShape, device: str, calibration: Calibration | None) -> Answer:
     prompts, tokens = pool(row["prefill_cfg"]), pool(row["decode_cfg"])
+    if "workers" not in prompts or "workers" not in tokens:
+        raise CannotAnswer("how many workers each pool has is not stated")
     costs = []
     for stated in (prompts, tokens):
         tp, groups, ep = stated.get("tp", 1), stated.get("adp", 1), stated.get("ep", 1)

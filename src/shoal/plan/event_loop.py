@@ -35,6 +35,17 @@ class Outcome(msgspec.Struct, kw_only=True):
     waiting: int = 0
     """Left in the queue at the end."""
 
+    def absorb(self, other: Outcome) -> None:
+        """Of another engine at the same time."""
+        for name in ("ttft", "tpot", "itl", "end_to_end"):
+            getattr(self, name).values.extend(getattr(other, name).values)
+        self.output_tokens += other.output_tokens
+        self.requests += other.requests
+        self.busy_seconds += other.busy_seconds
+        self.preemptions += other.preemptions
+        self.rows_seconds += other.rows_seconds
+        self.cache_peak = max(self.cache_peak, other.cache_peak)
+
 
 class _Sequence(msgspec.Struct):
     arrival: float
@@ -51,12 +62,17 @@ class _Sequence(msgspec.Struct):
 
 
 class Loop:
-    """`arrivals` gives the time of the request of a number, or None where it comes when another ends."""
+    """`poll_steps`: while rows decode, the scheduler looks for new requests every so many steps alone.
+    `wait_steps`: it lets requests wait for so many steps while they are too few to fill one (batch_wait_timeout_iters).
+    """
 
     def __init__(
         self,
         cost: CostModel,
         workload: Workload,
+        *,
+        poll_steps: int = 1,
+        wait_steps: int = 0,
     ) -> None:
         engine = cost.engine
         self.cost, self.workload = cost, workload
@@ -72,6 +88,8 @@ class Loop:
             self.capacity *= mean / (mean + per_row)
         self.reserve = cost.profile.reserves_output
         self.mixes = cost.profile.mixes_prefill
+        self.poll_steps, self.next_poll = poll_steps, 0
+        self.wait_steps, self.wait_from = wait_steps, -1
         self.now = 0.0
         self.waiting: deque[_Sequence] = deque()
         self.prefilling: deque[_Sequence] = deque()
@@ -100,9 +118,10 @@ class Loop:
         prompt, output = self.workload.request(number)
         self.waiting.append(_Sequence(arrival, prompt, output, output, prompt, first=arrival))
 
-    def run(self, next_arrival: float) -> None:
-        """Until it is `next_arrival`, or nothing is left to do."""
-        while self.now < next_arrival:
+    def run(self, next_arrival: float, *, one_end: bool = False) -> None:
+        """Until it is `next_arrival`, nothing is left to do, or (`one_end`) a sequence has ended."""
+        ended = self.out.requests
+        while self.now < next_arrival and not (one_end and self.out.requests > ended):
             self._admit()
             if self.prefilling:
                 self._mixed_step()
@@ -114,6 +133,16 @@ class Loop:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        if self.rows and not self.prefilling:
+            if self.steps < self.next_poll:
+                return
+            self.next_poll = self.steps + self.poll_steps
+            if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < 0.8 * self.token_limit:
+                if self.wait_from < 0:
+                    self.wait_from = self.steps
+                if self.steps - self.wait_from < self.wait_steps:
+                    return
+            self.wait_from = -1
         while self.waiting and self.rows + len(self.prefilling) < self.row_limit:
             sequence = self.waiting[0]
             held = sequence.output if self.reserve else 0
@@ -168,6 +197,10 @@ class Loop:
         count = self.ends[0][0] - self.steps
         if not self.reserve:
             count = min(count, max(1, int((self.capacity - self.used) / self.rows)))
+        if self.waiting and self.poll_steps > 1:
+            count = max(1, min(count, self.next_poll - self.steps))
+        if self.wait_from >= 0:
+            count = max(1, min(count, self.wait_from + self.wait_steps - self.steps))
         middle = self.context + self.rows * (count + 1) // 2
         duration = self._seconds(0, 0, 0.0, 0, self.rows, middle, self.rows)
         if self.now + count * duration > next_arrival:

@@ -12,7 +12,18 @@ import msgspec
 from shoal.core.cost import collectives
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
-from shoal.core.cost.operators import BYTES, CACHE_BYTES, Reached
+from shoal.core.cost.operators import (
+    ATTENTION_KERNELS,
+    BYTES,
+    CACHE_BYTES,
+    EXPERT_COMPUTE,
+    EXPERT_KERNELS,
+    EXPERT_SKEW,
+    EXPERT_STATES,
+    EXPERT_STREAM,
+    Reached,
+    distinct_experts,
+)
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
 from shoal.core.model_shape import LayerShape
@@ -32,11 +43,9 @@ class ExpertCoefficients(msgspec.Struct, kw_only=True):
     """Seconds of reading one expert."""
     compute: float
     """Seconds of one token in one expert."""
-    tile: int
-    """Rows that a grouped product computes together."""
     skew: float
-    imbalance: float
-    """Load of the busiest device relative to the mean."""
+    parts: int
+    """Devices that the experts are dealt to."""
     launch: float
 
 
@@ -73,6 +82,8 @@ class Coefficients(msgspec.Struct, kw_only=True):
     linear_bytes: float
     linear_parameters: float
     linear_launch: float
+    eager: float
+    """The least time of a step with prompts, whose kernels the host launches one by one."""
     experts: list[ExpertCoefficients]
     attention: list[AttentionCoefficients]
     head_bytes: float
@@ -98,6 +109,8 @@ class Coefficients(msgspec.Struct, kw_only=True):
 INDEX_HEADS = 64
 """Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
+UNFUSED = 3.0
+"""Launches that experts and uncommon attention take outside of graphs, for one within."""
 
 
 def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Calibration) -> Coefficients:
@@ -139,7 +152,8 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
     chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
-    exchange_bytes = expert_layers * chosen * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    copies = distinct_experts(exchange_ranks, 1, chosen)
+    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
     return Coefficients(
         groups=engine.attention_dp,
         context_ranks=layout.cp,
@@ -149,7 +163,8 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         linear=linear,
         linear_bytes=dense,
         linear_parameters=projections + dense_parameters,
-        linear_launch=layers * GEMMS_A_LAYER * kernel * 0.5,
+        linear_launch=layers * GEMMS_A_LAYER * reached.product_seconds(engine.weights) * profile.kernel_factor,
+        eager=_eager(engine, profile) * share,
         experts=[_experts(engine, layer, reached, kernel, profile) for layer in model.layers if layer.mlp.num_experts],
         attention=[_attention(engine, layer, reached, kernel, profile) for layer in model.layers],
         head_bytes=head * BYTES[plain],
@@ -179,18 +194,22 @@ def _experts(
     parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
     moved = parameters * BYTES[engine.weights]
     factor = profile.expert_factor
+    kind = engine.weights.removesuffix("-block")
+    if kind == "float4" and reached.operands(engine.weights) != "float4":
+        kind = "int4"  # Weights alone are of 4 bits, whatever their code.
+    rate = reached.rate(engine.weights) * EXPERT_COMPUTE[kind]
+    states = EXPERT_STATES * engine.model.hidden_size / reached.copy()
     return ExpertCoefficients(
         count=layer.count * stage_share(engine),
         local=mlp.num_experts / parts,
         chosen_share=mlp.num_experts_per_token / mlp.num_experts,
         parameters=parameters,
         bytes=moved,
-        stream=factor * moved / reached.stream(engine.weights),
-        compute=factor * 2 * parameters / reached.rate(engine.weights),
-        tile=64,
-        skew=0.0,
-        imbalance=1.0 if parts == 1 else 1.2,
-        launch=5 * kernel,
+        stream=factor * moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM[kind]),
+        compute=factor * (2 * parameters / rate + states),
+        skew=EXPERT_SKEW,
+        parts=parts,
+        launch=EXPERT_KERNELS[kind] * kernel,
     )
 
 
@@ -229,8 +248,18 @@ def _attention(
         index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
         row_stream=state / reached.copy(),
         token_compute=token / rate,
-        launch=2 * kernel,
+        launch=ATTENTION_KERNELS[a.kind] * kernel,
     )
+
+
+def _eager(engine: EngineShape, profile: EngineProfile) -> float:
+    kernels = 0.0
+    for layer in engine.model.layers:
+        experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
+        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS[layer.attention.kind]
+        own = 2 * GEMMS_A_LAYER + profile.layer_kernels + UNFUSED * (experts + special)
+        kernels += layer.count * own
+    return kernels * profile.eager_kernel_seconds
 
 
 def _collectives(
@@ -253,9 +282,9 @@ def _collectives(
             total += reduces * factor * collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
         if exchange_ranks > 1:
             # Each device of a group sends its share of the group's tokens: as float8, and back in 16 bits.
-            own = tokens / ranks
-            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden)
-            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden * 2)
+            own = tokens / ranks * distinct_experts(exchange_ranks, 1, chosen) * hidden
+            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own)
+            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * 2)
             total += expert_layers * (there + back)
         return total
 
