@@ -148,6 +148,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
 def wait_steps(row: Row, concurrency: int) -> int:
     """InferenceX starts TensorRT-LLM with batch_wait_timeout_iters 20 for Llama below 8 devices, and 40 for DeepSeek
     from 64 clients, in both cases for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups."""
+    if engine_name(row) == "tensorrt-llm" and row["source"].startswith("AIC") and number(row["attn_dp"]) > 1:
+        return 60
     if (
         engine_name(row) != "tensorrt-llm"
         or "uniform[0.8" not in row["len_note"]
@@ -162,8 +164,8 @@ def wait_steps(row: Row, concurrency: int) -> int:
 def poll_steps(row: Row, device: str, concurrency: int) -> int:
     """InferenceX starts SGLang on Blackwell with --scheduler-recv-interval 30, or 10 below 16 clients.
 
-    A request waits for a whole interval in the mean, as if every other look missed it; B300 rows with the flag and
-    without it show this.
+    A request waits longer than half of an interval in the mean, some three quarters, as B300 rows with the flag and
+    without it show.
     """
     if (
         "GLM" in row["model"]
@@ -172,7 +174,7 @@ def poll_steps(row: Row, device: str, concurrency: int) -> int:
         or not device.startswith(("B2", "B3", "GB"))
     ):
         return 1
-    return 60 if concurrency >= 16 else 20
+    return 45 if concurrency >= 16 else 15
 
 
 def _answer(found: ServingEstimate, replicas: int, median: bool) -> Answer:
@@ -263,6 +265,8 @@ def model_of(
 ) -> CostModel:
     engine = engine_name(row)
     weights = PRECISIONS[row["weights"].lower()]
+    if "gpt-oss" in row["model"].lower():
+        weights = "float4"  # What its only checkpoint is stored in; rows name the operands.
     inputs, outputs = (int(row[name]) if row[name].isdigit() else 0 for name in ("isl", "osl"))
     concurrency = int(float(row["concurrency"])) if row["concurrency"] not in ("", "inf") else 0
     limits = re.search(r"max_(?:batch|num_seqs)=(\d+) max_num_(?:batched_)?tokens=(\d+)", row["note"])
@@ -272,7 +276,7 @@ def model_of(
         chunk = 16384
     if engine == "tensorrt-llm" and inputs and row["source"].startswith("AIC"):
         chunk = max(8192, inputs + outputs) if shape.is_mixture else inputs + outputs + 200
-    sequences = max(1, -(-concurrency // groups)) if concurrency else 512
+    sequences = max(1, -(-concurrency // groups)) if concurrency else 2048
     if row["len_note"].startswith("NVIDIA internal"):
         # Its TTFT holds about 1/c of a request's whole time: one of the c slots was not to be had.
         sequences = max(1, sequences - 1)

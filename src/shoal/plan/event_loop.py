@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 
 import msgspec
 
+from shoal.core.cost.memory import sequence_bytes
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import StepShape
 from shoal.plan.workload import Weighted, Workload
@@ -81,11 +82,10 @@ class Loop:
         self.token_limit = engine.max_batch_tokens * self.groups
         self.row_limit = engine.max_sequences * self.groups
         budget = cost.memory()
-        self.capacity = float(budget.cache_tokens) * self.groups if budget.bytes_per_token else float("inf")
-        if budget.bytes_per_sequence and budget.bytes_per_token:
-            per_row = budget.bytes_per_sequence / budget.bytes_per_token
-            mean = workload.inputs.mean + workload.outputs.mean / 2
-            self.capacity *= mean / (mean + per_row)
+        mean = workload.inputs.mean + workload.outputs.mean / 2
+        each = sequence_bytes(engine, mean)
+        self.capacity = max(0, budget.cache) * mean / each * self.groups if each else float("inf")
+        """Tokens, in sequences of the mean length."""
         self.reserve = cost.profile.reserves_output
         self.mixes = cost.profile.mixes_prefill
         self.poll_steps, self.next_poll = poll_steps, 0

@@ -130,9 +130,33 @@ def closed_loop(
 
 
 def offline(cost: CostModel, workload: Workload, *, requests: int | None = None) -> ServingEstimate:
-    """Everything is queued at the start: the most that the engine gives. Its slow end is not counted."""
-    rows = cost.engine.max_sequences * cost.engine.attention_dp
-    return closed_loop(cost, workload, 2 * rows, requests=requests or 5 * rows)
+    """Everything is queued at the start: the most that the engine gives, while the batch is full."""
+    reason = refusal(cost, workload)
+    if reason:
+        return refused(reason)
+    loop = Loop(cost, workload)
+    each = workload.inputs.mean + workload.outputs.mean / 2
+    rows = min(cost.engine.max_sequences * cost.engine.attention_dp, max(1, int(loop.capacity / each)))
+    total = requests or max(256, 4 * rows)
+    ends: list[float] = []
+    loop.finished = ends.append
+    for _ in range(total):
+        loop.add(0.0)
+    loop.run(float("inf"))
+    estimate = _estimate(cost, loop, loop.now)
+    # Between the first and the last fifth of the answers: neither the filling nor the emptying of the batch.
+    first, last = total // 5, total - total // 5 - 1
+    if ends[last] <= ends[first]:
+        return estimate
+    rate = (last - first) * workload.outputs.mean / (ends[last] - ends[first])
+    low, high = interval(cost, "throughput")
+    return msgspec.structs.replace(
+        estimate,
+        output_tokens_per_second=rate,
+        low=rate * low,
+        high=rate * high,
+        requests_per_second=rate / workload.outputs.mean,
+    )
 
 
 def open_loop(

@@ -193,7 +193,6 @@ def _experts(
     parts = expert_ranks(engine)
     parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
     moved = parameters * BYTES[engine.weights]
-    factor = profile.expert_factor
     kind = engine.weights.removesuffix("-block")
     if kind == "float4" and reached.operands(engine.weights) != "float4":
         kind = "int4"  # Weights alone are of 4 bits, whatever their code.
@@ -205,8 +204,8 @@ def _experts(
         chosen_share=mlp.num_experts_per_token / mlp.num_experts,
         parameters=parameters,
         bytes=moved,
-        stream=factor * moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM[kind]),
-        compute=factor * (2 * parameters / rate + states),
+        stream=moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM[kind]),
+        compute=profile.expert_compute * (2 * parameters / rate + states),
         skew=EXPERT_SKEW,
         parts=parts,
         launch=EXPERT_KERNELS[kind] * kernel,
@@ -271,7 +270,7 @@ def _collectives(
     exchange_ranks: int,
 ) -> Callable[[float], float]:
     cluster, ranks = engine.cluster, engine.layout.tensor_ranks
-    factor = profile.all_reduce
+    more = profile.reduce_seconds
     reduces = 2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers
     chosen = max((layer.mlp.num_experts_per_token for layer in engine.model.layers), default=0)
     hidden = engine.model.hidden_size
@@ -279,7 +278,8 @@ def _collectives(
     def of(tokens: float) -> float:
         total = 0.0
         if ranks > 1:
-            total += reduces * factor * collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
+            each = collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
+            total += reduces * max(1e-6, each + more)
         if exchange_ranks > 1:
             # Each device of a group sends its share of the group's tokens: as float8, and back in 16 bits.
             own = tokens / ranks * distinct_experts(exchange_ranks, 1, chosen) * hidden

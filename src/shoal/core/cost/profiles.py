@@ -25,10 +25,10 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
     """The same, for every token of the prompt."""
     float8_attention: float = 1.0
     """Of the bandwidth that decode attention reaches over a float8 cache, relative to the best engine's."""
-    all_reduce: float = 1.0
-    """Time of an all-reduce relative to the link's table."""
-    expert_factor: float = 1.0
-    """Time of experts relative to the operators' law."""
+    reduce_seconds: float = 0.0
+    """Of an all-reduce, more than the link's table has: launched from Python, or less where it is fused with norms."""
+    expert_compute: float = 1.0
+    """Time of experts' products, where they are bound by computing, relative to the operators' law."""
     reserves_output: bool = False
     """A sequence begins only when the cache can hold its longest output; else it grows, and may be preempted."""
     mixes_prefill: bool = True
@@ -58,7 +58,8 @@ PROFILES: dict[str, EngineProfile] = {
             step_seconds=1.5e-3,
             row_seconds=8e-6,
             layer_kernels=6,
-            eager_kernel_seconds=15e-6,
+            eager_kernel_seconds=8e-6,
+            expert_compute=1.5,
             front_seconds=30e-3,
             float8_attention=1.0,
             workspace_bytes=0.27 * GIB,
@@ -82,7 +83,7 @@ PROFILES: dict[str, EngineProfile] = {
             step_seconds=0.4e-3,
             row_seconds=8e-6,
             layer_kernels=3,
-            all_reduce=0.75,
+            reduce_seconds=-1.5e-6,
             eager_kernel_seconds=25e-6,
             front_seconds=30e-3,
             workspace_bytes=0.27 * GIB,
@@ -91,7 +92,7 @@ PROFILES: dict[str, EngineProfile] = {
     )
 }
 PROFILES["vllm-2023"] = msgspec.structs.replace(
-    PROFILES["vllm"], name="vllm-2023", step_seconds=6e-3, row_seconds=60e-6, kernel_factor=3.0, all_reduce=3.0
+    PROFILES["vllm"], name="vllm-2023", step_seconds=5e-3, row_seconds=100e-6, kernel_factor=3.0, reduce_seconds=60e-6
 )
 ALIASES = {"trtllm": "tensorrt-llm", "trt-llm": "tensorrt-llm", "tensorrtllm": "tensorrt-llm", "nim": "tensorrt-llm"}
 
