@@ -27,6 +27,10 @@ from shoal.plan.units import show_duration, show_money, show_rate
 
 FAR = 4
 """Engines of more than so many times the devices of a setup that does are not looked at."""
+NEARLY = 0.05
+"""A difference that no prediction is exact enough for."""
+MUCH_LESS = 0.7
+"""Of what the answer carries: setups of the same cost that carry no more are not looked at closely."""
 MOST_MORE = 3
 """Engines that are tried beyond what the closed form asks for."""
 
@@ -247,7 +251,9 @@ class Search:
         number = len(heap)
         while heap and found.closer < self.options.closer:
             cost, _, _, candidate = heappop(heap)
-            if found.answer is not None and cost > found.answer.setup.cost:
+            if found.answer is not None and (
+                cost > found.answer.setup.cost or candidate.capacity < MUCH_LESS * found.answer.prediction.capacity
+            ):
                 heappush(heap, (*self._rank(candidate), number, candidate))
                 return
             found.closer += 1
@@ -320,10 +326,12 @@ class Search:
         return ""
 
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
-        """Of two that cost the same: the one that carries more, then the one with fewer ranks in an engine."""
-        ratio = one.prediction.capacity / max(1e-12, other.prediction.capacity)
-        if abs(ratio - 1) > 0.02:
-            return ratio > 1
+        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens come
+        faster; then the one with fewer ranks in an engine."""
+        if abs(one.prediction.capacity / max(1e-12, other.prediction.capacity) - 1) > NEARLY:
+            return one.prediction.capacity > other.prediction.capacity
+        if abs(one.prediction.tpot.value / other.prediction.tpot.value - 1) > NEARLY:
+            return one.prediction.tpot.value < other.prediction.tpot.value
         sizes = [verdict.setup.pools[0].engine.shape.devices for verdict in (one, other)]
         return sizes[0] < sizes[1]
 

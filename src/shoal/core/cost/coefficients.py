@@ -294,8 +294,8 @@ def _collectives(
 
 
 def context_exchange(engine: EngineShape, tokens: float) -> float:
-    """Of a step of so many tokens over context-parallel ranks: in every layer queries, keys and values of all tokens are
-    gathered, and each token's parts of attention go to its rank in float32 with their log-sum-exp
+    """Seconds of a step of so many tokens over context-parallel ranks: in every layer queries, keys and values of all
+    are gathered, and each token's parts of attention go to its rank in float32 with their log-sum-exp
     (docs/parallelism.md)."""
     ranks, context = engine.layout.tensor_ranks, engine.layout.cp
     link = engine.cluster.link(context, ranks)
