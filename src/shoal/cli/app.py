@@ -13,6 +13,7 @@ from shoal.cli.bench_commands import bench
 from shoal.cli.diagnose import diagnose
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
+from shoal.cli.plan_commands import explain, plan
 from shoal.cli.simulate import simulate
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
@@ -30,6 +31,8 @@ app.add_typer(bench, name="bench")
 app.command()(simulate)
 app.command()(diagnose)
 app.command()(topology)
+app.command()(plan)
+app.command()(explain)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

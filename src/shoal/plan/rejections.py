@@ -130,9 +130,16 @@ def where_time_goes(cost: StepCost, shape: Shape, cluster: Cluster) -> str:
         if talking and cluster.network is not None:
             axis = next(name for name in crossing if name in talking)
             size = getattr(shape, axis.replace("-", "_"))
-            return f"{axis}={size} crosses nodes: {what} would be {share:.0%} of a decode step over {cluster.network.name}"
+            return (
+                f"{axis}={size} crosses nodes: {what} would be {share:.0%} of a decode step over {cluster.network.name}"
+            )
         return f"{what} would be {share:.0%} of a decode step over {cluster.scale_up.name}"
-    names = {"linear": "reading the weights", "experts": "the experts", "host": "the host's work", "kernels": "launches"}
+    names = {
+        "linear": "reading the weights",
+        "experts": "the experts",
+        "host": "the host's work",
+        "kernels": "launches",
+    }
     what = names.get(part.name, part.name)
     if part.name == "pipeline":
         what = "passing the other stages"
