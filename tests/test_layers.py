@@ -34,6 +34,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "serve",
         "bench",
         "plan",
+        "sim",
         "config",
         "__version__",
     ),
