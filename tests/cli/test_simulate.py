@@ -88,7 +88,7 @@ def test_slower_links_make_steps_longer_where_there_are_links(
 
 
 def test_scaling_is_bounded_by_what_is_there(fleet: str, capsys: pytest.CaptureFixture[str]) -> None:
-    heavy = ["--rate", "60/s", "--input", "1000", "--output", "200", "--requests", "1500"]
+    heavy = ["--rate", "60/s", "--input", "1000", "--output", "200", "--requests", "600"]
     scale = ["--scale-on", "queue", "--scale-target", "2", "--start", "5s"]
     summary = report(capsys, fleet, "--on", "4xL40S", *heavy, *scale)["summary"]
     assert summary["gpus"] == 4

@@ -148,7 +148,7 @@ def test_runs_with_faults_can_be_repeated() -> None:
     assert first.events == second.events
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(
         st.builds(

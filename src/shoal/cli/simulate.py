@@ -88,7 +88,8 @@ def simulate(
         typer.Option(help="Scale on requests that wait, slots in use, or blocks in use.", rich_help_panel=_EVENTS),
     ] = None,
     scale_target: Annotated[
-        float | None, typer.Option(help="That a replica should have. [default: queue 4, others 0.7]")
+        float | None,
+        typer.Option(help="That a replica should have. [default: queue 4, others 0.7]", rich_help_panel=_EVENTS),
     ] = None,
     min_replicas: Annotated[int, typer.Option(min=1, help="Of scaling.", rich_help_panel=_EVENTS)] = 1,
     max_replicas: Annotated[
