@@ -36,9 +36,7 @@ def test_memory_is_said_to_be_the_bound_with_the_gpus_it_takes() -> None:
     assert 811.7e9 / (cluster("8xH100").device.memory_bytes * 0.9) < least <= 16
 
 
-@pytest.mark.parametrize(
-    ("target", "word"), [(("itl", "p99", 0.002), "ITL p99"), (("ttft", "p99", 0.01), "TTFT p99")]
-)
+@pytest.mark.parametrize(("target", "word"), [(("itl", "p99", 0.002), "ITL p99"), (("ttft", "p99", 0.01), "TTFT p99")])
 def test_a_latency_that_nothing_reaches_is_named_and_the_nearest_is_reached(
     target: tuple[str, str, float], word: str
 ) -> None:

@@ -60,7 +60,9 @@ def test_70b_in_16_bits_is_four_h100s_for_long_contexts() -> None:
 
 
 def test_405b_in_8_bits_is_one_node() -> None:
-    found = plan("llama-3.1-405b", "2x8xH100:ndr", 1, 1000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.1)), weights=("float8",))
+    found = plan(
+        "llama-3.1-405b", "2x8xH100:ndr", 1, 1000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.1)), weights=("float8",)
+    )
     assert setup_of(found).devices == 8
     assert not crosses_nodes(shape_of(found), cluster("2x8xH100:ndr"))
 
@@ -117,7 +119,13 @@ def test_within_a_node_more_gpus_end_to_help_a_small_model() -> None:
 
 def test_deepseek_v3_spreads_its_experts_over_many_gpus() -> None:
     found = plan(
-        "deepseek-v3", "2x8xH100:ndr", 5, 2000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.08)), weights=("float8-block",)
+        "deepseek-v3",
+        "2x8xH100:ndr",
+        5,
+        2000,
+        300,
+        (("ttft", "p99", 3.0), ("itl", "p99", 0.08)),
+        weights=("float8-block",),
     )
     shape = shape_of(found)
     assert shape.ep * shape.attention_dp > 1
