@@ -27,7 +27,7 @@ def shape_of(found: Plan) -> Shape:
     return setup.pools[0].engine.shape
 
 
-# --- one GPU, one node, two nodes --------------------------------------------------------------------------------------
+# --- one GPU, one node, two nodes -------------------------------------------------------------------------------------
 
 
 def test_8b_is_served_by_one_gpu() -> None:
@@ -72,7 +72,7 @@ def test_405b_in_16_bits_is_two_nodes_with_tp_within_and_pp_across() -> None:
     assert shape_of(found) == Shape(tp=8, pp=2)
 
 
-# --- networks ----------------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", [LOOSE, ()], ids=["targets", "no targets"])
@@ -114,7 +114,7 @@ def test_within_a_node_more_gpus_end_to_help_a_small_model() -> None:
     assert times[-1] > min(times)
 
 
-# --- experts, tp, headroom ---------------------------------------------------------------------------------------------
+# --- experts, tp, headroom --------------------------------------------------------------------------------------------
 
 
 def test_deepseek_v3_spreads_its_experts_over_many_gpus() -> None:
@@ -170,7 +170,7 @@ def test_no_rule_of_thumb_is_in_the_code() -> None:
         assert set(found) <= {"1"}, f"{file}: {found}"
 
 
-# --- cost of a plan ----------------------------------------------------------------------------------------------------
+# --- cost of a plan ---------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_of_405b_on_64_gpus_runs_few_event_loops() -> None:

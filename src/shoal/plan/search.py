@@ -326,8 +326,8 @@ class Search:
         return ""
 
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
-        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens come
-        faster; then the one with fewer ranks in an engine."""
+        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens
+        come faster; then the one with fewer ranks in an engine."""
         if abs(one.prediction.capacity / max(1e-12, other.prediction.capacity) - 1) > NEARLY:
             return one.prediction.capacity > other.prediction.capacity
         if abs(one.prediction.tpot.value / other.prediction.tpot.value - 1) > NEARLY:
