@@ -1,7 +1,7 @@
 """A soak: twenty minutes of load with random faults, and how memory and open files grow: `python benchmarks/soak.py`.
 
 Slopes are least squares over everything after the first quarter, in which caches fill. An engine that is killed begins
-anew with another process: its slope is that of the process that ran longest. With `--faults drain,leave,...`, which leave
+anew with another process: its slope is that of the process that ran longest. With `--faults drain,leave`, which leave
 engines alive, theirs is of the whole time.
 """
 
