@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import socket
 from collections.abc import Callable, Mapping
@@ -90,7 +91,11 @@ def ray_session(root: Path) -> str | None:
 
 
 def ray_nodes(address: str) -> list[dict[str, Any]]:
-    """What `ray.nodes()` says of a running cluster. Raises ValueError where there is none to be reached."""
+    """What `ray.nodes()` says of a running cluster. Raises ValueError where there is none to be reached.
+
+    A cluster that wants a token gets it from where Ray looks for it: RAY_AUTH_TOKEN and its like.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray = importlib.import_module("ray")
     except ImportError:
