@@ -90,7 +90,8 @@ class Engine:
     def front_seconds(self) -> float:
         """Of a request outside of steps."""
         profile = self.cost.profile
-        return profile.front_seconds + profile.prompt_token_seconds * self.traffic.input
+        own = profile.front_request_seconds + profile.front_token_seconds * self.traffic.input
+        return profile.front_seconds + own
 
     @property
     def held_tokens(self) -> float:
