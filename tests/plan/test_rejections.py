@@ -57,6 +57,8 @@ def test_where_time_goes_names_the_part_and_the_network() -> None:
         "tp=16 crosses nodes: all-reduce would be 71% of a decode step over tcp-25"
     )
     assert where_time_goes(busy, Shape(tp=8), NODES) == "all-reduce would be 71% of a decode step over nvlink4"
+    assert "exchanging attention would be" in where_time_goes(busy, Shape(cp=16), NODES)
+    assert "all-to-all would be" in where_time_goes(busy, Shape(attention_dp=16), NODES)
     assert where_time_goes(step(linear=0.08, host=0.02), Shape(tp=8), NODES) == (
         "reading the weights is 80% of a decode step of 100 ms"
     )
