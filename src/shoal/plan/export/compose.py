@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.plan.export.deployable import Deployable, ExportError
+from shoal.plan.export.deployable import Deployable, ExportError, shared_memory
 from shoal.plan.export.document import Export, comment, to_yaml
-from shoal.plan.export.pods import MODELS, mount_path, shared_memory
+from shoal.plan.export.pods import MODELS, mount_path
 from shoal.plan.export.shoal_files import (
     IMAGE,
     PORT,

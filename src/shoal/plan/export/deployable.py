@@ -15,6 +15,9 @@ Scaling = Literal["keda", "hpa"]
 MAX_NAME = 40
 """Characters of a deployment's name: what is derived from it has to fit a DNS label of 63, with a pod's number."""
 
+_GIB = 1 << 30
+_MEMORY_PER_GPU = 16 * _GIB
+
 
 class ExportError(Exception):
     """The target cannot have this deployment. The message names the field and what would do."""
@@ -26,6 +29,18 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     layout: Layout
     replicas: int = 1
     role: Role = "serve"
+    attention_dp: int = 1
+    """Groups of `layout.ranks` devices in an engine, each with attention of its own; experts are split over all."""
+
+    @property
+    def ranks(self) -> int:
+        """Of one engine."""
+        return self.layout.ranks * self.attention_dp
+
+    def __str__(self) -> str:
+        shape = f"{self.layout}" + (f" x attention-dp{self.attention_dp}" if self.attention_dp > 1 else "")
+        times = f"{self.replicas} x ({shape})" if self.replicas > 1 else shape
+        return times if self.role == "serve" else f"{times} for {self.role}"
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -49,7 +64,7 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     network: LinkSpec | None = None
     """Between nodes."""
     dtype: str = "bfloat16"
-    """Of the weights: float32, bfloat16, float16, float8, int8, float4."""
+    """Of the weights: float32, bfloat16, float16, float8, float8-block, int8, int4, float4."""
     kv_dtype: str = "auto"
     max_len: int | None = None
     max_sequences: int = 64
@@ -113,7 +128,7 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def num_devices(self) -> int:
-        return sum(pool.layout.ranks * pool.replicas for pool in self.pools)
+        return sum(pool.ranks * pool.replicas for pool in self.pools)
 
     @property
     def spans_nodes(self) -> bool:
@@ -126,7 +141,7 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def placement(self, pool: Pool) -> Placement:
         """Nodes of one engine, with equally many ranks each: all on one, else as few as divide them."""
-        ranks = pool.layout.ranks
+        ranks = pool.ranks
         devices = max(count for count in range(1, min(ranks, self.devices_per_node) + 1) if ranks % count == 0)
         return Placement(ranks // devices, devices)
 
@@ -142,6 +157,26 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def is_path(self) -> bool:
         """The model lies on the machines that serve, and nothing is fetched."""
         return self.model.startswith("/")
+
+
+def shared_memory(d: Deployable, devices: int) -> int:
+    """Bytes of /dev/shm for so many ranks: far above what NCCL and our own collectives take, and taken only when used."""
+    return d.shared_memory_bytes or (max(1, devices) + 1) * _GIB
+
+
+def host_memory(d: Deployable, devices: int) -> int:
+    """Bytes for a container with so many ranks, /dev/shm included. On a CPU the device is a share of the host; for a
+    GPU there are pinned buffers, CUDA contexts, and what of the weights is read and not yet on the device."""
+    if d.host_memory_bytes is not None:
+        return d.host_memory_bytes
+    each = _MEMORY_PER_GPU if d.is_gpu else d.device.memory_bytes
+    return devices * each + shared_memory(d, devices)
+
+
+def host_cpus(d: Deployable, devices: int) -> int:
+    """For a GPU's rank: its own thread, the engine's, NCCL's, and one to read weights with."""
+    threads = d.engine.get("threads")
+    return devices * (threads or 4) if d.is_gpu else devices * (threads or 1) + 1
 
 
 def is_label(text: str) -> bool:
@@ -210,7 +245,7 @@ def _require_slice(d: Deployable) -> None:
         near = get_close_matches(d.mig or "", d.device.mig, n=1, cutoff=0.0)
         hint = f"the nearest is {near[0]}" if near else "it cannot be sliced"
         raise ExportError(f"mig: {d.device.name} has no slice {d.mig!r}; {hint}")
-    if any(pool.layout.ranks > 1 for pool in d.pools):
+    if any(pool.ranks > 1 for pool in d.pools):
         raise ExportError("mig: a slice cannot talk to others, so an engine is one rank: use tp 1, pp 1, ep 1, cp 1")
 
 

@@ -67,7 +67,7 @@ def export(d: Deployable) -> Export:
 
 
 def _engines(d: Deployable, name: str) -> dict[str, Any]:
-    devices, image = d.pool.layout.ranks, d.image or IMAGE
+    devices, image = d.pool.ranks, d.image or IMAGE
     container = {
         "name": "shoal",
         "image": image,

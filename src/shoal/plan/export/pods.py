@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.plan.export.deployable import Deployable, ExportError, Pool
+from shoal.plan.export.deployable import Deployable, ExportError, Pool, host_cpus, host_memory, shared_memory
 from shoal.plan.export.shoal_files import FILL_IN, PORT, PROBE
 
 GIB = 1 << 30
@@ -14,12 +14,6 @@ RUN = "/run/shoal"
 """Where the file with the key filled in lies: in memory."""
 MODELS = "/models"
 _USER = 10001
-_CPUS_PER_DEVICE = 4
-"""A rank's own thread, the engine's, NCCL's, and one to read weights with."""
-_MEMORY_PER_DEVICE = 16 * GIB
-"""Of the host, for a GPU: pinned buffers, CUDA contexts, what of the weights is read and not yet on the device."""
-_SHM_PER_DEVICE = 1 * GIB
-"""Far above what NCCL and shared-memory collectives take; it is only taken when it is used."""
 
 
 def labels(d: Deployable, component: str) -> dict[str, str]:
@@ -48,20 +42,6 @@ def device_resource(d: Deployable) -> str | None:
     return {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(d.device.vendor)
 
 
-def shared_memory(d: Deployable, devices: int) -> int:
-    return d.shared_memory_bytes or max(1, devices) * _SHM_PER_DEVICE + GIB
-
-
-def host_memory(d: Deployable, devices: int) -> int:
-    """On a CPU the device is the host: its share of the memory. /dev/shm counts as the container's, too."""
-    if d.host_memory_bytes is not None:
-        return d.host_memory_bytes
-    if d.is_gpu:
-        return devices * _MEMORY_PER_DEVICE + shared_memory(d, devices)
-    share = d.device.memory_bytes * devices // max(1, d.devices_per_node)
-    return max(2 * GIB, share * 8 // 10) + shared_memory(d, devices)
-
-
 def resources(d: Deployable, devices: int, *, rdma: bool) -> dict[str, Any]:
     """Devices cannot be overcommitted, so requests equal limits; so does memory, that no engine is killed for a
     neighbour's. The CPU has no limit: throttling would delay steps."""
@@ -72,8 +52,7 @@ def resources(d: Deployable, devices: int, *, rdma: bool) -> dict[str, Any]:
         limits[name] = str(devices)
     if rdma and d.rdma is not None:
         limits[d.rdma[0]] = str(d.rdma[1])
-    cpus = d.engine.get("threads") or _CPUS_PER_DEVICE
-    return {"requests": {"cpu": str(cpus * devices), **limits}, "limits": limits}
+    return {"requests": {"cpu": str(host_cpus(d, devices)), **limits}, "limits": limits}
 
 
 def quantity(size: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.plan.export.deployable import Deployable
+from shoal.plan.export.deployable import Deployable, ExportError
 from shoal.plan.export.document import Export, comment, to_yaml
 from shoal.plan.export.shoal_files import PORT, engine_settings, head, listener, require_shoal, warnings_of
 
@@ -13,6 +13,11 @@ TARGET = "ray"
 
 def export(d: Deployable) -> Export:
     require_shoal(d, TARGET)
+    if d.pool.ranks == 1:
+        raise ExportError(
+            "--to ray: shoal has Ray place the ranks of an engine, and an engine of one rank runs beside the gateway; "
+            "use --to kubernetes, slurm or compose"
+        )
     warnings = warnings_of(d)
     if d.mig is not None:
         warnings.append("MIG: Ray counts slices as GPUs; give each node its slices in CUDA_VISIBLE_DEVICES.")
@@ -20,12 +25,16 @@ def export(d: Deployable) -> Export:
         warnings.append("the deployment does not grow by itself: `shoal fleet add` does that; max_replicas is left out.")
     if d.device.vendor == "cpu":
         warnings.append("ranks are placed by their CPUs: see that each node has `threads` of them for each.")
+    engine = engine_settings(d, d.pool.layout, _launch(d))
+    if d.is_gpu:
+        # Ray gives each rank a device of its own, which is the first one that it sees.
+        engine["device"] = "auto"
     model = {
         "name": d.served_name,
         "model": d.model,
         **d.serving,
         "replicas": d.pool.replicas,
-        **engine_settings(d, d.pool.layout, {"launcher": "ray", "host": "@HOST@", "join_seconds": float(d.start_seconds)}),
+        **engine,
     }
     fleet = {**listener(d), "keys": "@DIR@/keys.json", **d.gateway, "models": [model]}
     steps = [
@@ -45,6 +54,11 @@ def export(d: Deployable) -> Export:
         + to_yaml(_runtime_environment(d)),
     }
     return Export(target=TARGET, files=files, warnings=tuple(warnings))
+
+
+def _launch(d: Deployable) -> dict[str, Any]:
+    launch = {"launcher": "ray", "host": "@HOST@", "join_seconds": float(d.start_seconds)}
+    return {**launch, "comm": "nccl"} if d.is_gpu else launch
 
 
 def _runtime_environment(d: Deployable) -> dict[str, Any]:

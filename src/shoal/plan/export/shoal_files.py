@@ -27,6 +27,10 @@ def require_shoal(d: Deployable, target: str) -> None:
             f"--to {target}: shoal's engine has no separate prefill and decode pools yet; take a plan with engines that "
             f"do both, or export to {others}"
         )
+    if any(pool.attention_dp > 1 for pool in d.pools):
+        raise ExportError(
+            f"--to {target}: shoal's engine has no data-parallel attention; take a plan without it, or export to {others}"
+        )
     if d.dtype not in _DTYPES:
         raise ExportError(
             f"dtype: {d.dtype} is none of shoal's engine, which has {', '.join(_DTYPES)}; take one of them, or export "
@@ -97,9 +101,7 @@ def gateway_file(
 
 def head(d: Deployable, target: str, warnings: Sequence[str], steps: Sequence[str]) -> list[str]:
     """The first lines of every file: what it is of, what it lacks, and what has to be done first."""
-    engines = ", ".join(
-        f"{pool.replicas} x ({pool.layout}){'' if pool.role == 'serve' else f' for {pool.role}'}" for pool in d.pools
-    )
+    engines = " and ".join(map(str, d.pools))
     device = f"{d.device.name} slice {d.mig}" if d.mig else d.device.name
     lines = [
         f"{d.served_name}: {engines}; {d.num_devices} {device}, {d.dtype} weights, {d.kv_dtype} KV cache. "

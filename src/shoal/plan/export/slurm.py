@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.plan.export.deployable import Deployable
+from shoal.plan.export.deployable import Deployable, host_cpus, host_memory
 from shoal.plan.export.document import Export, comment, quote, to_yaml
 from shoal.plan.export.shoal_files import (
     ENGINE_KEY,
@@ -55,7 +55,8 @@ def _directives(d: Deployable, nodes: int, per_node: int) -> str:
         f"--job-name={d.name}",
         f"--nodes={nodes}",
         f"--ntasks-per-node={per_node}",
-        f"--cpus-per-task={d.engine.get('threads') or 4}",
+        f"--cpus-per-task={host_cpus(d, 1)}",
+        f"--mem={-(-host_memory(d, per_node) >> 20)}M",
         "--output=%x-%j.log",
         # SIGTERM to the script ahead of the time limit, so that requests may end.
         f"--signal=B:TERM@{int(d.drain_seconds) + 30}",
@@ -63,16 +64,12 @@ def _directives(d: Deployable, nodes: int, per_node: int) -> str:
     if d.is_gpu:
         # All tasks of a node see all of its job's devices: NCCL needs its neighbours', and each rank takes its own.
         lines.append(f"--gres={_gres(d, per_node)}")
-    if nodes == 1 and per_node < d.devices_per_node:
-        pass  # the rest of the node is others'
-    else:
-        lines.append("--exclusive")
     return "".join(f"#SBATCH {line}\n" for line in lines)
 
 
 def _script(d: Deployable, nodes: int, per_node: int, beside: int) -> str:
     pool = d.pool
-    ranks = pool.layout.ranks
+    ranks = pool.ranks
     launch = {"launcher": "env", "secret_file": "@DIR@/rank-secret", "join_seconds": float(d.start_seconds)}
     alone = ranks == 1
     serve = {
@@ -131,9 +128,9 @@ endpoints=
 for ((replica = 0; replica < {replicas}; replica++)); do
   first=$((replica / {beside} * {nodes}))
   # Engines beside each other on a node have ports of their own; an engine's ranks meet at the next but one.
-  export MASTER_ADDR=${{nodes[first]}} MASTER_PORT=$(({ranks_port} + replica % {beside} * 2))
-  export SHOAL_PORT=$(({port} + replica % {beside})) SHOAL_DIR=$dir
-  srun --exact --kill-on-bad-exit=1 --cpu-bind=cores \\
+  export MASTER_ADDR=${{nodes[first]}} MASTER_PORT=$((${{SHOAL_RANKS_PORT:-{ranks_port}}} + replica % {beside} * 2))
+  export SHOAL_PORT=$((${{SHOAL_ENGINE_PORT:-{port}}} + replica % {beside})) SHOAL_DIR=$dir
+  srun --exact --mem=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \\
 {run} \\
     bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec shoal serve "$0" --config "$SHOAL_DIR/serve.yaml" \\
       --port "$SHOAL_PORT"{flags}' {model} &
@@ -147,8 +144,11 @@ fill > "$dir/gateway.yaml" <<'GATEWAY'
 {gateway}GATEWAY
 gateway=$(<"$dir/gateway.yaml")
 printf '%s\\n' "${{gateway//{addresses}/$endpoints}}" > "$dir/gateway.yaml"
-trap 'kill -TERM 0; wait' TERM
-shoal serve --deployment "$dir/gateway.yaml" &
-echo "the gateway: http://$(hostname):{gateway_port}/v1"
+shoal serve --deployment "$dir/gateway.yaml" --port "${{SHOAL_GATEWAY_PORT:-{gateway_port}}}" &
+front=$!
+# First the gateway, whose requests end at the engines.
+stop() {{ trap '' TERM; kill -TERM "$front"; wait "$front"; kill -TERM $(jobs -p) || true; wait; }}
+trap stop TERM
+echo "the gateway: http://$(hostname):${{SHOAL_GATEWAY_PORT:-{gateway_port}}}/v1"
 wait -n   # an engine that ends for good, or the gateway, ends the job
 """
