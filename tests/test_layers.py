@@ -23,6 +23,7 @@ RINGS: dict[str, tuple[str, ...]] = {
     "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
     "bench": ("core",),
     "sim": ("core",),
+    "plan": ("core",),
     "config": (),
     "cli": (
         "core",
@@ -32,6 +33,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "engine.launch",
         "serve",
         "bench",
+        "plan",
         "config",
         "__version__",
     ),

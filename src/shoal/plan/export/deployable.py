@@ -86,7 +86,7 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     claim: str | None = None
     """PersistentVolumeClaim with the model; None is NAME-models."""
     mig: str | None = None
-    """Slice of a device that a rank gets instead of a whole one: 1g.10gb."""
+    """MIG profile of the slice that a rank gets instead of a whole device: 1g.10gb."""
     rdma: tuple[str, int] | None = None
     """Kubernetes resource of the RDMA devices, and how many a pod gets."""
     gateways: int = 2
@@ -186,7 +186,7 @@ def is_label(text: str) -> bool:
 
 def label(text: str) -> str:
     """The nearest DNS label that begins with a letter: names of services must. It leaves room for what is appended."""
-    plain = re.sub(r"[^a-z0-9]+", "-", text.lower().rpartition("/")[2]).strip("-")
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower().rstrip("/").rpartition("/")[2]).strip("-")
     if not plain[:1].isalpha():
         plain = f"m-{plain}".strip("-")
     return plain[:MAX_NAME].strip("-")
@@ -234,24 +234,14 @@ def require(deployable: Deployable) -> None:
         )
     if d.spans_nodes and d.is_gpu and d.network is None:
         raise ExportError("layout: an engine spans nodes, and the cluster has no network; write it as 2x8xH100:ndr")
-    if d.mig is not None:
-        _require_slice(d)
-
-
-def _require_slice(d: Deployable) -> None:
-    from difflib import get_close_matches
-
-    if d.mig not in d.device.mig:
-        near = get_close_matches(d.mig or "", d.device.mig, n=1, cutoff=0.0)
-        hint = f"the nearest is {near[0]}" if near else "it cannot be sliced"
-        raise ExportError(f"mig: {d.device.name} has no slice {d.mig!r}; {hint}")
-    if any(pool.ranks > 1 for pool in d.pools):
-        raise ExportError("mig: a slice cannot talk to others, so an engine is one rank: use tp 1, pp 1, ep 1, cp 1")
+    if d.mig is not None and any(pool.ranks > 1 for pool in d.pools):
+        raise ExportError("layout: a MIG slice cannot talk to others, so an engine is one rank; use tp 1, pp 1, ep 1, cp 1")
 
 
 def with_cluster(cluster: Cluster) -> dict[str, Any]:
-    """Fields of a Deployable that a cluster decides."""
+    """Fields of a Deployable that a cluster decides. A slice's name is its device's with the profile: H100-SXM:1g.10gb."""
     return {
+        "mig": cluster.device.name.partition(":")[2] or None,
         "device": cluster.device,
         "devices_per_node": cluster.devices_per_node,
         "network": cluster.network,

@@ -36,7 +36,7 @@ def metadata(d: Deployable, name: str, component: str, **more: Any) -> dict[str,
 def device_resource(d: Deployable) -> str | None:
     """What the vendor's device plugin calls a device; None on a CPU."""
     if d.mig is not None:
-        return f"nvidia.com/mig-{d.mig}"
+        return f"nvidia.com/mig-{d.mig.replace('+', '.')}"
     if d.device.vendor == "intel":
         raise ExportError(f"device: there is no one name for {d.device.name} among device plugins; export to vllm")
     return {"nvidia": "nvidia.com/gpu", "amd": "amd.com/gpu"}.get(d.device.vendor)

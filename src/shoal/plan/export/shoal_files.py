@@ -102,9 +102,8 @@ def gateway_file(
 def head(d: Deployable, target: str, warnings: Sequence[str], steps: Sequence[str]) -> list[str]:
     """The first lines of every file: what it is of, what it lacks, and what has to be done first."""
     engines = " and ".join(map(str, d.pools))
-    device = f"{d.device.name} slice {d.mig}" if d.mig else d.device.name
     lines = [
-        f"{d.served_name}: {engines}; {d.num_devices} {device}, {d.dtype} weights, {d.kv_dtype} KV cache. "
+        f"{d.served_name}: {engines}; {d.num_devices} {d.device.name}, {d.dtype} weights, {d.kv_dtype} KV cache. "
         f"Written by `shoal export --to {target}`."
     ]
     return [*lines, *(f"Note: {warning}" for warning in warnings), *([""] if steps else []), *steps]

@@ -25,7 +25,7 @@ def export(d: Deployable) -> Export:
     require_shoal(d, TARGET)
     warnings = warnings_of(d)
     if d.mig is not None:
-        warnings.append(f"MIG: the cluster has to publish slices as gres named {d.mig}, as its gres.conf says.")
+        warnings.append(f"MIG: slices are asked for as gres gpu:{d.mig}; call them what the cluster's gres.conf does.")
     if d.max_replicas is not None:
         warnings.append("a job does not grow: max_replicas is left out.")
     place, pool = d.placement(d.pool), d.pool
@@ -127,7 +127,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 endpoints=
 for ((replica = 0; replica < {replicas}; replica++)); do
   first=$((replica / {beside} * {nodes}))
-  # Engines beside each other on a node have ports of their own; an engine's ranks meet at the next but one.
+  # Engines beside each other on a node have ports of their own; so have the ranks of each, which take two.
   export MASTER_ADDR=${{nodes[first]}} MASTER_PORT=$((${{SHOAL_RANKS_PORT:-{ranks_port}}} + replica % {beside} * 2))
   export SHOAL_PORT=$((${{SHOAL_ENGINE_PORT:-{port}}} + replica % {beside})) SHOAL_DIR=$dir
   srun --exact --mem=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \\
