@@ -28,6 +28,7 @@ from shoal.plan.export.deployable import Pool
 from shoal.serve.deployment import Deployment, check
 from shoal.serve.server import ServeConfig
 from tests.checkpoints import make_checkpoint
+from tests.plan.export.commands import flags, record
 from tests.plan.export.deployables import deployable, of_kind, spanning
 from tests.plan.export.schemas import pod_templates
 
@@ -166,11 +167,9 @@ sys.exit(max(run.wait() for run in runs))
 """
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
-def test_the_script_for_slurm_serves(checkpoint: Path, tmp_path: Path, layout: Layout) -> None:
-    """On one machine with a stand-in for srun: both engines are found by the gateway."""
-    replicas = 2 if layout.ranks == 1 else 1
-    made = export(tiny(checkpoint, pools=(Pool(layout=layout, replicas=replicas),), start_seconds=60), "slurm")
+def test_the_script_for_slurm_serves(checkpoint: Path, tmp_path: Path) -> None:
+    """On one machine with a stand-in for srun: two ranks meet, and the gateway finds their engine."""
+    made = export(tiny(checkpoint, pools=(Pool(layout=Layout(tp=2)),), start_seconds=60), "slurm")
     (text,) = made.files.values()
     _, client_key, probe_key = make_keys(tmp_path)
     tools = tmp_path / "tools"
@@ -200,16 +199,44 @@ def test_the_script_for_slurm_serves(checkpoint: Path, tmp_path: Path, layout: L
     def ready() -> bool:
         with contextlib.suppress(OSError):
             (model,) = ask(f"{url}/fleet", probe_key)["models"]
-            return [e["state"] for e in model["endpoints"]] == ["ready"] * replicas
+            return [e["state"] for e in model["endpoints"]] == ["ready"]
         return False
 
     with running(["bash", str(script)], **variables) as job:
-        wait_for(ready, "all engines are ready", job)
+        wait_for(ready, "the engine is ready", job)
         answer = ask(f"{url}/v1/completions", client_key, {"prompt": "a b c", "max_tokens": 3, "ignore_eos": True})
         assert answer["usage"]["completion_tokens"] == 3
         job.send_signal(signal.SIGTERM)
         job.wait(60)
         assert not list(tmp_path.glob(".llama-7*"))  # with the keys
+
+
+def test_the_script_for_slurm_gives_every_engine_its_nodes(tmp_path: Path) -> None:
+    (text,) = export(spanning(), "slurm").files.values()
+    assert "#SBATCH --nodes=4\n" in text and "#SBATCH --gres=gpu:8\n" in text
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/sh\nprintf 'n0\\nn1\\nn2\\nn3\\n'\n")
+    (tools / "scontrol").chmod(0o755)
+    # The gateway's file goes with the job, so what it is started with is kept here.
+    script = text.replace('shoal serve --deployment "$dir/gateway.yaml"', f'cp "$dir/gateway.yaml" {tmp_path}; shoal')
+    calls = record(
+        tmp_path,
+        f"cd {tmp_path}\n{script}",
+        programs=("srun", "shoal"),
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="n[0-3]",
+        SLURM_CPUS_PER_TASK="4",
+        PATH=f"{tools}:{tmp_path / 'tools'}:{os.environ['PATH']}",
+    )
+    steps = [flags(words[1:]) for words in calls if words[0] == "srun"]
+    assert sorted(re.findall(r"--nodelist=\S+", f"{step}")[0].strip("',:") for step in steps) == [
+        "--nodelist=n0,n1",
+        "--nodelist=n2,n3",
+    ]
+    (model,) = yaml.safe_load((tmp_path / "gateway.yaml").read_text())["models"]
+    assert [e["openai"] for e in model["endpoints"]] == ["http://n0:8001", "http://n2:8001"]
+    assert len({e["api_key"] for e in model["endpoints"]}) == 1 and len(model["endpoints"][0]["api_key"]) == 64
 
 
 def test_compose_and_ray_files_are_deployments(checkpoint: Path, tmp_path: Path) -> None:
