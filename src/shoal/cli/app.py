@@ -13,6 +13,7 @@ from shoal.cli.bench_commands import bench
 from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
+from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(export)
+app.command()(topology)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

@@ -1,1 +1,1 @@
-"""Plans: the smallest setup that meets a target, over a catalogue of hardware and models, with the reasons."""
+"""The smallest setup that meets a target: catalogue, search, explanation, export. It computes, and asks no device."""

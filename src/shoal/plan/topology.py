@@ -99,7 +99,7 @@ def build(
     if sliced is not None:
         if scale_up is not None and scale_up.kind == "scale-up":
             raise CatalogueError(f"{text}: MIG slices have no {scale_up.name}: they reach each other through the host")
-        scale_up = scale_up or catalogue.link(_NO_PEER.get(device.host_link, device.host_link))
+        scale_up = scale_up or between_slices(device, catalogue)
     scale_up = scale_up or default_scale_up(device, catalogue)
     check(text, catalogue, device, per_node, num_nodes, scale_up, network)
     dollars, source = price(device, per_node, catalogue)
@@ -122,6 +122,11 @@ def build(
     )
 
 
+def between_slices(device: DeviceSpec, catalogue: Catalogue) -> LinkSpec:
+    """MIG slices, of one device or of several, have no peer access: what they send goes through host memory."""
+    return catalogue.link(_NO_PEER.get(device.host_link, device.host_link))
+
+
 def default_scale_up(device: DeviceSpec, catalogue: Catalogue) -> LinkSpec:
     """Of a device by itself: its own link, else the PCIe that it sits on."""
     name = device.scale_up or device.host_link
@@ -140,8 +145,13 @@ def check(
     num_nodes: int,
     scale_up: LinkSpec,
     network: LinkSpec | None,
+    *,
+    described: bool = False,
 ) -> None:
-    """What contradicts itself or the devices. Raises CatalogueError."""
+    """What contradicts itself or the devices; nodes that somebody `described` may be larger than known ones.
+
+    Raises CatalogueError.
+    """
     if num_nodes > 1 and network is None:
         near = "ndr" if scale_up.kind == "scale-up" else "tcp-25"
         raise CatalogueError(
@@ -159,11 +169,11 @@ def check(
             if link is not None and host.kind == "pcie" and link.kind in ("pcie", "network"):
                 _at_most(text, link, device, host)
     largest = max((node.count for node in known), default=0)
-    if scale_up.kind == "scale-up" and known and per_node > largest:
+    if scale_up.kind == "scale-up" and known and per_node > largest and not described:
         raise CatalogueError(
             f"{text}: the largest node of {device.name} with {scale_up.name} that is known has {largest}; write "
             f"{-(-per_node // largest)}x{largest}x{device.name}:ndr, or {per_node}x{device.name}:{device.host_link} "
-            f"for one host without that link among all, or describe your node with --hardware"
+            f"for one host without that link among all, or describe your node in a topology file"
         )
 
 
