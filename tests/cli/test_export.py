@@ -27,36 +27,19 @@ models:
     routing: {policy: least_tokens}
     depth: 2
 """
-PLAN = {
-    "model": "llama-3.1-70b",
-    "cluster": "2x8xH100:ndr",
-    "setup": {
-        "pools": [
-            {
-                "role": "prefill",
-                "replicas": 2,
-                "engine": {
-                    "shape": {"tp": 4, "pp": 1, "ep": 1, "cp": 1, "attention_dp": 1},
-                    "weights": "float8",
-                    "cache": "float8",
-                    "max_batch_tokens": 8192,
-                    "max_sequences": 64,
-                },
-            },
-            {
-                "role": "decode",
-                "replicas": 1,
-                "engine": {
-                    "shape": {"tp": 8},
-                    "weights": "float8",
-                    "cache": "float8",
-                    "max_batch_tokens": 2048,
-                    "max_sequences": 256,
-                },
-            },
-        ]
-    },
-}
+
+
+def plan(**changes: object) -> dict[str, object]:
+    """As `shoal plan --json` prints it, without what is told to people alone."""
+
+    def pool(role: str, replicas: int, tp: int, tokens: int) -> dict[str, object]:
+        shape = {"tp": tp, "pp": 1, "ep": 1, "cp": 1, "attention_dp": 1}
+        engine = {"shape": shape, "weights": "float8", "cache": "float8", "max_batch_tokens": tokens}
+        return {"role": role, "replicas": replicas, "engine": {**engine, "max_sequences": 64}}
+
+    asked = {"model": "llama-3.1-70b", "cluster": "2x8xH100:ndr", "longest": 4096}
+    setup = {"pools": [pool("prefill", 2, 4, 8192), pool("decode", 1, 8, 2048)], "devices": 16}
+    return {"asked": asked, "answer": {"setup": setup}, "impossible": None, **changes}
 
 
 @pytest.fixture
@@ -150,13 +133,40 @@ def test_rdma_devices_by_name(fleet: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_plan_with_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps(PLAN))
+    file.write_text(json.dumps(plan()))
     assert main(["export", str(file), "--to", "dynamo"]) == 0
-    (graph,) = yaml.safe_load_all(capsys.readouterr().out)
+    said = capsys.readouterr()
+    (graph,) = yaml.safe_load_all(said.out)
     types = {c["type"]: c["replicas"] for c in graph["spec"]["components"]}
     assert types == {"frontend": 2, "prefill": 2, "decode": 1}
-    said = error_of(capsys, file, "--to", "kubernetes")
-    assert "no separate prefill and decode pools yet" in said and str(file) in said
+    (container,) = graph["spec"]["components"][1]["podTemplate"]["spec"]["containers"]
+    # The checkpoint that has such weights: nothing is left to quantise.
+    assert container["args"][1] == "nvidia/Llama-3.1-70B-Instruct-FP8" and "--quantization" not in container["args"]
+    assert "token budgets differ" in said.err
+    refused = error_of(capsys, file, "--to", "kubernetes")
+    assert "no separate prefill and decode pools yet" in refused and str(file) in refused
+    assert main(["export", str(file), "--to", "vllm", "--model-path", "/models/fp8"]) == 0
+    said = capsys.readouterr()
+    assert "vllm serve /models/fp8" in said.out and "--quantization fp8" in said.out
+    assert "leave it out if the model is quantised already" in said.err
+
+
+def test_a_plan_without_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan(answer=None, impossible={"bound": "no engine is that fast"})))
+    assert "no answer to export: no engine is that fast" in error_of(capsys, file, "--to", "vllm")
+
+
+def test_who_starts_ranks_is_the_targets_to_say(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan's deployment may say ray, for it does not know where it will run."""
+    fleet.write_text(
+        FLEET + "    launch: {launcher: ray, ray_address: 'x:1', silence_seconds: 4}\n    warm_spares: 1\n"
+    )
+    for target, spares in (("kubernetes", True), ("lws", False)):
+        assert main(["export", str(fleet), "--to", target, "--on", "8xH100"]) == 0
+        said = capsys.readouterr()
+        assert "launcher: ray" not in said.out and "ray_address" not in said.out and "silence_seconds: 4" in said.out
+        assert ("warm_spares: 1" in said.out) == spares == ("warm_spares" not in said.err)
 
 
 def test_engines_of_a_cpu_need_no_cluster(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,9 +193,7 @@ def test_engines_of_a_cpu_need_no_cluster(fleet: Path, capsys: pytest.CaptureFix
         (["--to", "lws", "--on", "8xH100", "--scaling", "none"], "keda"),
     ],
 )
-def test_mistakes_are_named(
-    fleet: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
-) -> None:
+def test_mistakes_are_named(fleet: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert said in error_of(capsys, fleet, *arguments)
 
 
@@ -196,8 +204,8 @@ def test_mistakes_are_named(
         ("models:\n  - {name: a, endpoints: [{openai: 'http://h'}]}", "only endpoints"),
         ("models: [{name: a}, {name: b}]", "choose one with --model: a, b"),
         ("models: [{name: a, layot: {}}]", "the nearest is"),
-        ("{}", "it has no models, nor a plan: 'setup' is missing"),
-        ('{"setup": {"pools": []}, "model": "m"}', "nor a plan"),
+        ("{}", "it has no models, nor a plan: 'asked' is missing"),
+        ('{"asked": {}, "answer": {"setup": {"pools": []}}}', "nor a plan"),
     ],
 )
 def test_files_that_are_no_deployment(fleet: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:

@@ -45,9 +45,11 @@ def export(
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which of the deployment's models. [default: its only one]")
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What objects are named after. [default: the model's name]")
+    model_path: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="What is loaded, where it runs. [default: as in the file]"),
     ] = None,
+    name: Annotated[str | None, typer.Option(help="What objects are named after. [default: the model's name]")] = None,
     image: Annotated[str | None, typer.Option(help="Container image. [default: the target's]")] = None,
     namespace: Annotated[str, typer.Option(help="Of Kubernetes.", rich_help_panel=_PODS)] = "default",
     claim: Annotated[
@@ -66,7 +68,9 @@ def export(
     gateways: Annotated[int, typer.Option(min=1, help="Pods of the gateway.", rich_help_panel=_PODS)] = 2,
     rdma: Annotated[
         str | None,
-        typer.Option(metavar="RESOURCE=N", help="RDMA devices of a pod. [default: by the network]", rich_help_panel=_PODS),
+        typer.Option(
+            metavar="RESOURCE=N", help="RDMA devices of a pod. [default: by the network]", rich_help_panel=_PODS
+        ),
     ] = None,
     topology_key: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Node label of zones or racks.", rich_help_panel=_PODS)
@@ -80,7 +84,9 @@ def export(
     ] = None,
     shared_memory: Annotated[
         int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="Of /dev/shm. [default: by the devices]", rich_help_panel=_PODS),
+        typer.Option(
+            parser=_size, metavar="SIZE", help="Of /dev/shm. [default: by the devices]", rich_help_panel=_PODS
+        ),
     ] = None,
     host_memory: Annotated[
         int | None,
@@ -113,6 +119,7 @@ def export(
         raise typer.BadParameter("name a target; see --list", param_hint="--to")
     given = {
         "name": name,
+        "model": model_path,
         "image": image,
         "namespace": namespace,
         "claim": claim,

@@ -16,7 +16,7 @@ from shoal.config import load_config
 from shoal.core.config import EngineConfig
 from shoal.core.hardware import Cluster
 from shoal.core.layout import Layout
-from shoal.plan import catalogue
+from shoal.plan import catalogue, models
 from shoal.plan.export import TARGETS, Deployable, Export, ExportError, export
 from shoal.plan.export.deployable import Pool, Role, label, with_cluster
 from shoal.serve.deployment import Deployment, DeploymentError, GatewayConfig, ModelDeployment, check
@@ -27,6 +27,9 @@ _TYPED |= {"kv_cache_bytes"}
 _OWN_PLACES = {"tls", "journal", "audit"}
 """Sections of the gateway that name files of the machine it runs on."""
 _REPLACED = {"host", "port", "allow_remote", "api_key", "keys", "cluster_secret", "drain_seconds", "models"}
+_DECIDED = {"model", "device", "layout"}
+_OWN_FILES = {"step_log", "expert_load"}
+_PATIENCE = {"join_seconds", "silence_seconds", "collective_seconds", "comm"}
 _ROLES: dict[str, Role] = {"both": "serve", "serve": "serve", "prefill": "prefill", "decode": "decode"}
 
 
@@ -151,7 +154,9 @@ def from_deployment(
     if engines == 0:
         raise ExportError(f"model {model.name} has no engines of its own, only endpoints: there is nothing to place")
     if model.endpoints:
-        found.append(f"{len(model.endpoints)} endpoints that run elsewhere are left out; add them to the gateway's file.")
+        found.append(
+            f"{len(model.endpoints)} endpoints that run elsewhere are left out; add them to the gateway's file."
+        )
     if model.spares:
         found.append(f"spares: {model.spares} engines more are left out; add them as replicas.")
     gateway = _changed(deployment, GatewayConfig(), set(GatewayConfig.__struct_fields__) - _REPLACED)
@@ -168,11 +173,13 @@ def from_deployment(
     pool = Pool(layout=layout, replicas=engines)
     _require_room(cluster, [pool])
     typed = {key: getattr(model, key) for key in sorted(_TYPED)}
-    engine = _changed(
-        model,
-        EngineConfig(model=""),
-        set(EngineConfig.__struct_fields__) - _TYPED - {"model", "device", "layout"},
-    )
+    engine = _changed(model, EngineConfig(model=""), set(EngineConfig.__struct_fields__) - _TYPED - _DECIDED)
+    for key in sorted(_OWN_FILES & set(engine)):
+        del engine[key]
+        found.append(f"{key} is a path of the machine it was written for and is left out.")
+    if "launch" in engine:
+        # Who starts the ranks, and where they meet, is the target's to say.
+        engine["launch"] = {key: value for key, value in engine["launch"].items() if key in _PATIENCE}
     values: dict[str, Any] = {
         "name": label(model.name),
         "model": model.model or model.name,
@@ -188,26 +195,45 @@ def from_deployment(
 
 
 def from_plan(plan: dict[str, Any], on: str | None, given: dict[str, Any]) -> Deployable:
-    """Of `model`, `cluster` and the pools of `setup`, as a plan prints them."""
+    """Of what was asked and of the answer's pools, as `shoal plan --json` prints them (shoal.plan.planner.Plan)."""
     try:
-        setup, model = plan["setup"], plan["model"]
-        pools = [_pool(pool) for pool in setup["pools"]]
-        first = setup["pools"][0]["engine"]
-        engine = {
+        asked, answer = plan["asked"], plan["answer"]
+        if answer is None:
+            bound = (plan.get("impossible") or {}).get("bound", "nothing meets the goal")
+            raise ExportError(f"the plan has no answer to export: {bound}")
+        pools = answer["setup"]["pools"]
+        name, first = asked["model"], pools[0]["engine"]
+        checkpoint, stored = _checkpoint(name, first["weights"])
+        values: dict[str, Any] = {
+            "name": label(name),
+            "model": checkpoint,
+            "quantised": stored == first["weights"] and "model" not in given,
+            "served_name": name,
+            "pools": tuple(_pool(pool) for pool in pools),
             "dtype": first["weights"],
             "kv_dtype": first["cache"],
-            "max_sequences": max(pool["engine"]["max_sequences"] for pool in setup["pools"]),
-            "max_batch_tokens": max(pool["engine"]["max_batch_tokens"] for pool in setup["pools"]),
+            "max_len": asked["longest"],
+            "max_sequences": max(pool["engine"]["max_sequences"] for pool in pools),
+            "max_batch_tokens": max(pool["engine"]["max_batch_tokens"] for pool in pools),
         }
+        cluster = catalogue.cluster(on or asked["cluster"])
     except (KeyError, IndexError, TypeError) as error:
         raise ExportError(f"it is neither a deployment, for it has no models, nor a plan: {error} is missing") from None
-    text = on or plan.get("cluster")
-    if text is None:
-        raise ExportError("--on: the plan does not say where it runs; write --on 8xH100")
-    cluster = catalogue.cluster(text)
-    _require_room(cluster, pools)
-    values: dict[str, Any] = {"name": label(model), "model": model, "served_name": model, "pools": tuple(pools)}
-    return Deployable(**(values | engine | with_cluster(cluster) | given))
+    if len(pools) > 1 and len({pool["engine"]["max_batch_tokens"] for pool in pools}) > 1:
+        budget = values["max_batch_tokens"]
+        values["notes"] = (f"the pools' token budgets differ; both get the larger, {budget}: set the other's by hand.",)
+    _require_room(cluster, list(values["pools"]))
+    return Deployable(**(values | with_cluster(cluster) | given))
+
+
+def _checkpoint(name: str, weights: str) -> tuple[str, str | None]:
+    """What is loaded for a model of the catalogue, and what that is stored in: the id on the hub that has such weights,
+    or the original."""
+    try:
+        found = models.published_model(name).checkpoints
+    except models.ModelError:
+        return name, None
+    return next(((one, stored) for one, stored in found.items() if stored == weights), next(iter(found.items())))
 
 
 def _pool(pool: dict[str, Any]) -> Pool:
@@ -235,7 +261,9 @@ def _cluster(on: str | None, model: ModelDeployment, ranks: int) -> Cluster:
         return catalogue.cluster(on)
     if model.device == "cpu":
         return catalogue.cluster(f"{ranks}xcpu")
-    raise ExportError("--on: say where it runs, as --on 8xH100 or --on 2x8xH100:ndr (`shoal topology` shows this machine)")
+    raise ExportError(
+        "--on: say where it runs, as --on 8xH100 or --on 2x8xH100:ndr (`shoal topology` shows this machine)"
+    )
 
 
 def _require_room(cluster: Cluster, pools: list[Pool]) -> None:

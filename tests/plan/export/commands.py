@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-_RECORDER = f"#!{sys.executable}\n" + """\
+_RECORDER = (
+    f"#!{sys.executable}\n"
+    + """\
 import json, os, sys
 kept = {k: v for k, v in os.environ.items() if k.endswith("_DEVICES") or k.startswith("VLLM_") or k == "START_RANK"}
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:], kept]) + "\\n")
 """
+)
 
 
 def record(directory: Path, script: str, *arguments: str, programs: tuple[str, ...], **variables: str) -> list[list]:

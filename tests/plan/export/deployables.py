@@ -13,7 +13,16 @@ from shoal.plan.export import TARGETS, Deployable, Export, ExportError, export
 from shoal.plan.export.deployable import Pool, with_cluster
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-CLUSTERS = ("8xH100", "2x8xH100:ndr", "4x8xH200:efa", "8xMI300X", "4xL40S", "7xH100:1g.10gb", "4xcpu", "4x8xMI300X:roce")
+CLUSTERS = (
+    "8xH100",
+    "2x8xH100:ndr",
+    "4x8xH200:efa",
+    "8xMI300X",
+    "4xL40S",
+    "7xH100:1g.10gb",
+    "4xcpu",
+    "4x8xMI300X:roce",
+)
 
 
 def deployable(cluster: str = "8xH100", *, pools: tuple[Pool, ...] = (), **changes: Any) -> Deployable:
@@ -70,7 +79,9 @@ _NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=4
     lambda text: text[0].isalpha() and text[-1] != "-"
 )
 _TEXTS = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=60)
-_LAYOUTS = st.builds(Layout, tp=_SIZES, pp=st.sampled_from([1, 2, 3]), ep=st.sampled_from([1, 2]), cp=st.sampled_from([1, 2]))
+_LAYOUTS = st.builds(
+    Layout, tp=_SIZES, pp=st.sampled_from([1, 2, 3]), ep=st.sampled_from([1, 2]), cp=st.sampled_from([1, 2])
+)
 
 
 @st.composite

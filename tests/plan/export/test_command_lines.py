@@ -77,7 +77,9 @@ def test_the_real_parser_of_vllm_takes_them(tmp_path: Path) -> None:
     )
     calls = [words for deployment in VARIETY for words in vllm_calls(tmp_path, deployment)]
     given = json.dumps({"flags": list(KNOWN["vllm"]["flags"]), "calls": calls})
-    done = subprocess.run([python, "-c", program], input=given, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        [python, "-c", program], input=given, capture_output=True, text=True, timeout=150, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     understood = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(understood) == len(calls)

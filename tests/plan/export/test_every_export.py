@@ -1,4 +1,4 @@
-"""Whatever is exported: it parses, it is named properly, and it asks for the devices of the plan, no more and no less."""
+"""Whatever is exported parses, is named properly, and asks for the devices of the plan, no more and no less."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
+from shoal.core.layout import Layout
 from shoal.plan.export import TARGETS, Deployable, Export, ExportError, export
 from shoal.plan.export.deployable import MAX_NAME, Pool, is_label, label
-from shoal.core.layout import Layout
 from tests.plan.export.deployables import deployable, deployables, disaggregated, documents, exports, spanning
 from tests.plan.export.schemas import gpus, pod_templates, require_valid
 
@@ -53,7 +53,7 @@ def requested(made: Export) -> int:
     """Over all pods of all replicas."""
     total = 0
     for document in documents(made):
-        spec = document["spec"] if "spec" in document else {}
+        spec = document.get("spec", {})
         if document["kind"] == "StatefulSet":
             total += spec["replicas"] * devices_of(spec["template"])
         elif document["kind"] == "LeaderWorkerSet":
@@ -92,7 +92,12 @@ def test_scripts_parse(deployment: Deployable) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_same_deployment_gives_the_same_bytes(target: str) -> None:
-    for deployment in (deployable(), spanning(), disaggregated(), deployable("4xL40S", pools=(Pool(layout=Layout(tp=2)),))):
+    for deployment in (
+        deployable(),
+        spanning(),
+        disaggregated(),
+        deployable("4xL40S", pools=(Pool(layout=Layout(tp=2)),)),
+    ):
         try:
             first = export(deployment, target)
         except ExportError:
@@ -151,7 +156,13 @@ def test_a_slice_is_one_rank() -> None:
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("Qwen/Qwen3-8B", "qwen3-8b"), ("405B", "m-405b"), ("a" * 60, "a" * MAX_NAME), ("/models/x_y/", "x-y"), ("é", "m")],
+    [
+        ("Qwen/Qwen3-8B", "qwen3-8b"),
+        ("405B", "m-405b"),
+        ("a" * 60, "a" * MAX_NAME),
+        ("/models/x_y/", "x-y"),
+        ("é", "m"),
+    ],
 )
 def test_labels(text: str, found: str) -> None:
     assert label(text) == found and is_label(found)

@@ -1,4 +1,4 @@
-"""What manifests say, beyond being valid: probes that exist, secrets that are made, scaling on a metric that there is."""
+"""What manifests say beyond being valid: probes that exist, secrets that are made, scaling on a metric there is."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def test_labels_and_selectors(manifests: list[dict[str, Any]]) -> None:
     for document in manifests:
         if document["kind"] in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
             spec = document["spec"]
-            chosen = spec.get("podSelector", spec["selector"] if document["kind"] == "Service" else spec.get("selector"))
+            chosen = spec.get(
+                "podSelector", spec["selector"] if document["kind"] == "Service" else spec.get("selector")
+            )
             wanted = chosen.get("matchLabels", chosen)
             assert [labels for labels in pods if wanted.items() <= labels.items()], document["metadata"]["name"]
 
@@ -186,7 +188,11 @@ def test_slices_of_a_device() -> None:
 
 @pytest.mark.parametrize(
     ("cluster", "resource", "count"),
-    [("4x8xH100:ndr", "rdma/hca", "1"), ("4x8xH200:efa", "vpc.amazonaws.com/efa", "4"), ("4x8xMI300X:tcp-100", None, None)],
+    [
+        ("4x8xH100:ndr", "rdma/hca", "1"),
+        ("4x8xH200:efa", "vpc.amazonaws.com/efa", "4"),
+        ("4x8xMI300X:tcp-100", None, None),
+    ],
 )
 def test_rdma(cluster: str, resource: str | None, count: str | None) -> None:
     deployment = deployable(cluster, pools=(Pool(layout=Layout(tp=8, pp=2)),))
@@ -225,6 +231,21 @@ def test_shared_memory_is_in_memory_and_counted() -> None:
     engines = of_kind(export(deployable(shared_memory_bytes=3 << 30), "kubernetes"), "StatefulSet")
     volumes = {volume["name"]: volume for volume in engines["spec"]["template"]["spec"]["volumes"]}
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "3Gi"}
+
+
+@pytest.mark.parametrize(("model", "mounted"), [("/data/llama/70b", "/data"), ("org/llama", "/models")])
+def test_the_model_is_read_from_its_volume_or_fetched_into_it(model: str, mounted: str) -> None:
+    engines = of_kind(export(deployable(model=model, claim="weights"), "kubernetes"), "StatefulSet")
+    pod = engines["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "models"]
+    is_path = model.startswith("/")
+    assert mount["mountPath"] == mounted and mount.get("readOnly", False) == is_path
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert variables.get("HF_HOME", mounted).startswith(mounted) and ("HF_HOME" in variables) != is_path
+    policy = of_kind(export(deployable(model=model), "kubernetes"), "NetworkPolicy", "llama-engine")
+    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]]
+    assert (443 in ports) != is_path  # the hub
 
 
 def test_dynamo_has_a_component_a_pool() -> None:

@@ -99,21 +99,23 @@ def succeeds(probe: list[str]) -> bool:
     return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
 
 
-def make_keys(directory: Path) -> tuple[Path, str, str]:
-    """The file, a client's key and the one of probes: by the commands that the manifests' heads say."""
-    file, keys = directory / "keys.json", []
-    for arguments in (["--tenant", "default"], ["--tenant", "ops", "--scope", "metrics"]):
-        words = [*SHOAL, "keys", "create", *arguments, "--file", str(file)]
-        done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        keys.append(re.findall(r"\b(shoal_\S+|sk-\S+)", done.stdout + done.stderr)[0])
-    return file, keys[0], keys[1]
+def make_keys(directory: Path, head: str) -> list[str]:
+    """A client's key, and of some targets the one of probes: by the commands that the head of an export says. The file
+    is keys.json."""
+    commands = re.findall(r"^#   shoal (keys create .*)$", head, re.MULTILINE)
+    keys = []
+    for command in commands:
+        words = [*SHOAL, *command.split()]
+        done = subprocess.run(words, env=ENVIRONMENT, cwd=directory, capture_output=True, text=True, check=True)
+        keys.append(re.findall(r"\b(sk-\S+)", done.stdout)[0])
+    return keys
 
 
 def test_pods_of_engine_and_gateway_serve(checkpoint: Path, tmp_path: Path) -> None:
     """Files of the ConfigMaps, filled in by the init containers' program, served by the containers' command, asked by
     their probes; of two engines one is not there."""
     made = export(tiny(checkpoint), "kubernetes")
-    keys, client_key, probe_key = make_keys(tmp_path)
+    client_key, probe_key = make_keys(tmp_path, *made.files.values())
     secret = tmp_path / "engine-key"
     secret.write_text("k" * 64 + "\n")
     (tmp_path / "probe-key").write_text(probe_key + "\n")
@@ -127,7 +129,7 @@ def test_pods_of_engine_and_gateway_serve(checkpoint: Path, tmp_path: Path) -> N
         # What a cluster would give them: addresses by name, secrets where they are mounted.
         text = re.sub(r"http://llama-engine-0\S+", f"http://127.0.0.1:{ports['llama-engine']}", text)
         text = re.sub(r"http://llama-engine-1\S+", f"http://127.0.0.1:{free_port()}", text)
-        text = text.replace("/etc/shoal/secrets/keys.json", str(keys))
+        text = text.replace("/etc/shoal/secrets/keys.json", str(tmp_path / "keys.json"))
         file.write_text(text.replace("/etc/shoal/secrets/cluster-secret", str(tmp_path / "cluster-secret")))
         filled = tmp_path / f"{name}.yaml"
         words = [sys.executable, *fill["command"][1:3], str(file), str(filled), str(secret)]
@@ -171,7 +173,7 @@ def test_the_script_for_slurm_serves(checkpoint: Path, tmp_path: Path) -> None:
     """On one machine with a stand-in for srun: two ranks meet, and the gateway finds their engine."""
     made = export(tiny(checkpoint, pools=(Pool(layout=Layout(tp=2)),), start_seconds=60), "slurm")
     (text,) = made.files.values()
-    _, client_key, probe_key = make_keys(tmp_path)
+    (client_key,) = make_keys(tmp_path, text)
     tools = tmp_path / "tools"
     tools.mkdir()
     programs = {
@@ -198,8 +200,7 @@ def test_the_script_for_slurm_serves(checkpoint: Path, tmp_path: Path) -> None:
 
     def ready() -> bool:
         with contextlib.suppress(OSError):
-            (model,) = ask(f"{url}/fleet", probe_key)["models"]
-            return [e["state"] for e in model["endpoints"]] == ["ready"]
+            return bool(ask(f"{url}/ready", client_key)["ready"])
         return False
 
     with running(["bash", str(script)], **variables) as job:
@@ -267,7 +268,12 @@ def test_settings_of_the_engine_arrive_whole(tmp_path: Path) -> None:
     file.write_text(text)
     (model,) = load_config(Deployment, file, {}).models
     assert (model.expert_dispatch, model.depth, model.launch.silence_seconds) == ("all_to_all", 2, 5.0)
-    assert (model.prefix_caching, model.kv_dtype, model.layout, model.max_len) == (False, "bfloat16", Layout(tp=4), 8192)
+    assert (model.prefix_caching, model.kv_dtype, model.layout, model.max_len) == (
+        False,
+        "bfloat16",
+        Layout(tp=4),
+        8192,
+    )
 
 
 def test_compose_is_what_its_specification_says() -> None:
@@ -275,7 +281,9 @@ def test_compose_is_what_its_specification_says() -> None:
     project = yaml.safe_load(export(deployable(), "compose").files["compose.yaml"])
     assert set(project) <= {"name", "services", "networks", "volumes", "secrets", "configs", "include", "version"}
     (service,) = project["services"].values()
-    known = "image entrypoint command user restart init read_only cap_drop security_opt tmpfs shm_size ulimits environment"
+    known = (
+        "image entrypoint command user restart init read_only cap_drop security_opt tmpfs shm_size ulimits environment"
+    )
     known += " ports stop_grace_period healthcheck secrets configs volumes labels deploy devices group_add"
     assert set(service) <= set(known.split())
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]

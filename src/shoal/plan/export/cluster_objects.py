@@ -56,7 +56,7 @@ def gateway(d: Deployable, addresses: list[str]) -> list[Part]:
         "image": image,
         "args": ["serve", "--deployment", f"{RUN}/gateway.yaml"],
         "command": ["shoal"],
-        "env": environment(),
+        "env": environment(d),
         "ports": [{"name": "http", "containerPort": PORT}],
         "resources": {"requests": {"cpu": "2", "memory": "2Gi"}, "limits": {"memory": "2Gi"}},
         "securityContext": container_security(),
@@ -229,14 +229,17 @@ def _monitor(d: Deployable) -> dict[str, Any]:
 
 def secret_steps(d: Deployable, *, ranks: bool) -> list[str]:
     """The commands that make what the pods mount, as comments: secrets are not written into files here."""
-    more = " \\\n#    --from-literal=rank-secret=$(openssl rand -hex 32)" if ranks else ""
+    drawn = ["engine-key", "cluster-secret", *(["rank-secret"] if ranks else [])]
+    literals = [f"    --from-literal={name}=$(openssl rand -hex 32)" for name in drawn]
+    mounted = f"/{d.model.split('/')[1]}" if d.is_path else "/models"
     return [
         "Its secret, once; `probe-key` is what the second command prints:",
         "  shoal keys create --tenant default --file keys.json",
         "  shoal keys create --tenant ops --scope metrics --file keys.json",
         f"  kubectl --namespace {d.namespace} create secret generic {d.name}-keys \\",
         "    --from-file=keys.json --from-literal=probe-key=PRINTED_ABOVE \\",
-        f"    --from-literal=engine-key=$(openssl rand -hex 32) --from-literal=cluster-secret=$(openssl rand -hex 32){more}",
-        f"The model: a claim {d.model_claim}, which the pods mount at {'/' + d.model.split('/')[1] if d.is_path else '/models'}"
+        *(f"{literal} \\" for literal in literals[:-1]),
+        literals[-1],
+        f"The model: a claim {d.model_claim}, which the pods mount at {mounted}"
         + (" and only read." if d.is_path else " and fetch the model into: ReadWriteMany."),
     ]

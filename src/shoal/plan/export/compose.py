@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.plan.export.deployable import Deployable, ExportError, shared_memory
 from shoal.plan.export.document import Export, comment, to_yaml
-from shoal.plan.export.pods import MODELS, mount_path
+from shoal.plan.export.pods import environment, mount_path
 from shoal.plan.export.shoal_files import (
     IMAGE,
     PORT,
@@ -27,7 +27,7 @@ def export(d: Deployable) -> Export:
     require_shoal(d, TARGET)
     if d.spans_nodes or d.num_devices > d.devices_per_node:
         raise ExportError(
-            f"--to compose: {d.num_devices} devices are on more than one node of {d.devices_per_node}, and Compose is of "
+            f"--to compose: {d.num_devices} devices are more than a node's {d.devices_per_node}, and Compose is of "
             "one machine; use --to kubernetes, lws, slurm or ray"
         )
     if d.mig is not None:
@@ -82,7 +82,7 @@ def _project(d: Deployable) -> dict[str, Any]:
         "tmpfs": ["/tmp:mode=1777"],
         "shm_size": shared_memory(d, d.num_devices),
         "ulimits": {"nofile": {"soft": 65536, "hard": 65536}},
-        "environment": {"HOME": "/tmp", "HF_HOME": f"{MODELS}/.hub"},
+        "environment": {one["name"]: one["value"] for one in environment(d)},
         "ports": [f"127.0.0.1:{PORT}:{PORT}"],
         "stop_grace_period": f"{int(d.drain_seconds) + 30}s",
         "healthcheck": {

@@ -65,6 +65,8 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Between nodes."""
     dtype: str = "bfloat16"
     """Of the weights: float32, bfloat16, float16, float8, float8-block, int8, int4, float4."""
+    quantised: bool = False
+    """The model's files hold weights of that kind already, and nothing has to quantise them."""
     kv_dtype: str = "auto"
     max_len: int | None = None
     max_sequences: int = 64
@@ -160,7 +162,7 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def shared_memory(d: Deployable, devices: int) -> int:
-    """Bytes of /dev/shm for so many ranks: far above what NCCL and our own collectives take, and taken only when used."""
+    """Bytes of /dev/shm for so many ranks: far above what NCCL and our collectives take, and taken only when used."""
     return d.shared_memory_bytes or (max(1, devices) + 1) * _GIB
 
 
@@ -235,11 +237,13 @@ def require(deployable: Deployable) -> None:
     if d.spans_nodes and d.is_gpu and d.network is None:
         raise ExportError("layout: an engine spans nodes, and the cluster has no network; write it as 2x8xH100:ndr")
     if d.mig is not None and any(pool.ranks > 1 for pool in d.pools):
-        raise ExportError("layout: a MIG slice cannot talk to others, so an engine is one rank; use tp 1, pp 1, ep 1, cp 1")
+        raise ExportError(
+            "layout: a MIG slice cannot talk to others, so an engine is one rank; use tp 1, pp 1, ep 1, cp 1"
+        )
 
 
 def with_cluster(cluster: Cluster) -> dict[str, Any]:
-    """Fields of a Deployable that a cluster decides. A slice's name is its device's with the profile: H100-SXM:1g.10gb."""
+    """Fields of a Deployable that a cluster decides. A slice is called by its device and profile: H100-SXM:1g.10gb."""
     return {
         "mig": cluster.device.name.partition(":")[2] or None,
         "device": cluster.device,

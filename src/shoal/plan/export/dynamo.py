@@ -8,7 +8,7 @@ from typing import Any
 from shoal.plan.export.cluster_objects import label_value
 from shoal.plan.export.deployable import Deployable, Pool, shared_memory
 from shoal.plan.export.document import Export, documents
-from shoal.plan.export.pods import model_mount, model_volume, quantity, rdma_pod, resources, scheduling
+from shoal.plan.export.pods import environment, model_mount, model_volume, quantity, rdma_pod, resources, scheduling
 from shoal.plan.export.shoal_files import head
 from shoal.plan.export.vllm_arguments import kv_transfer, vllm_arguments, vllm_warnings
 
@@ -22,10 +22,12 @@ _MAIN = "main"
 def export(d: Deployable) -> Export:
     warnings = vllm_warnings(d)
     if d.serving or d.gateway:
-        warnings.append("settings of shoal's gateway (routing, limits, tenants, ...) have no counterpart and are left out.")
+        warnings.append(
+            "settings of shoal's gateway (routing, limits, tenants, ...) have no counterpart and are left out."
+        )
     if d.max_replicas is not None:
         warnings.append(
-            "workers get a scaling adapter; what drives it (HPA, KEDA, Dynamo's planner) is not written here: it scales "
+            "workers get a scaling adapter; what drives it (HPA, KEDA, Dynamo's planner) is not here: it scales "
             f"the DynamoGraphDeploymentScalingAdapter up to {d.max_replicas}."
         )
     graph = {
@@ -90,7 +92,7 @@ def _worker(d: Deployable, pool: Pool) -> dict[str, Any]:
         "image": d.image or IMAGE,
         "command": ["python3", "-m", "dynamo.vllm"],
         "args": arguments,
-        "env": [{"name": "HF_HOME", "value": "/models/.hub"}],
+        "env": environment(d),
         "envFrom": [{"secretRef": {"name": f"{d.name}-hub", "optional": True}}],
         "resources": resources(d, place.devices_per_node, rdma=rdma),
         "volumeMounts": [model_mount(d)],

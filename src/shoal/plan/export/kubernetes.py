@@ -73,7 +73,7 @@ def _engines(d: Deployable, name: str) -> dict[str, Any]:
         "image": image,
         "command": ["shoal"],
         "args": ["serve", "--deployment", f"{RUN}/engine.yaml"],
-        "env": environment(),
+        "env": environment(d),
         "ports": [{"name": "http", "containerPort": PORT}],
         "resources": resources(d, devices, rdma=False),
         "securityContext": container_security(),

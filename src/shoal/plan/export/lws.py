@@ -41,7 +41,7 @@ TARGET = "lws"
 def export(d: Deployable) -> Export:
     require_shoal(d, TARGET)
     place, name = d.placement(d.pool), f"{d.name}-engine"
-    warnings = warnings_of(d)
+    warnings = warnings_of(d, spares=False)
     if place.nodes == 1:
         warnings.append("an engine fits on one node here: --to kubernetes needs no LeaderWorkerSet controller.")
     if place.nodes > 1 and d.rdma is None:
@@ -53,7 +53,7 @@ def export(d: Deployable) -> Export:
     ]
     if place.nodes > 1 and d.topology_key is None:
         warnings.append(
-            "nothing keeps the pods of a group near each other: give --topology-key, the node label of a rack or of what "
+            "nothing keeps the pods of a group near each other: give --topology-key, the node label of a rack or what "
             "a fast network connects."
         )
     parts: list[Part] = [
@@ -108,7 +108,7 @@ def _pod(d: Deployable, *, leads: bool) -> dict[str, Any]:
         "image": image,
         "command": ["torchrun"],
         "args": _ranks(d),
-        "env": [*environment(), {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
+        "env": [*environment(d), {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
         "resources": resources(d, place.devices_per_node, rdma=rdma),
         "securityContext": container_security(pinned=rdma),
         "volumeMounts": mounts(d, place.devices_per_node),

@@ -28,7 +28,9 @@ def export(d: Deployable) -> Export:
     files = {
         "nim.env": comment(head(d, TARGET, warnings, steps)) + _environment(d),
         "nim.sh": "#!/usr/bin/env bash\n" + comment(head(d, TARGET, [], [])) + _script(d),
-        "gateway.yaml": comment(["Put the servers' addresses in: shoal serve --deployment gateway.yaml (docs/fleet.md)."])
+        "gateway.yaml": comment(
+            ["Put the servers' addresses in: shoal serve --deployment gateway.yaml (docs/fleet.md)."]
+        )
         + to_yaml(front_file(d, 8000)),
     }
     return Export(target=TARGET, files=files, warnings=tuple(warnings))
@@ -64,7 +66,11 @@ def _environment(d: Deployable) -> str:
 def _script(d: Deployable) -> str:
     place, beside = d.placement(d.pool), d.replicas_per_node(d.pool)
     first = f"$((REPLICA % {beside} * {place.devices_per_node}))"
-    model = f'  --volume "${{MODELS:?where the model is}}:{shlex.quote("/" + d.model.split("/")[1])}:ro" \\\n' if d.is_path else ""
+    model = (
+        f'  --volume "${{MODELS:?where the model is}}:{shlex.quote("/" + d.model.split("/")[1])}:ro" \\\n'
+        if d.is_path
+        else ""
+    )
     devices = (
         '  --gpus "\\"device=${MIG_UUID:?of the slice, from nvidia-smi -L}\\"" \\'
         if d.mig
@@ -73,7 +79,7 @@ def _script(d: Deployable) -> str:
     return f"""\
 set -euo pipefail
 REPLICA=${{1:-0}}
-((REPLICA < {d.pool.replicas})) || {{ echo "usage: ./nim.sh REPLICA; there are {d.pool.replicas}, from 0" >&2; exit 2; }}
+((REPLICA < {d.pool.replicas})) || {{ echo "usage: ./nim.sh REPLICA; {d.pool.replicas}, from 0" >&2; exit 2; }}
 exec docker run --rm --name {d.name}-"$REPLICA" \\
 {devices}
   --shm-size {(place.devices_per_node + 1)}g \\

@@ -18,7 +18,11 @@ _USER = 10001
 
 def labels(d: Deployable, component: str) -> dict[str, str]:
     """The recommended ones (kubernetes.io, Recommended Labels)."""
-    return {**selector(d, component), "app.kubernetes.io/part-of": d.name, "app.kubernetes.io/managed-by": "shoal-export"}
+    return {
+        **selector(d, component),
+        "app.kubernetes.io/part-of": d.name,
+        "app.kubernetes.io/managed-by": "shoal-export",
+    }
 
 
 def selector(d: Deployable, component: str) -> dict[str, str]:
@@ -79,9 +83,12 @@ def pod_security() -> dict[str, Any]:
     }
 
 
-def environment() -> list[dict[str, Any]]:
-    """With a read-only root everything that libraries keep goes to /tmp."""
-    return [{"name": "HOME", "value": "/tmp"}, {"name": "HF_HOME", "value": f"{MODELS}/.hub"}]
+def environment(d: Deployable) -> list[dict[str, Any]]:
+    """With a read-only root everything that libraries keep goes to /tmp, and what is fetched to the model's volume."""
+    values = {"HOME": "/tmp"}
+    if not d.is_path:
+        values |= {"HF_HOME": f"{MODELS}/.hub", "XDG_CACHE_HOME": f"{MODELS}/.cache"}
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def model_mount(d: Deployable) -> dict[str, Any]:

@@ -18,11 +18,13 @@ def export(d: Deployable) -> Export:
             "--to ray: shoal has Ray place the ranks of an engine, and an engine of one rank runs beside the gateway; "
             "use --to kubernetes, slurm or compose"
         )
-    warnings = warnings_of(d)
+    warnings = warnings_of(d, spares=False)
     if d.mig is not None:
         warnings.append("MIG: Ray counts slices as GPUs; give each node its slices in CUDA_VISIBLE_DEVICES.")
     if d.max_replicas is not None:
-        warnings.append("the deployment does not grow by itself: `shoal fleet add` does that; max_replicas is left out.")
+        warnings.append(
+            "the deployment does not grow by itself: `shoal fleet add` does that; max_replicas is left out."
+        )
     if d.device.vendor == "cpu":
         warnings.append("ranks are placed by their CPUs: see that each node has `threads` of them for each.")
     engine = engine_settings(d, d.pool.layout, _launch(d))
@@ -50,7 +52,9 @@ def export(d: Deployable) -> Export:
     files = {
         "start.sh": "#!/usr/bin/env bash\n" + lines + _script(d),
         "fleet.yaml": comment(head(d, TARGET, [], [])) + to_yaml(fleet),
-        "ray-job.yaml": comment(["For `ray job submit --working-dir . --runtime-env ray-job.yaml -- ./start.sh serve`."])
+        "ray-job.yaml": comment(
+            ["For `ray job submit --working-dir . --runtime-env ray-job.yaml -- ./start.sh serve`."]
+        )
         + to_yaml(_runtime_environment(d)),
     }
     return Export(target=TARGET, files=files, warnings=tuple(warnings))

@@ -15,7 +15,12 @@ _VISIBLE = {"nvidia": "CUDA_VISIBLE_DEVICES", "amd": "HIP_VISIBLE_DEVICES", "int
 
 
 def replica_script(
-    d: Deployable, name: str, head: Sequence[str], make: Command, worker: Command | None = None, extra: Extra | None = None
+    d: Deployable,
+    name: str,
+    head: Sequence[str],
+    make: Command,
+    worker: Command | None = None,
+    extra: Extra | None = None,
 ) -> str:
     """`worker` is the command on the further nodes of an engine, where it is another."""
     roles = [pool.role for pool in d.pools]

@@ -1,4 +1,4 @@
-"""SGLang: the command of each server, and the file of a shoal gateway, or the command of its router, in front of them."""
+"""SGLang: the command of each server, and in front of them the file of a shoal gateway or the command of its router."""
 
 from __future__ import annotations
 
@@ -51,8 +51,17 @@ def _arguments(d: Deployable, pool: Pool) -> list[str]:
     if d.kv_dtype not in _CACHE and (d.kv_dtype, d.dtype) != ("float32", "float32"):
         raise ExportError(f"kv_dtype: SGLang has no KV cache of {d.kv_dtype}; there are {', '.join(_CACHE)}")
     dtype, quantization = _WEIGHTS[d.dtype]
-    arguments = ["--model-path", d.model, "--served-model-name", d.served_name, "--host", "${HOST}", "--port", "${PORT}"]
-    arguments += ["--dtype", dtype, *(["--quantization", quantization] if quantization else [])]
+    arguments = [
+        "--model-path",
+        d.model,
+        "--served-model-name",
+        d.served_name,
+        "--host",
+        "${HOST}",
+        "--port",
+        "${PORT}",
+    ]
+    arguments += ["--dtype", dtype, *(["--quantization", quantization] if quantization and not d.quantised else [])]
     arguments += ["--kv-cache-dtype", _CACHE.get(d.kv_dtype, "auto")]
     arguments += _sizes(pool)
     if d.max_len is not None:
@@ -92,10 +101,14 @@ def _warnings(d: Deployable) -> list[str]:
     found = list(d.notes)
     if any(pool.layout.cp > 1 for pool in d.pools):
         found.append("SGLang has context parallelism (--attn-cp-size) for a few models alone; check that this is one.")
-    if _WEIGHTS.get(d.dtype, ("", ""))[1] is None and d.dtype not in ("float32", "bfloat16", "float16"):
+    if d.quantised:
+        pass  # SGLang reads how from the checkpoint
+    elif _WEIGHTS.get(d.dtype, ("", ""))[1] is None and d.dtype not in ("float32", "bfloat16", "float16"):
         found.append(f"{d.dtype} weights need a checkpoint that is quantised already: give it as the model.")
-    if d.dtype == "float8":
-        found.append("--quantization fp8 is for a checkpoint in 16 bits; leave it out if the model is quantised already.")
+    elif d.dtype == "float8":
+        found.append(
+            "--quantization fp8 is for a checkpoint in 16 bits; leave it out if the model is quantised already."
+        )
     if d.kv_cache_bytes is not None:
         found.append("the KV cache's size is a share there (--mem-fraction-static): kv_cache_bytes is left out.")
     found.append("--chunked-prefill-size bounds a step's prompt tokens; those of decodes come on top.")

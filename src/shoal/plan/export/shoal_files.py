@@ -24,12 +24,12 @@ def require_shoal(d: Deployable, target: str) -> None:
     others = "vllm, sglang, tensorrt-llm or dynamo"
     if d.is_disaggregated:
         raise ExportError(
-            f"--to {target}: shoal's engine has no separate prefill and decode pools yet; take a plan with engines that "
+            f"--to {target}: shoal's engine has no separate prefill and decode pools yet; take one with engines that "
             f"do both, or export to {others}"
         )
     if any(pool.attention_dp > 1 for pool in d.pools):
         raise ExportError(
-            f"--to {target}: shoal's engine has no data-parallel attention; take a plan without it, or export to {others}"
+            f"--to {target}: shoal's engine has no data-parallel attention; plan without it, or export to {others}"
         )
     if d.dtype not in _DTYPES:
         raise ExportError(
@@ -58,7 +58,8 @@ def engine_settings(d: Deployable, layout: Layout, launch: dict[str, Any] | None
     settings |= {"max_sequences": d.max_sequences, "max_batch_tokens": d.max_batch_tokens, "block_size": d.block_size}
     if not d.prefix_caching:
         settings["prefix_caching"] = False
-    settings |= {name: value for name, value in d.engine.items() if name != "launch"}
+    left = {"launch"} if launch is None else {"launch", "warm_spares"}  # spares are started by the local launcher alone
+    settings |= {name: value for name, value in d.engine.items() if name not in left}
     launching = {**d.engine.get("launch", {}), **(launch or {})}
     return settings | ({"launch": launching} if launching else {})
 
@@ -109,9 +110,11 @@ def head(d: Deployable, target: str, warnings: Sequence[str], steps: Sequence[st
     return [*lines, *(f"Note: {warning}" for warning in warnings), *([""] if steps else []), *steps]
 
 
-def warnings_of(d: Deployable) -> list[str]:
-    """What shoal's targets have to say of any deployment."""
+def warnings_of(d: Deployable, *, spares: bool = True) -> list[str]:
+    """What shoal's targets have to say of any deployment. `spares`: they can have warm ones."""
     found = list(d.notes)
+    if not spares and d.engine.get("warm_spares"):
+        found.append("warm_spares are of ranks that start on one machine, and are left out.")
     if d.is_gpu:
         found.append("shoal's engine has not run on GPUs yet (docs/parallelism.md): try this on one node first.")
     return found

@@ -23,7 +23,7 @@ _ADDRESSES = "@ENDPOINTS@"
 
 def export(d: Deployable) -> Export:
     require_shoal(d, TARGET)
-    warnings = warnings_of(d)
+    warnings = warnings_of(d, spares=False)
     if d.mig is not None:
         warnings.append(f"MIG: slices are asked for as gres gpu:{d.mig}; call them what the cluster's gres.conf does.")
     if d.max_replicas is not None:

@@ -21,9 +21,7 @@ def export(d: Deployable) -> Export:
     warnings = _warnings(d) + front_warnings(d)
     steps = ["For TensorRT-LLM 1.x. One engine each time; further ones on a node get the next devices and port."]
     if d.spans_nodes:
-        steps.append(
-            "An engine of several nodes is one MPI job: start it once, on its first node, with HOSTFILE naming all of them."
-        )
+        steps.append("An engine of several nodes is one MPI job: start it once, on its first node; HOSTFILE names all.")
     text = replica_script(d, "trtllm.sh", head(d, TARGET, warnings, steps), lambda pool: _command(d, pool))
     files = {"trtllm.sh": text}
     for pool in d.pools:
@@ -48,12 +46,12 @@ def _require(d: Deployable) -> None:
     for pool in d.pools:
         if pool.layout.cp > 1:
             raise ExportError(
-                f"layout.cp: trtllm-serve has no flag for context parallelism, and {pool.layout} splits each sequence over "
+                f"layout.cp: trtllm-serve has no flag for context parallelism, {pool.layout} splits sequences over "
                 f"{pool.layout.cp}; take a plan without it, or use --to vllm or sglang"
             )
         if pool.attention_dp > 1 and pool.layout.tensor_ranks > 1:
             raise ExportError(
-                f"attention-dp: TensorRT-LLM has groups of one rank alone, and these are of {pool.layout.tensor_ranks}; "
+                f"attention-dp: TensorRT-LLM has groups of one rank alone, these are of {pool.layout.tensor_ranks}; "
                 "take tp 1 and ep 1 in a group, or use --to vllm or sglang"
             )
 
@@ -63,7 +61,7 @@ def _command(d: Deployable, pool: Pool) -> tuple[list[str], list[str]]:
     words = ["trtllm-serve", "serve", d.model]
     if place.nodes > 1:
         launcher = ["mpirun", "-np", str(pool.ranks), "--npernode", str(place.devices_per_node)]
-        words = [*launcher, "--hostfile", "${HOSTFILE}", "trtllm-llmapi-launch", *words]
+        words = [*launcher, "--hostfile", "${HOSTFILE:?names the nodes}", "trtllm-llmapi-launch", *words]
     layout = pool.layout
     arguments = ["--host", "${HOST}", "--port", "${PORT}", "--tp_size", str(layout.tensor_ranks * pool.attention_dp)]
     if layout.pp > 1:
@@ -101,9 +99,9 @@ def _orchestrator(d: Deployable) -> dict[str, Any]:
 
 def _warnings(d: Deployable) -> list[str]:
     found = list(d.notes)
-    if d.dtype not in _PLAIN:
+    if d.dtype not in _PLAIN and not d.quantised:
         found.append(f"{d.dtype} weights need a checkpoint that is quantised already: give it as the model.")
-    elif d.dtype != "bfloat16":
+    elif d.dtype in ("float32", "float16"):
         found.append(f"weights are loaded as the checkpoint has them: see that they are {d.dtype}.")
     if d.kv_cache_bytes is not None:
         found.append("the KV cache's size is a share there (free_gpu_memory_fraction): kv_cache_bytes is left out.")

@@ -72,13 +72,13 @@ def _nodes(pool: Pool, nodes: int, devices: int, *, leads: bool) -> list[str]:
         groups, rest = divmod(devices, pool.layout.ranks)
         if rest or not groups:
             raise ExportError(
-                f"--to vllm: a group of {pool.layout} has {pool.layout.ranks} devices and does not fit evenly on a node's "
+                f"--to vllm: a group of {pool.layout} has {pool.layout.ranks} devices and does not divide a node's "
                 f"{devices}; take a layout that divides it"
             )
         words = ["--data-parallel-size-local", str(groups), "--data-parallel-address", "${MASTER_ADDR}"]
         words += ["--data-parallel-rpc-port", "29500"]
         if not leads:
-            words += ["--data-parallel-start-rank", f"${{START_RANK}}"]
+            words += ["--data-parallel-start-rank", "${START_RANK}"]
     return words if leads else [*words, "--headless"]
 
 

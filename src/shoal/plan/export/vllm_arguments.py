@@ -29,7 +29,7 @@ def vllm_arguments(d: Deployable, pool: Pool) -> list[str]:
         raise ExportError(f"dtype: vLLM has no weights of {d.dtype}; there are {', '.join(_WEIGHTS)}")
     layout = pool.layout
     arguments = ["--dtype", dtype]
-    if quantization is not None:
+    if quantization is not None and not d.quantised:
         arguments += ["--quantization", quantization]
     arguments += ["--kv-cache-dtype", _cache(d)]
     # Its attention is split over all of a group's ranks, as shoal's is over tp and ep.
@@ -73,9 +73,11 @@ def vllm_warnings(d: Deployable) -> list[str]:
     if any(pool.layout.ep > 1 and pool.layout.tp > 1 for pool in d.pools):
         found.append("vLLM splits experts whole over all ranks of a group (tp x ep); none is cut by tp as planned.")
     if any(pool.layout.cp > 1 for pool in d.pools):
-        found.append("context parallelism is by --prefill- and --decode-context-parallel-size: not every attention backend "
+        found.append("context parallelism is by --prefill- and --decode-context-parallel-size: not every backend "
                      "of vLLM has them.")  # fmt: skip
-    if d.dtype == "int4":
+    if d.quantised:
+        pass  # vLLM reads how from the checkpoint
+    elif d.dtype == "int4":
         found.append("int4 weights need a checkpoint that is quantised already (AWQ, GPTQ): give it as the model.")
     elif d.dtype not in ("float32", "bfloat16", "float16"):
         found.append("--quantization is for a checkpoint in 16 bits; leave it out if the model is quantised already.")
