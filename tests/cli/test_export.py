@@ -17,6 +17,7 @@ from shoal.plan.export import TARGETS
 FLEET = """\
 drain_seconds: 20
 tenants: {default: {concurrent_requests: 4}}
+limits: {body_bytes: 9MiB}
 models:
   - name: llama-70b
     model: /models/llama-70b
@@ -88,6 +89,7 @@ def test_settings_of_the_deployment_arrive(fleet: Path, tmp_path: Path, capsys: 
     assert gateway["tenants"] == {"default": {"concurrent_requests": 4}}
     assert gateway["models"][0]["routing"] == {"policy": "least_tokens"}
     assert gateway["drain_seconds"] == engine["drain_seconds"] == 20
+    assert engine["limits"] == gateway["limits"] == {"body_bytes": 9 << 20}  # what one takes the other must
     assert engine["models"][0]["depth"] == 2 and engine["models"][0]["layout"] == {"tp": 4}
 
 

@@ -173,6 +173,8 @@ def from_deployment(
     pool = Pool(layout=layout, replicas=engines)
     _require_room(cluster, [pool])
     typed = {key: getattr(model, key) for key in sorted(_TYPED)}
+    if model.block_size == EngineConfig(model="").block_size:
+        typed["block_size"] = None  # shoal's own choice is no wish of whoever wrote the file
     engine = _changed(model, EngineConfig(model=""), set(EngineConfig.__struct_fields__) - _TYPED - _DECIDED)
     for key in sorted(_OWN_FILES & set(engine)):
         del engine[key]

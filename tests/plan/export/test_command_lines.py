@@ -27,7 +27,7 @@ VARIETY = [
     deployable(dtype="float4", pools=(Pool(layout=Layout(tp=2, cp=2)),)),
     deployable(dtype="float8-block", kv_dtype="bfloat16", max_len=None),
     deployable(dtype="float32", kv_dtype="float32", pools=(Pool(layout=Layout()),)),
-    deployable(dtype="float16", kv_dtype="int8"),
+    deployable(dtype="float16", kv_dtype="int8", block_size=64),
     spanning(),
     disaggregated(),
     deployable("2x8xH100:ndr", pools=(MIXTURE,)),
@@ -193,6 +193,13 @@ def test_the_gateway_in_front_is_a_deployment(target: str, tmp_path: Path) -> No
     deployment = load_config(Deployment, file, {})
     check(deployment)
     assert [address.openai[-4:] for address in deployment.models[0].endpoints] == ["8000", "8001"]
+
+
+def test_block_sizes_are_the_engines_own_unless_they_were_chosen(tmp_path: Path) -> None:
+    (words,) = vllm_calls(tmp_path, deployable())
+    assert "--block-size" not in words
+    (words,) = vllm_calls(tmp_path, deployable(block_size=64))
+    assert flags(words)["--block-size"] == "64"
 
 
 def test_what_is_otherwise_is_said() -> None:

@@ -71,7 +71,8 @@ class Deployable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_len: int | None = None
     max_sequences: int = 64
     max_batch_tokens: int = 512
-    block_size: int = 16
+    block_size: int | None = None
+    """Tokens of a KV block; None is the engine's own choice, which may depend on how it computes attention."""
     prefix_caching: bool = True
     kv_cache_bytes: int | None = None
     """Of one rank."""

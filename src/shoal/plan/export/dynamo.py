@@ -21,6 +21,8 @@ _MAIN = "main"
 
 def export(d: Deployable) -> Export:
     warnings = vllm_warnings(d)
+    if d.device.vendor != "nvidia" and d.image is None:
+        warnings.append(f"the usual image is for NVIDIA's devices: give --image one for {d.device.name}.")
     if d.serving or d.gateway:
         warnings.append(
             "settings of shoal's gateway (routing, limits, tenants, ...) have no counterpart and are left out."

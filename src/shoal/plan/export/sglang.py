@@ -67,7 +67,9 @@ def _arguments(d: Deployable, pool: Pool) -> list[str]:
     if d.max_len is not None:
         arguments += ["--context-length", str(d.max_len)]
     arguments += ["--max-running-requests", str(d.max_sequences), "--chunked-prefill-size", str(d.max_batch_tokens)]
-    arguments += ["--page-size", str(d.block_size), "--enable-metrics"]
+    arguments.append("--enable-metrics")
+    if d.block_size is not None:
+        arguments += ["--page-size", str(d.block_size)]
     if not d.prefix_caching:
         arguments.append("--disable-radix-cache")
     place = d.placement(pool)

@@ -55,7 +55,9 @@ def engine_settings(d: Deployable, layout: Layout, launch: dict[str, Any] | None
         settings["layout"] = {name: size for name, size in sizes.items() if size > 1}
     limits = {"max_len": d.max_len, "kv_cache_bytes": d.kv_cache_bytes}
     settings |= {name: value for name, value in limits.items() if value is not None}
-    settings |= {"max_sequences": d.max_sequences, "max_batch_tokens": d.max_batch_tokens, "block_size": d.block_size}
+    settings |= {"max_sequences": d.max_sequences, "max_batch_tokens": d.max_batch_tokens}
+    if d.block_size is not None:
+        settings["block_size"] = d.block_size
     if not d.prefix_caching:
         settings["prefix_caching"] = False
     left = {"launch"} if launch is None else {"launch", "warm_spares"}  # spares are started by the local launcher alone
@@ -72,7 +74,12 @@ def listener(d: Deployable, port: int = PORT) -> dict[str, Any]:
 def engine_file(d: Deployable, pool: Pool) -> dict[str, Any]:
     """A deployment of one engine on one machine, for a gateway elsewhere."""
     model = {"name": d.served_name, "model": d.model, **engine_settings(d, pool.layout)}
-    return {**listener(d), "api_key": ENGINE_KEY, "models": [model]}
+    return {**listener(d), "api_key": ENGINE_KEY, **server_settings(d), "models": [model]}
+
+
+def server_settings(d: Deployable) -> dict[str, Any]:
+    """Of the gateway's, what an engine's own server has to hold too: it must not refuse what the gateway took."""
+    return {name: d.gateway[name] for name in ("limits", "health", "supervision") if name in d.gateway}
 
 
 def rank_file(d: Deployable, pool: Pool, secret_file: str) -> dict[str, Any]:
@@ -83,6 +90,7 @@ def rank_file(d: Deployable, pool: Pool, secret_file: str) -> dict[str, Any]:
         **listener(d),
         "api_key": ENGINE_KEY,
         "served_model_name": d.served_name,
+        **server_settings(d),
         "engine": engine_settings(d, pool.layout, launch),
     }
 

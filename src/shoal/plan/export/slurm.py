@@ -13,6 +13,7 @@ from shoal.plan.export.shoal_files import (
     head,
     listener,
     require_shoal,
+    server_settings,
     warnings_of,
 )
 
@@ -76,6 +77,7 @@ def _script(d: Deployable, nodes: int, per_node: int, beside: int) -> str:
         **listener(d, 0),
         "api_key": ENGINE_KEY,
         "served_model_name": d.served_name,
+        **server_settings(d),
         "engine": engine_settings(d, pool.layout, None if alone else launch),
     }
     del serve["port"]

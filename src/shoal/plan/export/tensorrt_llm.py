@@ -19,7 +19,7 @@ _CACHE = {"auto": "auto", "bfloat16": "auto", "float16": "auto", "float8": "fp8"
 def export(d: Deployable) -> Export:
     _require(d)
     warnings = _warnings(d) + front_warnings(d)
-    steps = ["For TensorRT-LLM 1.x. One engine each time; further ones on a node get the next devices and port."]
+    steps = ["For TensorRT-LLM 1.2. One engine each time; further ones on a node get the next devices and port."]
     if d.spans_nodes:
         steps.append("An engine of several nodes is one MPI job: start it once, on its first node; HOSTFILE names all.")
     text = replica_script(d, "trtllm.sh", head(d, TARGET, warnings, steps), lambda pool: _command(d, pool))
@@ -76,7 +76,8 @@ def _command(d: Deployable, pool: Pool) -> tuple[list[str], list[str]]:
 
 def _settings(d: Deployable, pool: Pool) -> dict[str, Any]:
     cache: dict[str, Any] = {"dtype": _CACHE.get(d.kv_dtype, "auto"), "enable_block_reuse": d.prefix_caching}
-    cache["tokens_per_block"] = d.block_size
+    if d.block_size is not None:
+        cache["tokens_per_block"] = d.block_size
     settings: dict[str, Any] = {"kv_cache_config": cache, "enable_chunked_prefill": True}
     if pool.attention_dp > 1:
         settings["enable_attention_dp"] = True

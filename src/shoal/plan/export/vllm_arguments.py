@@ -47,7 +47,8 @@ def vllm_arguments(d: Deployable, pool: Pool) -> list[str]:
     if d.max_len is not None:
         arguments += ["--max-model-len", str(d.max_len)]
     arguments += ["--max-num-seqs", str(d.max_sequences), "--max-num-batched-tokens", str(d.max_batch_tokens)]
-    arguments += ["--block-size", str(d.block_size)]
+    if d.block_size is not None:
+        arguments += ["--block-size", str(d.block_size)]
     if d.kv_cache_bytes is not None:
         arguments += ["--kv-cache-memory-bytes", str(d.kv_cache_bytes)]
     arguments.append("--enable-prefix-caching" if d.prefix_caching else "--no-enable-prefix-caching")
