@@ -154,6 +154,39 @@ def test_pods_of_engine_and_gateway_serve(checkpoint: Path, tmp_path: Path) -> N
         assert states["llama-0"] == "ready" and states["llama-1"] != "ready"
 
 
+def test_a_group_of_pods_serves(checkpoint: Path, tmp_path: Path) -> None:
+    """The command of a LeaderWorkerSet's leader, with what Kubernetes and the controller would fill in."""
+    deployment = tiny(checkpoint, pools=(Pool(layout=Layout(tp=2)),), start_seconds=60)
+    made = export(deployment, "lws")
+    (text,) = of_kind(made, "ConfigMap", "llama-engine")["data"].values()
+    file, secret = tmp_path / "serve.yaml", tmp_path / "rank-secret"
+    secret.write_text("r" * 64)
+    text = text.replace("/etc/shoal/secrets/rank-secret", str(secret)).replace("@ENGINE_KEY@", "k" * 64)
+    file.write_text(text)
+    (container,) = pod_templates(of_kind(made, "LeaderWorkerSet"))[0]["spec"]["containers"]
+    assert container["command"] == ["torchrun"]
+    filled = {
+        "LWS_GROUP_SIZE": "1",
+        "LWS_WORKER_INDEX": "0",
+        "LWS_LEADER_ADDRESS": "127.0.0.1",
+        "POD_IP": "127.0.0.1",
+    }
+    words = [re.sub(r"\$\((\w+)\)", lambda name: filled[name[1]], word) for word in container["args"]]
+    words = [f"--config={file}" if word.startswith("--config=") else word for word in words]
+    words = [f"--master-port={free_port()}" if word.startswith("--master-port=") else word for word in words]
+    port = free_port()
+    with running([sys.executable, "-m", "torch.distributed.run", *words, "--port", str(port)]) as group:
+
+        def ready() -> bool:
+            with contextlib.suppress(OSError):
+                return bool(ask(f"http://127.0.0.1:{port}/ready", "k" * 64)["ready"])
+            return False
+
+        wait_for(ready, "the group is ready", group)
+        body = {"prompt": "a b c", "max_tokens": 3, "ignore_eos": True}
+        assert ask(f"http://127.0.0.1:{port}/v1/completions", "k" * 64, body)["usage"]["completion_tokens"] == 3
+
+
 _SRUN = """\
 #!{python}
 # As Slurm's: starts the tasks of a step, numbered, and waits for them.
