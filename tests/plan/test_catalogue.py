@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,6 @@ SPECS: list[DeviceSpec | LinkSpec | NodeSpec] = [
     *KNOWN.nodes.values(),
 ]
 MEASURED_DEVICES = ("A100-80GB-SXM", "H100-SXM", "H200-SXM", "B200", "L40S")
-
-
-@pytest.fixture(autouse=True)
-def _no_files_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{type(spec).__name__}-{spec.name}")
@@ -237,8 +233,9 @@ nodes:
 """
 
 
-def test_a_users_own_files(tmp_path: Path) -> None:
-    folder = tmp_path / "config" / "shoal" / "hardware"
+def test_a_users_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "shoal" / "hardware"
     folder.mkdir(parents=True)
     (folder / "acme.yaml").write_text(OWN)
     device = catalogue.device("acme")
@@ -280,6 +277,6 @@ def test_an_alias_of_two_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_is_in_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"shoal.plan" = ["hardware/*.yaml"' in text
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert "hardware/*.yaml" in settings["package-data"]["shoal.plan"]
     assert not [path for path in BUILTIN.iterdir() if path.suffix != ".yaml"]

@@ -22,7 +22,7 @@ from shoal.core.hardware import Cluster, LinkSpec
 from shoal.plan.catalogue import load
 from shoal.plan.detect import Detected, Topology, detect, topology
 from shoal.plan.hardware_file import source_of
-from shoal.plan.job_nodes import Job, ray_job, ray_nodes, slurm_job
+from shoal.plan.job_nodes import Job, ray_job, ray_nodes, ray_session, slurm_job
 from shoal.plan.nvml import NoNvml, load_nvml
 from shoal.plan.topology import parse_cluster
 
@@ -70,11 +70,13 @@ def file_text(result: Topology) -> str:
 
 
 def _job(ray: str | None) -> Job | None:
+    """The Ray cluster that is named; else the Slurm job of this process; else a Ray cluster that this host began."""
     try:
-        if ray or os.environ.get("RAY_ADDRESS"):
-            address = ray or os.environ["RAY_ADDRESS"]
-            return ray_job(ray_nodes(address), address)
-        return slurm_job(os.environ, _run)
+        address = ray or os.environ.get("RAY_ADDRESS")
+        if not address and (job := slurm_job(os.environ, _run)):
+            return job
+        address = address or ray_session(Path("/"))
+        return ray_job(ray_nodes(address), address) if address else None
     except ValueError as error:
         raise CommandError(str(error)) from None
 
@@ -111,7 +113,12 @@ def detected_table(found: Detected) -> RenderableType:
     return Group(*parts)
 
 
-def _plain(*columns: str, left: int = 1) -> Table:
+def _clean(text: str) -> Text:
+    """Names come from drivers and files: no markup of ours, and nothing that steers the terminal."""
+    return Text(printable(text))
+
+
+def _plain(*columns: str | Text, left: int = 1) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
@@ -126,7 +133,7 @@ def _gpu_table(found: Detected) -> Table:
         links = f"{gpu.nvlinks} ({gpu.nvlink_bandwidth / 1e9:g} GB/s)" if gpu.nvlinks else "–"
         bus = f"gen{gpu.pcie_generation} x{gpu.pcie_lanes}"
         memory = f"{gpu.memory_bytes / 2**30:.1f} GiB"
-        table.add_row(str(gpu.index), printable(gpu.name), memory, bus, links, _numa(numa), profiles)
+        table.add_row(str(gpu.index), _clean(gpu.name), memory, bus, links, _numa(numa), _clean(profiles))
     return table
 
 
@@ -135,7 +142,7 @@ def _matrix(found: Detected) -> Table:
     assert found.gpus is not None
     gpus = found.gpus.gpus
     paths = {(pair.a, pair.b): pair.path for pair in found.gpus.pairs}
-    table = _plain("", *(f"GPU{gpu.index}" for gpu in gpus), *(printable(port.name) for port in found.rdma))
+    table = _plain("", *(f"GPU{gpu.index}" for gpu in gpus), *(_clean(port.name) for port in found.rdma))
     for gpu, distances in zip(gpus, found.gpu_port, strict=True):
         row = []
         for other in gpus:
@@ -151,7 +158,7 @@ def _port_table(found: Detected) -> Table:
         speed = f"{port.bits_per_second / 1e9:g}" if port.bits_per_second else "?"
         state = "active" if port.active else "down"
         protocol = f"{port.protocol} {port.generation}".strip()
-        table.add_row(printable(port.name), printable(protocol), speed, state, _numa(port.numa))
+        table.add_row(_clean(port.name), _clean(protocol), speed, state, _numa(port.numa))
     return table
 
 
@@ -168,7 +175,7 @@ def cluster_table(cluster: Cluster) -> RenderableType:
     table.add_column(style="dim", overflow="fold")
 
     def add(name: str, value: str, source: str) -> None:
-        table.add_row(name, value, printable(source))
+        table.add_row(name, _clean(value), _clean(source))
 
     add("memory", f"{device.memory_bytes / 2**30:.1f} GiB", source_of(device, "memory_bytes"))
     add("bandwidth", f"{device.memory_bandwidth / 1e12:.4g} TB/s", source_of(device, "memory_bandwidth"))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from itertools import product
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -49,15 +53,16 @@ def slurm_job(environment: Mapping[str, str], run: Run) -> Job | None:
 def expand_hosts(text: str) -> list[str]:
     """`gpu[01-03,7],login` as Slurm writes it: gpu01, gpu02, gpu03, gpu7, login. Raises ValueError."""
     hosts: list[str] = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+    item_pattern = r"(?:[^,\[\]]|\[[^\[\]]*\])+"
+    if not re.fullmatch(f"{item_pattern}(?:,{item_pattern})*", text):
+        raise ValueError(f"{text!r} is not a list of hosts, as gpu[01-03],login is")
+    for item in re.findall(item_pattern, text):
         parts = re.split(r"\[([^\]]*)\]", item)
         # Every second part was within brackets.
         choices = [_range(part) if at % 2 else [part] for at, part in enumerate(parts)]
-        hosts += ["".join(choice) for choice in product(*choices)]
-        if len(hosts) > MAX_HOSTS:
+        if len(hosts) + prod(len(choice) for choice in choices) > MAX_HOSTS:
             raise ValueError(f"{text!r} names more than {MAX_HOSTS:,} hosts")
-    if not hosts or any(set(host) & set("[]") for host in hosts):
-        raise ValueError(f"{text!r} is not a list of hosts, as gpu[01-03],login is")
+        hosts += ["".join(choice) for choice in product(*choices)]
     return hosts
 
 
@@ -74,8 +79,23 @@ def _range(text: str) -> list[str]:
     return found
 
 
+def ray_session(root: Path) -> str | None:
+    """The address of a Ray cluster that was started on this host and still answers; None: there is none."""
+    try:
+        address = (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=0.5).close()
+    except (OSError, ValueError, OverflowError):
+        return None
+    return address
+
+
 def ray_nodes(address: str) -> list[dict[str, Any]]:
-    """What `ray.nodes()` says of a running cluster. Raises ValueError where there is none to be reached."""
+    """What `ray.nodes()` says of a running cluster. Raises ValueError where there is none to be reached.
+
+    A cluster that wants a token gets it from where Ray looks for it: RAY_AUTH_TOKEN and its like.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray = importlib.import_module("ray")
     except ImportError:

@@ -72,30 +72,7 @@ def build(
 
     Raises CatalogueError.
     """
-    scale_up: LinkSpec | None = None
-    network: LinkSpec | None = None
-    sliced: str | None = None
-    for option in options:
-        if option in device.mig:
-            if sliced is not None:
-                raise CatalogueError(f"{text}: {sliced} and {option} are two MIG profiles")
-            sliced = option
-            continue
-        if not catalogue.has_link(option):
-            known = [*catalogue.links, *(alias for one in catalogue.links.values() for alias in one.aliases)]
-            raise CatalogueError(
-                f"{text}: {option} is no link or MIG profile of {device.name}; "
-                f"the nearest is {nearest(option, [*known, *device.mig])}"
-            )
-        link = catalogue.link(option)
-        if link.kind == "network":
-            if network is not None:
-                raise CatalogueError(f"{text}: {network.name} and {link.name} are two networks")
-            network = link
-        else:
-            if scale_up is not None:
-                raise CatalogueError(f"{text}: {scale_up.name} and {link.name} are two links within a node")
-            scale_up = link
+    sliced, scale_up, network = _options(text, catalogue, device, options)
     if sliced is not None:
         if scale_up is not None and scale_up.kind == "scale-up":
             raise CatalogueError(f"{text}: MIG slices have no {scale_up.name}: they reach each other through the host")
@@ -120,6 +97,37 @@ def build(
         price_source=source,
         name=text,
     )
+
+
+def _options(
+    text: str, catalogue: Catalogue, device: DeviceSpec, options: Sequence[str]
+) -> tuple[str | None, LinkSpec | None, LinkSpec | None]:
+    """A MIG profile, a link within nodes and one between them, each at most once."""
+    sliced: str | None = None
+    scale_up: LinkSpec | None = None
+    network: LinkSpec | None = None
+    for option in options:
+        if option in device.mig:
+            if sliced is not None:
+                raise CatalogueError(f"{text}: {sliced} and {option} are two MIG profiles")
+            sliced = option
+            continue
+        if not catalogue.has_link(option):
+            known = [*catalogue.links, *(alias for one in catalogue.links.values() for alias in one.aliases)]
+            raise CatalogueError(
+                f"{text}: {option} is no link or MIG profile of {device.name}; "
+                f"the nearest is {nearest(option, [*known, *device.mig])}"
+            )
+        link = catalogue.link(option)
+        if link.kind == "network":
+            if network is not None:
+                raise CatalogueError(f"{text}: {network.name} and {link.name} are two networks")
+            network = link
+        else:
+            if scale_up is not None:
+                raise CatalogueError(f"{text}: {scale_up.name} and {link.name} are two links within a node")
+            scale_up = link
+    return sliced, scale_up, network
 
 
 def between_slices(device: DeviceSpec, catalogue: Catalogue) -> LinkSpec:
@@ -158,7 +166,7 @@ def check(
             f"{text}: {num_nodes} nodes need a network; write {num_nodes}x{per_node}x{device.name}:{near}"
         )
     known = [node for node in catalogue.nodes_of(device) if catalogue.link(node.scale_up).name == scale_up.name]
-    own = default_scale_up(device, catalogue)
+    own = default_scale_up(device, catalogue) if device.scale_up or device.host_link else scale_up
     if scale_up.kind == "scale-up" and own.kind != "scale-up" and not known:
         raise CatalogueError(f"{text}: {device.name} has no {scale_up.name}; its link is {own.name}")
     if scale_up.kind == own.kind and not known:

@@ -20,7 +20,7 @@ import msgspec
 
 from shoal.core.hardware import Cluster, DeviceSpec, LinkSpec, Price
 from shoal.plan.catalogue import Catalogue, CatalogueError
-from shoal.plan.hardware_file import nearest, override, quantity, read_yaml
+from shoal.plan.hardware_file import explain, nearest, override, quantity, read_yaml
 from shoal.plan.topology import between_slices, check, default_scale_up, median_price, price, slice_of, slices
 
 Reference = str | dict[str, Any]
@@ -88,9 +88,12 @@ def parse_topology(tree: dict[str, Any], where: str) -> TopologyFile:
     if isinstance(tree.get("price"), dict):
         tree = tree | {"price": tree["price"] | {"date": str(tree["price"].get("date", ""))}}
     try:
-        return msgspec.convert(tree, TopologyFile)
+        file = msgspec.convert(tree, TopologyFile)
     except msgspec.ValidationError as error:
-        raise CatalogueError(f"{where}: {error}") from None
+        raise CatalogueError(f"{where}: {explain(str(error))}") from None
+    if file.price is not None and not file.price.dollars_per_hour > 0:
+        raise CatalogueError(f"{where}: price.dollars_per_hour: {file.price.dollars_per_hour} must be above 0")
+    return file
 
 
 def cluster_of(file: TopologyFile, catalogue: Catalogue, where: str) -> Cluster:
@@ -225,12 +228,13 @@ def _within(node: NodeEntry, chosen: Sequence[int], device: DeviceSpec, catalogu
                 raise CatalogueError(f"{where}.links: MIG slices have no {link.name}")
     if node.mig and not direct:
         return between_slices(device, catalogue)
-    whole = default_scale_up(device, catalogue)
-    if not node.links:
-        return whole  # nothing is said: as the device is built
-    through_host = catalogue.link(device.host_link) if device.host_link else whole
     pairs = [(min(pair), max(pair)) for pair in combinations(chosen, 2)]
-    found = [direct.get(pair, through_host) for pair in pairs] or [whole]
+    if not pairs or not node.links:
+        return default_scale_up(device, catalogue)  # nothing is said: as the device is built
+    through_host = [catalogue.link(device.host_link)] if device.host_link else []
+    if not through_host and (lost := [pair for pair in pairs if pair not in direct]):
+        raise CatalogueError(f"{where}: devices {lost[0][0]} and {lost[0][1]} have no link, and no host_link is said")
+    found = [direct[pair] if pair in direct else through_host[0] for pair in pairs]
     return min(found, key=lambda link: link.bandwidth * link.reached)
 
 
