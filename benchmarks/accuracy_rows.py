@@ -264,6 +264,12 @@ def model_of(
     row: Row, shape: ModelShape, device: str, layout: Layout, groups: int, calibration: Calibration | None
 ) -> CostModel:
     engine = engine_name(row)
+    cluster = cluster_of(device, layout.ranks * groups)
+    if row["gpu"].endswith("-pcap"):
+        # Capped at half of the power (Splitwise, section 4): the clock goes with its square root or so.
+        own = cluster.device
+        slow = msgspec.structs.replace(own, rates={name: rate * 0.5**0.5 for name, rate in own.rates.items()})
+        cluster = msgspec.structs.replace(cluster, device=slow)
     weights = PRECISIONS[row["weights"].lower()]
     if "gpt-oss" in row["model"].lower():
         weights = "float4"  # What its only checkpoint is stored in; rows name the operands.
@@ -285,7 +291,7 @@ def model_of(
     return CostModel(
         EngineShape(
             model=shape,
-            cluster=cluster_of(device, layout.ranks * groups),
+            cluster=cluster,
             layout=layout,
             attention_dp=groups,
             weights=weights,

@@ -54,7 +54,9 @@ def test_a_trace_gives_rate_and_lengths(capsys: pytest.CaptureFixture[str], tmp_
     trace = tmp_path / "trace.csv"
     rows = "".join(f"{number * 0.5},{900 + number},200\n" for number in range(100))
     trace.write_text("arrival_time_s,input_toks,output_toks\n" + rows)
-    status, out, _ = run(capsys, "plan", "llama-3.1-8b", "--on", "H100", "--trace", trace, "--itl-p99", "60ms", "--json")
+    status, out, _ = run(
+        capsys, "plan", "llama-3.1-8b", "--on", "H100", "--trace", trace, "--itl-p99", "60ms", "--json"
+    )
     asked = json.loads(out)["asked"]
     assert status == 0 and asked["rate"] == pytest.approx(2.0) and asked["input"] == pytest.approx(949.5)
 

@@ -25,10 +25,17 @@ def setup(shape: Shape, replicas: int = 1, weights: str = "bfloat16", cache: str
 
 @pytest.mark.parametrize(
     ("shape", "replicas", "weights"),
-    [(Shape(tp=4), 2, "bfloat16"), (Shape(tp=2, pp=2), 1, "int8"), (Shape(), 1, "float32"), (Shape(tp=8, pp=2), 1, "bfloat16")],
+    [
+        (Shape(tp=4), 2, "bfloat16"),
+        (Shape(tp=2, pp=2), 1, "int8"),
+        (Shape(), 1, "float32"),
+        (Shape(tp=8, pp=2), 1, "bfloat16"),
+    ],
 )
 def test_serve_loads_it_with_the_same_engines(tmp_path: Path, shape: Shape, replicas: int, weights: str) -> None:
-    content = deployment(setup(shape, replicas, weights), cluster("2x8xH100:ndr"), name="m", model="org/m", max_len=4096)
+    content = deployment(
+        setup(shape, replicas, weights), cluster("2x8xH100:ndr"), name="m", model="org/m", max_len=4096
+    )
     file = tmp_path / "deployment.yaml"
     file.write_text(as_yaml(content, "from a plan\nof two lines"), encoding="utf-8")
     loaded = load_config(serve.Deployment, file, {})

@@ -25,7 +25,7 @@ def flags(text: str) -> dict[str, float]:
     return {name: units.duration(value) for name, value in re.findall(r"--((?:ttft|itl)-p\d\d) (\S+)", text)}
 
 
-# --- impossible goals --------------------------------------------------------------------------------------------------
+# --- impossible goals -------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_said_to_be_the_bound_with_the_gpus_it_takes() -> None:
@@ -36,9 +36,7 @@ def test_memory_is_said_to_be_the_bound_with_the_gpus_it_takes() -> None:
     assert 811.7e9 / (cluster("8xH100").device.memory_bytes * 0.9) < least <= 16
 
 
-@pytest.mark.parametrize(
-    ("target", "word"), [(("itl", "p99", 0.002), "ITL p99"), (("ttft", "p99", 0.01), "TTFT p99")]
-)
+@pytest.mark.parametrize(("target", "word"), [(("itl", "p99", 0.002), "ITL p99"), (("ttft", "p99", 0.01), "TTFT p99")])
 def test_a_latency_that_nothing_reaches_is_named_and_the_nearest_is_reached(
     target: tuple[str, str, float], word: str
 ) -> None:
@@ -92,7 +90,7 @@ def test_a_budget_without_prices_is_refused() -> None:
         make_plan(model_shape("llama-3.1-8b"), msgspec.structs.replace(asked, cluster=free))
 
 
-# --- rejections --------------------------------------------------------------------------------------------------------
+# --- rejections -------------------------------------------------------------------------------------------------------
 
 
 def test_every_rejection_has_a_number_and_every_family_one_line() -> None:
@@ -121,7 +119,7 @@ def test_the_answer_and_its_equals_are_not_rejected() -> None:
     assert not chosen & {line.family for line in found.rejections if line.reason != "estimate"}
 
 
-# --- ties, front, pools, precisions ------------------------------------------------------------------------------------
+# --- ties, front, pools, precisions -----------------------------------------------------------------------------------
 
 
 def test_a_target_within_the_band_is_flagged_and_one_far_away_is_not() -> None:

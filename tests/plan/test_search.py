@@ -27,7 +27,7 @@ def shape_of(found: Plan) -> Shape:
     return setup.pools[0].engine.shape
 
 
-# --- one GPU, one node, two nodes --------------------------------------------------------------------------------------
+# --- one GPU, one node, two nodes -------------------------------------------------------------------------------------
 
 
 def test_8b_is_served_by_one_gpu() -> None:
@@ -60,7 +60,9 @@ def test_70b_in_16_bits_is_four_h100s_for_long_contexts() -> None:
 
 
 def test_405b_in_8_bits_is_one_node() -> None:
-    found = plan("llama-3.1-405b", "2x8xH100:ndr", 1, 1000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.1)), weights=("float8",))
+    found = plan(
+        "llama-3.1-405b", "2x8xH100:ndr", 1, 1000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.1)), weights=("float8",)
+    )
     assert setup_of(found).devices == 8
     assert not crosses_nodes(shape_of(found), cluster("2x8xH100:ndr"))
 
@@ -70,7 +72,7 @@ def test_405b_in_16_bits_is_two_nodes_with_tp_within_and_pp_across() -> None:
     assert shape_of(found) == Shape(tp=8, pp=2)
 
 
-# --- networks ----------------------------------------------------------------------------------------------------------
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", [LOOSE, ()], ids=["targets", "no targets"])
@@ -112,12 +114,18 @@ def test_within_a_node_more_gpus_end_to_help_a_small_model() -> None:
     assert times[-1] > min(times)
 
 
-# --- experts, tp, headroom ---------------------------------------------------------------------------------------------
+# --- experts, tp, headroom --------------------------------------------------------------------------------------------
 
 
 def test_deepseek_v3_spreads_its_experts_over_many_gpus() -> None:
     found = plan(
-        "deepseek-v3", "2x8xH100:ndr", 5, 2000, 300, (("ttft", "p99", 3.0), ("itl", "p99", 0.08)), weights=("float8-block",)
+        "deepseek-v3",
+        "2x8xH100:ndr",
+        5,
+        2000,
+        300,
+        (("ttft", "p99", 3.0), ("itl", "p99", 0.08)),
+        weights=("float8-block",),
     )
     shape = shape_of(found)
     assert shape.ep * shape.attention_dp > 1
@@ -162,7 +170,7 @@ def test_no_rule_of_thumb_is_in_the_code() -> None:
         assert set(found) <= {"1"}, f"{file}: {found}"
 
 
-# --- cost of a plan ----------------------------------------------------------------------------------------------------
+# --- cost of a plan ---------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_of_405b_on_64_gpus_runs_few_event_loops() -> None:

@@ -62,9 +62,7 @@ def test_what_people_write(parse: Callable[[str], object], text: str, value: obj
         (units.failures, "2 gpus", "1gpu"),
     ],
 )
-def test_refusals_name_the_value_and_show_an_example(
-    parse: Callable[[str], object], text: str, example: str
-) -> None:
+def test_refusals_name_the_value_and_show_an_example(parse: Callable[[str], object], text: str, example: str) -> None:
     with pytest.raises(UnitError) as refusal:
         parse(text)
     assert repr(text) in str(refusal.value) or text.replace("$", "") in str(refusal.value)

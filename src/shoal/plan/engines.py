@@ -14,7 +14,7 @@ from shoal.core.cost.profiles import profile
 from shoal.core.cost.types import CachePrecision, EngineShape, MemoryBudget, StepCost, StepShape, WeightPrecision
 from shoal.core.hardware import Provenance
 from shoal.core.model_shape import ModelShape
-from shoal.plan.candidates import Shape, engine_shape, refusal, shapes
+from shoal.plan.candidates import Shape, crosses_nodes, engine_shape, refusal, shapes
 from shoal.plan.goal import Goal, Target
 from shoal.plan.rejections import Ledger, where_time_goes
 from shoal.plan.screen import Curve, Load, Traffic, traffic_of
@@ -23,6 +23,10 @@ from shoal.plan.units import show_bytes, show_duration
 
 SLACK = 1.15
 """By how much a closed form may miss a target and still be looked at closely."""
+
+
+FAR = 4
+"""An engine of more than so many times the devices of a setup that does cannot be the smallest."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +94,8 @@ class Engine:
     def front_seconds(self) -> float:
         """Of a request outside of steps."""
         profile = self.cost.profile
-        return profile.front_seconds + profile.prompt_token_seconds * self.traffic.input
+        own = profile.front_request_seconds + profile.front_token_seconds * self.traffic.input
+        return profile.front_seconds + own
 
     @property
     def held_tokens(self) -> float:
@@ -130,7 +135,7 @@ class Workshop:
 
     def engines(self) -> Iterator[list[Engine]]:
         """Of each split and precision, the smaller splits first: one for each chunk size that fits, all of which pass
-        for one request alone. After `enough` is set, engines of more than that many devices are only counted."""
+        for one request alone. Once `enough` devices are known to do, engines of many times as many are only counted."""
         cluster, seen = self.goal.cluster, dict[tuple[object, ...], str]()
         ordered = sorted(shapes(self.model, cluster), key=lambda shape: shape.devices)
         for shape in ordered:
@@ -144,8 +149,8 @@ class Workshop:
                 continue
             for weights in self.options.weights:
                 for cache in self.options.caches:
-                    if self.enough is not None and shape.devices > self.enough:
-                        self._too_large(shape, weights)
+                    if self.enough is not None and shape.devices > FAR * self.enough:
+                        self._too_large(shape, weights, cache)
                         continue
                     made = self._of(shape, weights, cache)
                     if made and self._is_new(made[0], seen):
@@ -166,15 +171,15 @@ class Workshop:
         known = seen.setdefault((*sign, times, round(engine.memory.cache / 1e7)), str(choice.shape))
         return known == str(choice.shape)
 
-    def _too_large(self, shape: Shape, weights: WeightPrecision) -> None:
+    def _too_large(self, shape: Shape, weights: WeightPrecision, cache: CachePrecision) -> None:
         enough = self.enough
-        self.ledger.add(
-            "larger",
-            shape,
-            weights,
-            1e6 + shape.devices,
-            lambda: (f"one engine is {shape.devices} GPUs, {enough} do", ""),
-        )
+
+        def why() -> tuple[str, str]:
+            cost = CostModel(self.engine_shape(shape, weights, cache, min(self.options.chunks)), self.calibration)
+            goes = network_share(cost, self.traffic, shape)
+            return f"one engine is {shape.devices} GPUs, {enough} do{goes}", ""
+
+        self.ledger.add("larger", shape, weights, 1e6 + shape.devices, why)
 
     def _of(self, shape: Shape, weights: WeightPrecision, cache: CachePrecision) -> list[Engine]:
         made: list[Engine] = []
@@ -262,6 +267,15 @@ class Workshop:
             lambda: floor_reason(engine, idle, worst),
         )
         return False
+
+
+def network_share(cost: CostModel, traffic: Traffic, shape: Shape) -> str:
+    """What of a decode step goes into a network, in words; empty where no rank of a layer is on another node."""
+    cluster = cost.engine.cluster
+    if not {"tp", "ep", "cp", "attention-dp"} & set(crosses_nodes(shape, cluster)):
+        return ""
+    step = cost.step(StepShape(decode_rows=1, decode_context=int(traffic.context), sampled=1))
+    return f"; {where_time_goes(step, shape, cluster)}"
 
 
 def _told(why: str) -> Callable[[], tuple[str, str]]:

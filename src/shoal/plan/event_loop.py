@@ -58,6 +58,8 @@ class _Sequence(msgspec.Struct):
     done: int = 0
     """Of the input."""
     first: float = -1.0
+    ready: float = 0.0
+    """When the front has passed it on."""
     held: int = 0
     """Tokens reserved in the cache beyond what is counted as it grows."""
 
@@ -103,6 +105,7 @@ class Loop:
         self.used = 0.0
         self.added = 0
         self.begun = 0
+        self.front_free = 0.0
         self.stall = 0.0
         """Since the rows that decode had their last token, by steps that were not theirs."""
         self.out = Outcome(ttft=Weighted(), tpot=Weighted(), itl=Weighted(), end_to_end=Weighted())
@@ -111,7 +114,11 @@ class Loop:
     def add(self, arrival: float) -> None:
         prompt, output = self.workload.request(self.added)
         self.added += 1
-        self.waiting.append(_Sequence(arrival, prompt, output, output, int(prompt * self.workload.cached_share)))
+        profile = self.cost.profile
+        busy = profile.front_request_seconds + profile.front_token_seconds * prompt
+        self.front_free = max(self.front_free, arrival) + busy
+        cached = int(prompt * self.workload.cached_share)
+        self.waiting.append(_Sequence(arrival, prompt, output, output, cached, ready=self.front_free))
 
     def add_prefilled(self, arrival: float, number: int) -> None:
         """A sequence whose cache and first token come from elsewhere."""
@@ -127,6 +134,8 @@ class Loop:
                 self._mixed_step()
             elif self.rows:
                 self._decode_steps(next_arrival)
+            elif self.waiting and self.waiting[0].ready > self.now:
+                self.now = min(next_arrival, self.waiting[0].ready)
             else:
                 break
 
@@ -145,6 +154,8 @@ class Loop:
             self.wait_from = -1
         while self.waiting and self.rows + len(self.prefilling) < self.row_limit:
             sequence = self.waiting[0]
+            if sequence.ready > self.now:
+                return
             held = sequence.output if self.reserve else 0
             need = sequence.input + held
             if self.used + need > self.capacity and (self.rows or self.prefilling):
@@ -203,6 +214,8 @@ class Loop:
             count = max(1, min(count, self.wait_from + self.wait_steps - self.steps))
         middle = self.context + self.rows * (count + 1) // 2
         duration = self._seconds(0, 0, 0.0, 0, self.rows, middle, self.rows)
+        if self.waiting and self.waiting[0].ready > self.now:
+            next_arrival = min(next_arrival, self.waiting[0].ready)
         if self.now + count * duration > next_arrival:
             count = max(1, int((next_arrival - self.now) / duration) + 1)
         self._advance(count, duration, self.rows)

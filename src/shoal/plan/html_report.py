@@ -22,7 +22,8 @@ h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.1rem;margin:2rem 0 .4rem}
 table{border-collapse:collapse;font-size:.88rem;display:block;overflow-x:auto}
 td,th{padding:.25rem .7rem .25rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #e2e8f0}
 th{color:#4a5568;font-weight:500}li{margin:.15rem 0}svg{max-width:100%;height:auto}
-.charts{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}figcaption{color:#4a5568;font-size:.88rem}
+.charts{display:flex;flex-wrap:wrap;gap:1.5rem}
+figure{margin:0;flex:1 1 24rem;max-width:42rem}figcaption{color:#4a5568;font-size:.88rem}
 @media(prefers-color-scheme:dark){body{background:#14181f;color:#e2e8f0}.goal,th,figcaption{color:#a0aec0}
 td,th{border-color:#2d3748}svg text{fill:#cbd5e0}svg .axis{stroke:#718096}}
 """
@@ -165,7 +166,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 def _svg(content: str, caption: str, height: float) -> str:
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img" aria-label="{escape(caption)}"'
+        f'<figure><svg viewBox="0 0 {WIDTH} {height:.0f}" width="100%" role="img" aria-label="{escape(caption)}"'
         f' font-family="system-ui,sans-serif">{content}</svg><figcaption>{escape(caption)}</figcaption></figure>'
     )
 

@@ -57,7 +57,10 @@ def signals(search: Search) -> list[Signal]:
     fits = _fits(search, bool(smallest) and smallest[0].choice.shape.devices == 1)
     if not smallest:
         return [fits]
-    best = max(smallest, key=lambda engine: engine.capacity)
+    targets = search.goal.targets
+    best = max(
+        smallest, key=lambda engine: (engine.capacity, -engine.curve.idle.excess(targets) if engine.curve.idle else 0.0)
+    )
     return [fits, _idle_compute(search, best), _batching(search, best)]
 
 

@@ -16,7 +16,7 @@ import msgspec
 from shoal.core.cost.calibration import Calibration
 from shoal.core.model_shape import ModelShape
 from shoal.plan.candidates import engines_that_fit, lost_engines, replicas_for
-from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason
+from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason, network_share
 from shoal.plan.estimate import by_event_loop, from_load
 from shoal.plan.goal import Goal, Target
 from shoal.plan.pools import best_pools
@@ -25,8 +25,6 @@ from shoal.plan.screen import Load
 from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.units import show_duration, show_money, show_rate
 
-FAR = 4
-"""Engines of more than so many times the devices of a setup that does are not looked at."""
 NEARLY = 0.05
 """A difference that no prediction is exact enough for."""
 MUCH_LESS = 0.7
@@ -146,7 +144,7 @@ class Search:
         devices = replicas_for(needed, shape.devices, self.goal.cluster, self.goal.survive) * shape.devices
         if devices <= self.goal.cluster.num_devices:
             known = self.workshop.enough
-            self.workshop.enough = devices * FAR if known is None else min(known, devices * FAR)
+            self.workshop.enough = devices if known is None else min(known, devices)
 
     def _placed(self, loads: list[tuple[Load, Engine]], more: int = 0) -> Candidate | None:
         """The first of `loads`, as often as the rate asks for and `more`. None where the cluster has no room for so
@@ -236,11 +234,11 @@ class Search:
         shape = engine.choice.shape
         needed = replicas * shape.devices
         if lost and replicas - lost <= fits:
-            why = f"{replicas} engines are needed to survive the loss of a {goal.survive}, and {fits} fit"
+            why = f"{replicas} engines are needed to survive the loss of a {goal.survive}, and {_engines(fits)}"
             return why, f"{needed} GPUs, or no --survive"
         why = (
-            f"{fits} engines fit, which carry {show_rate(carried)} under the targets of {show_rate(goal.demand.rate)}"
-            f" ({replicas} would)"
+            f"{_engines(fits)}, carrying {show_rate(carried)} under the targets where {show_rate(goal.demand.rate)} are"
+            f" asked for ({replicas} would do)"
         )
         return why, f"{needed} GPUs, or --rate {show_rate(carried)}"
 
@@ -326,8 +324,8 @@ class Search:
         return ""
 
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
-        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens come
-        faster; then the one with fewer ranks in an engine."""
+        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens
+        come faster; then the one with fewer ranks in an engine."""
         if abs(one.prediction.capacity / max(1e-12, other.prediction.capacity) - 1) > NEARLY:
             return one.prediction.capacity > other.prediction.capacity
         if abs(one.prediction.tpot.value / other.prediction.tpot.value - 1) > NEARLY:
@@ -394,7 +392,11 @@ class Search:
             "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
         )
         self.ledger.add(
-            "larger", engine.choice.shape, engine.precision, candidate.devices, lambda: (f"{setup}: {why}{told}", "")
+            "larger",
+            engine.choice.shape,
+            engine.precision,
+            candidate.devices,
+            lambda: (f"{setup}: {why}{told}{network_share(engine.cost, engine.traffic, engine.choice.shape)}", ""),
         )
 
     def _screened(self, made: list[Engine]) -> list[Verdict]:
@@ -417,6 +419,10 @@ class Search:
                 prediction = from_load(engine, load, engine.capacity * replicas)
                 verdicts.append(verdict(setup, prediction, None, goal, prediction.excess(goal.targets) <= 1))
         return verdicts
+
+
+def _engines(count: int) -> str:
+    return "1 engine fits" if count == 1 else f"{count} engines fit"
 
 
 def limit_of(engine: Engine, load: Load) -> int:

@@ -370,7 +370,7 @@ class _PromptPool:
 
 def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
     out: Outcome = loop.out
-    front = cost.profile.front_seconds + cost.profile.prompt_token_seconds * loop.workload.inputs.mean
+    front = cost.profile.front_seconds
     per_second = out.output_tokens / seconds if seconds else 0.0
     low, high = interval(cost, "throughput")
     return ServingEstimate(

@@ -109,6 +109,9 @@ class Coefficients(msgspec.Struct, kw_only=True):
 INDEX_HEADS = 64
 """Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
+SCAN = 40.0
+"""Operations a token and element of the state of linear attention, at the rate of attention: four products of chunks,
+at a fifth of its rate."""
 UNFUSED = 3.0
 """Launches that experts and uncommon attention take outside of graphs, for one within."""
 
@@ -147,7 +150,7 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         else layer.mlp.intermediate_size
         for layer in model.layers
     )
-    elementwise = layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
+    elementwise = profile.elementwise * layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
     link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
@@ -231,7 +234,7 @@ def _attention(
     state = token = 0.0
     if a.kind == "linear":
         moved = pair = context = 0.0
-        state, token = 2 * a.state_elements / ranks * 4, 8 * a.state_elements / ranks
+        state, token = 2 * a.state_elements / ranks * 4, SCAN * a.state_elements / ranks
     split = engine.layout.cp
     return AttentionCoefficients(
         count=layer.count * stage_share(engine),
@@ -270,7 +273,7 @@ def _collectives(
     exchange_ranks: int,
 ) -> Callable[[float], float]:
     cluster, ranks = engine.cluster, engine.layout.tensor_ranks
-    more = profile.reduce_seconds
+    more = profile.reduce_seconds + profile.rank_seconds * (ranks - 1)
     reduces = 2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers
     chosen = max((layer.mlp.num_experts_per_token for layer in engine.model.layers), default=0)
     hidden = engine.model.hidden_size
