@@ -12,7 +12,7 @@ from shoal.core.config import SchedulerConfig
 from shoal.core.cost.types import StepShape
 from shoal.core.router import Router, RoutingConfig
 from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, check
-from shoal.sim.fleet_simulation import FleetSimulation
+from shoal.sim.fleet_simulation import FleetSimulation, FrontEnd
 from shoal.sim.gateway import Rules
 from shoal.sim.histogram import Histogram, percentile
 from shoal.sim.law import StepLaw, StepTime, remembered
@@ -43,7 +43,11 @@ def simulate(requests: list[Arrival], law: StepLaw, replicas: int = 1, **more: o
 
 
 def test_times_of_one_request() -> None:
-    simulation = simulate([arrival(0, 1.0, 100, 5)], lambda shape: 0.5, front_seconds=lambda tokens: 0.25)
+    simulation = simulate(
+        [arrival(0, 1.0, 100, 5)],
+        lambda shape: 0.5,
+        front=FrontEnd(delay=0.1, request_seconds=0.05, token_seconds=0.001),
+    )
     summary = summarise(simulation, Target(ttft=1.0, tpot=0.5, e2e=3.0), 4, 3.6)
     assert summary.ttft.p50 == pytest.approx(0.75)
     assert summary.tpot.p50 == pytest.approx(0.5)
@@ -199,3 +203,10 @@ def test_a_law_that_is_remembered_is_the_same_law() -> None:
     seconds = remembered(law)
     assert [seconds(shape) for shape in shapes * 2] == [StepTime()(shape) for shape in shapes * 2]
     assert len(shapes) < len(asked) < 2 * len(shapes)
+
+
+def test_a_front_end_takes_one_after_the_other_in_each_process() -> None:
+    requests = [arrival(n, 0.0, 100, 1) for n in range(4)]
+    for processes, expected in ((1, [0.6, 1.1, 1.6, 2.1]), (2, [0.6, 0.6, 1.1, 1.1]), (9, [0.6] * 4)):
+        front = FrontEnd(delay=0.1, request_seconds=0.3, token_seconds=0.002, processes=processes)
+        assert [at for at, _ in front.passed(requests)] == pytest.approx(expected)

@@ -27,7 +27,7 @@ from shoal.plan.models import ModelError, model_shape
 from shoal.serve.deployment import Deployment, DeploymentError, ModelDeployment, check
 from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, Measure
 from shoal.sim.faults import Fault, FaultError, parse, schedule
-from shoal.sim.fleet_simulation import FleetSimulation
+from shoal.sim.fleet_simulation import FleetSimulation, FrontEnd
 from shoal.sim.gateway import Rules
 from shoal.sim.law import StepLaw, remembered
 from shoal.sim.requests import Arrival
@@ -316,7 +316,13 @@ def _simulation(
         spares=model.spares,
         report_interval=REPORT_SECONDS,
         start_seconds=_duration("--start", options.start) or 0.0,
-        front_seconds=lambda tokens: front.front_seconds + tokens * front.prompt_token_seconds,
+        front=FrontEnd(
+            delay=front.front_seconds,
+            request_seconds=front.front_request_seconds,
+            token_seconds=front.front_token_seconds,
+            # shoal's gateway is one process; of other engines each has a front of its own.
+            processes=1 if front.name == "shoal" else replicas,
+        ),
         router_block_size=model.routing.block_size,
         sample_interval=max(_duration("--interval", options.interval) or 0.0, 0.1),
         until=_duration("--until", options.until) or float("inf"),

@@ -7,6 +7,7 @@ the fleet. Equal arguments give equal runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heapreplace
 
 import msgspec
 
@@ -42,6 +43,29 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the time of replicas that are up in which a step was computed."""
 
 
+class FrontEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """What is between a client and the queue: HTTP, a chat template, text to tokens."""
+
+    delay: float = 0.0
+    """Seconds, of each request beside others."""
+    request_seconds: float = 0.0
+    """That a request keeps a process to itself."""
+    token_seconds: float = 0.0
+    """The same, for every token of the prompt."""
+    processes: int = 1
+
+    def passed(self, arrivals: Sequence[Arrival]) -> list[tuple[float, Arrival]]:
+        """When each is through, in that order: first come, first served."""
+        free = [0.0] * self.processes
+        through = []
+        for number, arrival in enumerate(sorted(arrivals, key=lambda one: one.at)):
+            begun = max(arrival.at, free[0])
+            done = begun + self.request_seconds + self.token_seconds * arrival.num_prompt
+            heapreplace(free, done)
+            through.append((done + self.delay, number, arrival))
+        return [(at, arrival) for at, _, arrival in sorted(through, key=lambda item: item[:2])]
+
+
 class FleetSimulation:
     def __init__(
         self,
@@ -57,14 +81,14 @@ class FleetSimulation:
         report_interval: float | None = None,
         report_delay: float = 0.0,
         start_seconds: float = 0.0,
-        front_seconds: Callable[[int], float] = lambda num_prompt: 0.0,
+        front: FrontEnd | None = None,
         router_block_size: int = 64,
         sample_interval: float | None = None,
         until: float = float("inf"),
         on_tick: Callable[[FleetSimulation], None] | None = None,
     ) -> None:
-        """`start_seconds`: of an engine that is started while the simulation runs. `front_seconds`: what tokenising,
-        HTTP and streaming add to a request of so many tokens. `on_tick`: ten times a second of virtual time."""
+        """`start_seconds`: of an engine that is started while the simulation runs. `on_tick`: ten
+        times a second of virtual time."""
         self.chooser = chooser
         self.config = config
         self.law = law
@@ -89,10 +113,8 @@ class FleetSimulation:
             on_event=self.say,
         )
         self.gateway.restart = lambda member: self.kill(member.name, "it was hung for too long")
-        # A request is seen once its front end is done with it.
-        self._arrivals = sorted(
-            (one.at + front_seconds(one.num_prompt), number, one) for number, one in enumerate(arrivals)
-        )
+        self._arrivals = (front or FrontEnd()).passed(arrivals)
+        """With when the gateway sees each."""
         self._to_come = len(self._arrivals)
         self._stage_law = stage_law
         self._router_block_size = router_block_size
@@ -192,7 +214,7 @@ class FleetSimulation:
     # --- what happens -----------------------------------------------------------------------------------------------
 
     def _coming(self) -> Iterator[tuple[float, Action]]:
-        for at, _, arrival in self._arrivals:
+        for at, arrival in self._arrivals:
             yield at, lambda arrival=arrival: self._arrive(arrival)  # type: ignore[misc]
 
     def _arrive(self, arrival: Arrival) -> None:
