@@ -44,7 +44,7 @@ def constants(weights: str) -> list[Constant]:
     """What is fitted. Bounds are physical: no fraction is of more than all there is, but for caches that help."""
     return [
         Constant(
-            name=f"fractions.stream.{weights}", start=0.8, least=0.1, most=1.5,
+            name=f"fractions.stream.{weights}", start=0.8, least=0.1, most=1.1,
             meaning="of the memory's bandwidth, that weights are read at",
         ),
         Constant(
