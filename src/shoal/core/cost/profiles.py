@@ -27,8 +27,10 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Time of an all-reduce relative to the link's table."""
     expert_factor: float = 1.0
     """Time of experts relative to the operators' law."""
-    activation_bytes: float = 2.0e9
-    """Peak of a step's temporaries."""
+    reserves_output: bool = False
+    """A sequence begins only when the cache can hold its longest output; else it grows, and may be preempted."""
+    mixes_prefill: bool = True
+    """Chunks of prompts share steps with rows that decode; else they have steps of their own, first."""
     workspace_bytes: float = 0.3e9
     """Beside the model on one device: the runtime, graphs."""
     workspace_bytes_ranks: float = 2.1e9
@@ -46,7 +48,6 @@ PROFILES: dict[str, EngineProfile] = {
             row_seconds=10e-6,
             layer_kernels=7,
             front_seconds=5e-3,
-            activation_bytes=0.5 * GIB,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=1.0 * GIB,
         ),
@@ -57,7 +58,6 @@ PROFILES: dict[str, EngineProfile] = {
             layer_kernels=7,
             front_seconds=30e-3,
             float8_attention=0.8,
-            activation_bytes=1.9 * GIB,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=2.1 * GIB,
         ),
@@ -68,17 +68,17 @@ PROFILES: dict[str, EngineProfile] = {
             layer_kernels=7,
             front_seconds=40e-3,
             float8_attention=0.65,
-            activation_bytes=1.9 * GIB,
+            mixes_prefill=False,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=2.1 * GIB,
         ),
         EngineProfile(
             name="tensorrt-llm",
+            reserves_output=True,
             step_seconds=1.5e-3,
             row_seconds=8e-6,
             layer_kernels=7,
             front_seconds=30e-3,
-            activation_bytes=1.9 * GIB,
             workspace_bytes=0.27 * GIB,
             workspace_bytes_ranks=2.1 * GIB,
         ),

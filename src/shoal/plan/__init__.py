@@ -1,0 +1,1 @@
+"""The planner: which setup meets a target, and why."""

@@ -1,0 +1,250 @@
+"""An engine under load in virtual time, as sums: what waits, what runs, and one step after another by the cost model.
+
+Steps that differ only in a longer context are taken together. The simulator drives the real scheduler; this is the
+planner's, which must answer in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+import msgspec
+
+from shoal.core.cost.model import CostModel
+from shoal.core.cost.types import StepShape
+from shoal.plan.workload import Weighted, Workload
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """Of one run; seconds."""
+
+    ttft: Weighted
+    tpot: Weighted
+    itl: Weighted
+    end_to_end: Weighted
+    output_tokens: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
+    preemptions: int = 0
+    rows_seconds: float = 0.0
+    """Sum over time of rows that decode."""
+    cache_peak: float = 0.0
+    waiting: int = 0
+    """Left in the queue at the end."""
+
+
+class _Sequence(msgspec.Struct):
+    arrival: float
+    input: int
+    """To compute before its next token: the prompt, and what was generated before a preemption."""
+    output: int
+    """Still to generate."""
+    total_output: int
+    done: int = 0
+    """Of the input."""
+    first: float = -1.0
+    held: int = 0
+    """Tokens reserved in the cache beyond what is counted as it grows."""
+
+
+class Loop:
+    """`arrivals` gives the time of the request of a number, or None where it comes when another ends."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        workload: Workload,
+    ) -> None:
+        engine = cost.engine
+        self.cost, self.workload = cost, workload
+        self.stages = engine.layout.pp
+        self.groups = engine.attention_dp
+        self.token_limit = engine.max_batch_tokens * self.groups
+        self.row_limit = engine.max_sequences * self.groups
+        budget = cost.memory()
+        self.capacity = float(budget.cache_tokens) * self.groups if budget.bytes_per_token else float("inf")
+        if budget.bytes_per_sequence and budget.bytes_per_token:
+            per_row = budget.bytes_per_sequence / budget.bytes_per_token
+            mean = workload.inputs.mean + workload.outputs.mean / 2
+            self.capacity *= mean / (mean + per_row)
+        self.reserve = cost.profile.reserves_output
+        self.mixes = cost.profile.mixes_prefill
+        self.now = 0.0
+        self.waiting: deque[_Sequence] = deque()
+        self.prefilling: deque[_Sequence] = deque()
+        self.ends: list[tuple[int, int, _Sequence]] = []
+        """Running sequences by the number of the step that ends them."""
+        self.steps = 0
+        self.rows = 0
+        """That decode."""
+        self.context = 0
+        """Tokens that they have in the cache."""
+        self.used = 0.0
+        self.added = 0
+        self.begun = 0
+        self.stall = 0.0
+        """Since the rows that decode had their last token, by steps that were not theirs."""
+        self.out = Outcome(ttft=Weighted(), tpot=Weighted(), itl=Weighted(), end_to_end=Weighted())
+        self.finished: Callable[[float], None] | None = None
+
+    def add(self, arrival: float) -> None:
+        prompt, output = self.workload.request(self.added)
+        self.added += 1
+        self.waiting.append(_Sequence(arrival, prompt, output, output, int(prompt * self.workload.cached_share)))
+
+    def add_prefilled(self, arrival: float, number: int) -> None:
+        """A sequence whose cache and first token come from elsewhere."""
+        prompt, output = self.workload.request(number)
+        self.waiting.append(_Sequence(arrival, prompt, output, output, prompt, first=arrival))
+
+    def run(self, next_arrival: float) -> None:
+        """Until it is `next_arrival`, or nothing is left to do."""
+        while self.now < next_arrival:
+            self._admit()
+            if self.prefilling:
+                self._mixed_step()
+            elif self.rows:
+                self._decode_steps(next_arrival)
+            else:
+                break
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting and self.rows + len(self.prefilling) < self.row_limit:
+            sequence = self.waiting[0]
+            held = sequence.output if self.reserve else 0
+            need = sequence.input + held
+            if self.used + need > self.capacity and (self.rows or self.prefilling):
+                return
+            self.waiting.popleft()
+            sequence.held = held
+            self.used += need
+            if sequence.done >= sequence.input:
+                self._begin(sequence)
+            else:
+                self.prefilling.append(sequence)
+
+    def _mixed_step(self) -> None:
+        decode_rows = self.rows if self.mixes else 0
+        budget = max(1, self.token_limit * self.stages - decode_rows)
+        tokens = rows = context = 0
+        pairs = 0.0
+        complete: list[_Sequence] = []
+        while self.prefilling and budget > 0:
+            sequence = self.prefilling[0]
+            n = min(budget, sequence.input - sequence.done)
+            pairs += n * (sequence.done + (n + 1) / 2)
+            sequence.done += n
+            tokens, rows, context, budget = tokens + n, rows + 1, context + sequence.done, budget - n
+            if sequence.done < sequence.input:
+                break
+            complete.append(self.prefilling.popleft())
+        duration = self._seconds(tokens, rows, pairs, context, decode_rows, self.context + decode_rows, len(complete))
+        self._advance(1, duration, decode_rows)
+        for sequence in complete:
+            self._begin(sequence)
+
+    def _begin(self, sequence: _Sequence) -> None:
+        """The first token came of the last chunk."""
+        if sequence.first < 0:
+            sequence.first = self.now
+            self.out.ttft.add(self.now - sequence.arrival)
+        sequence.output -= 1
+        if sequence.output <= 0:
+            self.used -= sequence.input + sequence.held
+            self._end(sequence)
+            return
+        self.rows += 1
+        self.context += sequence.input
+        self.begun += 1
+        heappush(self.ends, (self.steps + sequence.output, self.begun, sequence))
+
+    def _decode_steps(self, next_arrival: float) -> None:
+        """As many as are alike: until one ends, the cache is full, or a request arrives."""
+        count = self.ends[0][0] - self.steps
+        if not self.reserve:
+            count = min(count, max(1, int((self.capacity - self.used) / self.rows)))
+        middle = self.context + self.rows * (count + 1) // 2
+        duration = self._seconds(0, 0, 0.0, 0, self.rows, middle, self.rows)
+        if self.now + count * duration > next_arrival:
+            count = max(1, int((next_arrival - self.now) / duration) + 1)
+        self._advance(count, duration, self.rows)
+
+    def _seconds(
+        self, tokens: int, rows: int, pairs: float, context: int, decode_rows: int, decode_context: int, sampled: int
+    ) -> float:
+        stages = self.stages
+        if stages > 1:
+            # As many batches are under way as there are stages; each has its share of the rows.
+            rows, decode_rows = -(-rows // stages), -(-decode_rows // stages)
+            tokens, pairs, context = -(-tokens // stages), pairs / stages, -(-context // stages)
+            decode_context, sampled = -(-decode_context // stages), -(-sampled // stages)
+        return self.cost.seconds(
+            StepShape(
+                prefill_tokens=tokens,
+                prefill_rows=rows,
+                prefill_pairs=pairs,
+                prefill_context=context,
+                decode_rows=decode_rows,
+                decode_context=decode_context,
+                sampled=sampled,
+            )
+        )
+
+    def _advance(self, count: int, duration: float, decode_rows: int) -> None:
+        out = self.out
+        self.now += count * duration
+        out.busy_seconds += count * duration
+        if not decode_rows:
+            self.stall += duration if self.rows else 0.0
+            return
+        out.itl.add(duration + self.stall, decode_rows)
+        if count > 1:
+            out.itl.add(duration, (count - 1) * decode_rows)
+        self.stall = 0.0
+        out.rows_seconds += count * duration * decode_rows
+        self.steps += count
+        self.context += count * decode_rows
+        if not self.reserve:
+            self.used += count * decode_rows
+        out.cache_peak = max(out.cache_peak, self.used)
+        while self.ends and self.ends[0][0] <= self.steps:
+            _, _, sequence = heappop(self.ends)
+            self.rows -= 1
+            length = sequence.input + sequence.output
+            self.context -= length
+            self.used -= sequence.input + (sequence.held if self.reserve else sequence.output)
+            self._end(sequence)
+        while self.used > self.capacity and self.rows > 1 and not self.reserve:
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """The one with most left to generate gives its cache up, and computes it again."""
+        last = max(self.ends)
+        self.ends.remove(last)
+        self.ends.sort()
+        sequence = last[2]
+        left = last[0] - self.steps
+        made = sequence.output - left
+        self.rows -= 1
+        self.context -= sequence.input + made
+        self.used -= sequence.input + made
+        sequence.input += made
+        sequence.output = left
+        sequence.done = 0
+        self.out.preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _end(self, sequence: _Sequence) -> None:
+        out = self.out
+        out.requests += 1
+        out.output_tokens += sequence.total_output
+        if sequence.total_output > 1:
+            out.tpot.add((self.now - sequence.first) / (sequence.total_output - 1))
+        out.end_to_end.add(self.now - sequence.arrival)
+        if self.finished is not None:
+            self.finished(self.now)

@@ -1,0 +1,371 @@
+"""What an engine gives under a steady load: TTFT, TPOT, ITL, throughput, with intervals.
+
+By a short run of the cost model in virtual time (event_loop.py): queueing and chunked prefill decide TTFT, and no
+closed form has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+from math import log
+
+import msgspec
+
+from shoal.core.cost.model import CostModel
+from shoal.core.cost.types import StepShape
+from shoal.plan.event_loop import Loop, Outcome
+from shoal.plan.workload import Lengths, Weighted, Workload
+
+__all__ = [
+    "Distribution",
+    "Lengths",
+    "ServingEstimate",
+    "Workload",
+    "capacity",
+    "closed_loop",
+    "disaggregated",
+    "offline",
+    "open_loop",
+    "static_batch",
+]
+
+
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. `low` and `high` are where the mean lies in nine of ten cases."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    low: float
+    high: float
+
+
+class ServingEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    refused: str = ""
+    """Why the engine cannot serve this at all; then every time is infinite."""
+    ttft: Distribution
+    tpot: Distribution
+    itl: Distribution
+    end_to_end: Distribution
+    output_tokens_per_second: float
+    low: float
+    """Of output_tokens_per_second: nine of ten cases lie between."""
+    high: float
+    requests_per_second: float
+    utilisation: float
+    """Of the time in which steps run."""
+    concurrency: float
+    """Mean number of sequences that decode."""
+    cache_share: float
+    """Of the cache that was in use at most."""
+    preemptions: int = 0
+    saturated: bool = False
+    """Requests came faster than they were served: the queue grows as long as the load lasts."""
+
+
+_NEVER = Distribution(
+    mean=float("inf"), p50=float("inf"), p90=float("inf"), p99=float("inf"), low=float("inf"), high=float("inf")
+)
+
+
+def refused(reason: str) -> ServingEstimate:
+    return ServingEstimate(
+        refused=reason,
+        ttft=_NEVER,
+        tpot=_NEVER,
+        itl=_NEVER,
+        end_to_end=_NEVER,
+        output_tokens_per_second=0.0,
+        low=0.0,
+        high=0.0,
+        requests_per_second=0.0,
+        utilisation=0.0,
+        concurrency=0.0,
+        cache_share=0.0,
+    )
+
+
+def refusal(cost: CostModel, workload: Workload) -> str:
+    """Why the engine's memory cannot hold one sequence of this workload; empty if it can."""
+    budget = cost.memory()
+    if budget.cache <= 0:
+        return (
+            f"weights and workspace take {-budget.cache / 1e9:.1f} GB more than a device's {budget.total / 1e9:.1f} GB"
+        )
+    longest = workload.inputs.longest + workload.outputs.longest
+    if budget.bytes_per_token and budget.cache_tokens < longest:
+        return f"the cache holds {budget.cache_tokens} tokens, and one sequence takes up to {longest}"
+    return ""
+
+
+def closed_loop(
+    cost: CostModel, workload: Workload, concurrency: int, *, requests: int | None = None
+) -> ServingEstimate:
+    """As many clients as `concurrency`, each sending its next request when the last is answered. All begin at once, as
+    load generators do, and `requests` (10 a client, if few) are counted, the first ones included."""
+    reason = refusal(cost, workload)
+    if reason:
+        return refused(reason)
+    total = requests or max(4 * concurrency, min(10 * concurrency, 640))
+    loop = Loop(cost, workload)
+
+    def again(now: float) -> None:
+        if loop.added < total:
+            loop.add(now)
+
+    loop.finished = again
+    for _ in range(min(concurrency, total)):
+        loop.add(0.0)
+    loop.run(float("inf"))
+    return _estimate(cost, loop, loop.now)
+
+
+def offline(cost: CostModel, workload: Workload, *, requests: int | None = None) -> ServingEstimate:
+    """Everything is queued at the start: the most that the engine gives. Its slow end is not counted."""
+    rows = cost.engine.max_sequences * cost.engine.attention_dp
+    return closed_loop(cost, workload, 2 * rows, requests=requests or 5 * rows)
+
+
+def open_loop(
+    cost: CostModel, workload: Workload, rate: float, *, requests: int = 400, gaps: Sequence[float] = ()
+) -> ServingEstimate:
+    """Requests come by themselves, `rate` a second: after `gaps` (in mean gaps, in turn), else exponential ones."""
+    reason = refusal(cost, workload)
+    if reason:
+        return refused(reason)
+    loop = Loop(cost, workload)
+    at, times = 0.0, []
+    for number in range(requests):
+        at += (gaps[number % len(gaps)] if gaps else exponential(number)) / rate
+        times.append(at)
+    for arrival in times:
+        loop.run(arrival)
+        loop.now = max(loop.now, arrival)
+        loop.add(arrival)
+    loop.run(float("inf"))
+    # A queue that grows shows in requests that end later taking longer, once the batch has filled.
+    taken = [value for value, _ in loop.out.end_to_end.values]
+    quarter = len(taken) // 4
+    grows = sum(taken[-quarter:]) > 1.3 * sum(taken[quarter : 2 * quarter])
+    return msgspec.structs.replace(_estimate(cost, loop, loop.now), saturated=grows)
+
+
+def exponential(number: int) -> float:
+    """The gap of that number, of mean 1: the inverse of the distribution at a scrambled van der Corput point."""
+    scrambled = (number * 2654435761 + 40503) & 0xFFFFFFFF
+    scrambled ^= scrambled >> 15
+    scrambled = (scrambled * 2246822519) & 0xFFFFFFFF
+    scrambled ^= scrambled >> 13
+    return -log((scrambled + 0.5) / 4294967296)
+
+
+def static_batch(cost: CostModel, input_length: int, output_length: int, batch: int) -> ServingEstimate:
+    """One batch that is computed together from its prompts to its last token."""
+    workload = Workload(inputs=Lengths.fixed(input_length), outputs=Lengths.fixed(output_length))
+    budget = cost.memory()
+    if budget.cache <= 0:
+        return refused(refusal(cost, workload))
+    prompts = StepShape(
+        prefill_tokens=batch * input_length,
+        prefill_rows=batch,
+        prefill_pairs=batch * input_length * (input_length + 1) / 2,
+        prefill_context=batch * input_length,
+        sampled=batch,
+    )
+    first = cost.seconds(prompts)
+    steps = max(1, output_length - 1)
+    middle = batch * (input_length + (steps + 1) // 2)
+    each = cost.seconds(StepShape(decode_rows=batch, decode_context=middle, sampled=batch))
+    whole = first + each * (output_length - 1)
+    rate = batch * output_length / whole
+    low, high = interval(cost, "throughput")
+    return ServingEstimate(
+        ttft=_one(cost, "ttft", first),
+        tpot=_one(cost, "tpot", each),
+        itl=_one(cost, "tpot", each),
+        end_to_end=_one(cost, "ttft", whole),
+        output_tokens_per_second=rate,
+        low=rate * low,
+        high=rate * high,
+        requests_per_second=batch / whole,
+        utilisation=1.0,
+        concurrency=float(batch),
+        cache_share=budget.bytes_per_token * batch * (input_length + output_length) / max(1, budget.cache),
+    )
+
+
+def capacity(
+    cost: CostModel,
+    workload: Workload,
+    *,
+    ttft: float | None = None,
+    itl: float | None = None,
+    percentile: float = 0.99,
+    requests: int = 300,
+) -> tuple[float, ServingEstimate]:
+    """The highest rate (requests/s) at which that percentile of TTFT and ITL stays within the targets, in seconds; 0 if
+    there is none, with the estimate at it."""
+    name = {0.5: "p50", 0.9: "p90", 0.99: "p99"}[percentile]
+
+    def meets(found: ServingEstimate) -> bool:
+        return (
+            not found.refused
+            and not found.saturated
+            and (ttft is None or getattr(found.ttft, name) <= ttft)
+            and (itl is None or getattr(found.itl, name) <= itl)
+        )
+
+    most = closed_loop(cost, workload, cost.engine.max_sequences, requests=2 * cost.engine.max_sequences)
+    if most.refused:
+        return 0.0, most
+    low, high = 0.0, 1.2 * most.requests_per_second
+    best = open_loop(cost, workload, high / 64, requests=requests)
+    if not meets(best):
+        return 0.0, best
+    for _ in range(8):
+        middle = (low + high) / 2
+        found = open_loop(cost, workload, middle, requests=requests)
+        if meets(found):
+            low, best = middle, found
+        else:
+            high = middle
+    return low, best
+
+
+def disaggregated(
+    prefill: CostModel,
+    prefill_engines: int,
+    decode: CostModel,
+    decode_engines: int,
+    workload: Workload,
+    concurrency: int,
+    *,
+    transfer_seconds: float = 0.0,
+    requests: int | None = None,
+) -> ServingEstimate:
+    """Prompts are computed by one pool of engines and go on in another, closed loop. The pools' engines share the load
+    evenly; `transfer_seconds` passes between a sequence's first token and its next step."""
+    for cost in (prefill, decode):
+        reason = refusal(cost, workload)
+        if reason:
+            return refused(reason)
+    share = max(1, round(concurrency / decode_engines))
+    total = requests or max(4 * share, min(10 * share, 640))
+    first_stage = _Queue(prefill, prefill_engines, workload)
+    loop = Loop(decode, workload)
+    # One decode engine is followed; the pool before it serves all of them.
+    scale = decode_engines
+    pending: list[tuple[float, float, int]] = []
+
+    numbers = iter(range(total))
+
+    def send(now: float) -> None:
+        number = next(numbers, None)
+        if number is not None:
+            first = first_stage.serve(now, number, scale)
+            heappush(pending, (first + transfer_seconds, now, number))
+            loop.out.ttft.add(first - now)
+
+    loop.finished = send
+    for _ in range(min(share, total)):
+        send(0.0)
+    heapify(pending)
+    while pending:
+        ready, _, number = pending[0]
+        loop.run(ready)
+        if pending and pending[0][0] < ready:
+            continue
+        heappop(pending)
+        loop.now = max(loop.now, ready)
+        loop.add_prefilled(ready, number)
+        if not pending:
+            loop.run(float("inf"))
+    estimate = _estimate(decode, loop, loop.now)
+    return msgspec.structs.replace(
+        estimate,
+        output_tokens_per_second=estimate.output_tokens_per_second * decode_engines,
+        low=estimate.low * decode_engines,
+        high=estimate.high * decode_engines,
+        requests_per_second=estimate.requests_per_second * decode_engines,
+        concurrency=estimate.concurrency * decode_engines,
+    )
+
+
+class _Queue:
+    """Engines that only compute prompts, first come first served; prompts that wait are computed together."""
+
+    def __init__(self, cost: CostModel, engines: int, workload: Workload) -> None:
+        self.cost, self.workload = cost, workload
+        self.free = [0.0] * engines
+        heapify(self.free)
+
+    def serve(self, now: float, number: int, copies: int) -> float:
+        """When the first token is there. `copies` engines ask alike at the same time."""
+        prompt, _ = self.workload.request(number)
+        end = now
+        for _ in range(copies):
+            begin = max(now, heappop(self.free))
+            end = begin + self._seconds(prompt)
+            heappush(self.free, end)
+        return end
+
+    def _seconds(self, prompt: int) -> float:
+        limit = self.cost.engine.max_batch_tokens
+        total, done = 0.0, 0
+        while done < prompt:
+            n = min(limit, prompt - done)
+            total += self.cost.seconds(
+                StepShape(
+                    prefill_tokens=n,
+                    prefill_rows=1,
+                    prefill_pairs=n * (done + (n + 1) / 2),
+                    prefill_context=done + n,
+                    sampled=1 if done + n == prompt else 0,
+                )
+            )
+            done += n
+        return total
+
+
+# --- from a run to an estimate ----------------------------------------------------------------------------------------
+
+
+def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
+    out: Outcome = loop.out
+    front = cost.profile.front_seconds + cost.profile.prompt_token_seconds * loop.workload.inputs.mean
+    per_second = out.output_tokens / seconds if seconds else 0.0
+    low, high = interval(cost, "throughput")
+    return ServingEstimate(
+        ttft=_distribution(cost, "ttft", out.ttft, front),
+        tpot=_distribution(cost, "tpot", out.tpot, 0.0),
+        itl=_distribution(cost, "tpot", out.itl, 0.0),
+        end_to_end=_distribution(cost, "ttft", out.end_to_end, front),
+        output_tokens_per_second=per_second,
+        low=per_second * low,
+        high=per_second * high,
+        requests_per_second=out.requests / seconds if seconds else 0.0,
+        utilisation=out.busy_seconds / seconds if seconds else 0.0,
+        concurrency=out.rows_seconds / seconds if seconds else 0.0,
+        cache_share=min(1.0, out.cache_peak / loop.capacity) if loop.capacity else 0.0,
+        preemptions=out.preemptions,
+    )
+
+
+def interval(cost: CostModel, metric: str) -> tuple[float, float]:
+    """What a prediction of the metric is multiplied by, for nine of ten cases to lie between."""
+    residual = cost.calibration.residual(metric, cost.profile.name, cost.engine.cluster.device.provenance)
+    return (residual.low, residual.high) if residual else (0.7, 1.5)
+
+
+def _distribution(cost: CostModel, metric: str, values: Weighted, plus: float) -> Distribution:
+    p50, p90, p99 = values.quantiles((0.5, 0.9, 0.99))
+    mean = values.mean() + plus
+    low, high = interval(cost, metric)
+    return Distribution(mean=mean, p50=p50 + plus, p90=p90 + plus, p99=p99 + plus, low=mean * low, high=mean * high)
+
+
+def _one(cost: CostModel, metric: str, value: float) -> Distribution:
+    low, high = interval(cost, metric)
+    return Distribution(mean=value, p50=value, p90=value, p99=value, low=value * low, high=value * high)

@@ -1,0 +1,94 @@
+"""What clients ask of an engine: lengths of inputs and outputs, drawn evenly and without randomness.
+
+So an estimate is a function of its arguments.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+
+import msgspec
+
+GOLDEN = 0.6180339887498949
+SILVER = 0.7548776662466927
+"""Steps of two low-discrepancy sequences that do not move together (after Roberts, 2018)."""
+
+
+class Lengths(msgspec.Struct, frozen=True, kw_only=True):
+    """Of inputs or outputs, in tokens: uniform in [low, high], or as in `values`."""
+
+    low: int = 1
+    high: int = 1
+    values: tuple[int, ...] = ()
+    """Ascending."""
+
+    @staticmethod
+    def fixed(length: int) -> Lengths:
+        return Lengths(low=length, high=length)
+
+    @staticmethod
+    def uniform(low: int, high: int) -> Lengths:
+        return Lengths(low=min(low, high), high=high)
+
+    @staticmethod
+    def spread(mean: float, spread: float) -> Lengths:
+        """Uniform in mean (1 - spread) to mean (1 + spread)."""
+        return Lengths(low=max(1, round(mean * (1 - spread))), high=max(1, round(mean * (1 + spread))))
+
+    @staticmethod
+    def of(values: list[int] | tuple[int, ...]) -> Lengths:
+        if not values:
+            raise ValueError("no lengths are given")
+        ordered = tuple(sorted(values))
+        return Lengths(low=ordered[0], high=ordered[-1], values=ordered)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values) if self.values else (self.low + self.high) / 2
+
+    @property
+    def longest(self) -> int:
+        return self.high
+
+    def at(self, share: float) -> int:
+        """The length that such a share of all are shorter than."""
+        if self.values:
+            return self.values[min(len(self.values) - 1, int(share * len(self.values)))]
+        return round(self.low + share * (self.high - self.low))
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    inputs: Lengths
+    outputs: Lengths
+    cached_share: float = 0.0
+    """Of a prompt that is found in the prefix cache."""
+
+    def request(self, number: int) -> tuple[int, int]:
+        """Input and output of the request of that number."""
+        return (
+            max(1, self.inputs.at((0.5 + number * GOLDEN) % 1)),
+            max(1, self.outputs.at((0.5 + number * SILVER) % 1)),
+        )
+
+
+class Weighted:
+    """Quantiles of values that each stand for several."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[float, float]] = []
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self.values.append((value, weight))
+
+    def mean(self) -> float:
+        weight = sum(each for _, each in self.values)
+        return sum(value * each for value, each in self.values) / weight if weight else 0.0
+
+    def quantiles(self, shares: tuple[float, ...]) -> list[float]:
+        if not self.values:
+            return [0.0] * len(shares)
+        ordered = sorted(self.values)
+        sums = list(accumulate(weight for _, weight in ordered))
+        last = len(ordered) - 1
+        return [ordered[min(last, bisect_right(sums, share * sums[-1]))][0] for share in shares]
