@@ -52,6 +52,10 @@ def constants(weights: str) -> list[Constant]:
             meaning="of the matrix rate, that the model's matrix products reach",
         ),
         Constant(
+            name="sharpness", start=2.0, least=1.0, most=8.0,
+            meaning="of the corner between reading weights and computing: 1 is one after the other",
+        ),
+        Constant(
             name="fractions.attention.decode", start=0.8, least=0.05, most=3.0,
             meaning="of the memory's bandwidth, that decode attention reads the KV cache at",
         ),
