@@ -26,7 +26,8 @@ class ForeignLoad:
         return max(0.0, self._read() - self._foreign_seconds) / (time.monotonic() - self._began)
 
     def _read(self) -> float:
-        return busy_seconds() - sum(os.times()[:4]) - tree_seconds(self._measured)
+        own = 0.0 if self._measured == os.getpid() else sum(os.times()[:4])
+        return busy_seconds() - own - tree_seconds(self._measured)
 
 
 def is_known() -> bool:

@@ -50,7 +50,7 @@ class TimedStep(msgspec.Struct, frozen=True, kw_only=True):
     """The fastest and the slowest visit's."""
     visits: int
     disturbed: int
-    """Visits beside which more than QUIET_CORES were busy with something else; left out where others are enough."""
+    """Visits beside which more than QUIET_CORES were busy with something else."""
     foreign_cores: float
     """Median over the visits that count."""
 
@@ -71,14 +71,12 @@ class StepTiming:
         block_tokens: int,
         vocab_size: int,
         max_batch_tokens: int,
-        rank_process: int | None = None,
     ) -> None:
-        """`rank_process`: a process whose descendants run the steps; None where this one does."""
+        """The engine is started, and of this process and its children; nobody else uses it meanwhile."""
         self._executor = executor
         self._vocab_size = vocab_size
         self._max_batch_tokens = max_batch_tokens
         self._block_tokens = block_tokens
-        self._process = rank_process
         self._next_plan = 1
         slots = max(len(point.needs()) for point in points)
         self._room = [max((p.needs()[s] for p in points if len(p.needs()) > s), default=0) for s in range(slots)]
@@ -107,7 +105,7 @@ class StepTiming:
         """The median of a few steps of this shape, behind one that brings the caches to where they are in a run."""
         rows = point.rows()
         self._run(rows)
-        foreign = ForeignLoad(self._process) if is_known() else None
+        foreign = ForeignLoad(os.getpid()) if is_known() else None
         began = time.perf_counter()
         seconds: list[float] = []
         while len(seconds) < _LEAST_STEPS or (time.perf_counter() - began < _VISIT_SECONDS and len(seconds) < 50):
@@ -128,7 +126,10 @@ class StepTiming:
 def time_steps(
     timing: StepTiming, points: Sequence[StepPoint], tp: int, *, rounds: int, report: Callable[[float], None]
 ) -> list[TimedStep]:
-    """Every point once a round, in another order each time, so that what drifts drifts for all of them."""
+    """Every point once a round, in another order each time, so that what drifts drifts for all of them.
+
+    Points that were disturbed too often are visited again, as often at most as there were rounds.
+    """
     visits: dict[StepPoint, list[Visit]] = {point: [] for point in points}
     draw = random.Random(1)
     for number in range(rounds):
@@ -137,12 +138,22 @@ def time_steps(
         for place, point in enumerate(order):
             visits[point].append(timing.visit(point))
             report((number + (place + 1) / len(order)) / rounds)
+    for _ in range(rounds):
+        for point in points:
+            if sum(is_quiet(visit) for visit in visits[point]) < (rounds + 1) // 2:
+                visits[point].append(timing.visit(point))
     return [summary(tp, point, visits[point]) for point in points]
 
 
+def is_quiet(visit: Visit) -> bool:
+    return visit.foreign_cores <= QUIET_CORES
+
+
 def summary(tp: int, point: StepPoint, visits: list[Visit]) -> TimedStep:
-    quiet = [visit for visit in visits if visit.foreign_cores <= QUIET_CORES]
-    counted = quiet if 2 * len(quiet) >= len(visits) else sorted(visits, key=lambda v: v.foreign_cores)[: len(visits) // 2 + 1]
+    """Of the quiet visits; where there are fewer than two, of the quieter half."""
+    quiet = [visit for visit in visits if is_quiet(visit)]
+    by_load = sorted(visits, key=lambda visit: visit.foreign_cores)
+    counted = quiet if len(quiet) >= 2 else by_load[: len(visits) // 2 + 1]
     seconds = [visit.seconds for visit in counted]
     return TimedStep(
         tp=tp,
@@ -154,7 +165,3 @@ def summary(tp: int, point: StepPoint, visits: list[Visit]) -> TimedStep:
         disturbed=len(visits) - len(quiet),
         foreign_cores=statistics.median(visit.foreign_cores for visit in counted),
     )
-
-
-def this_process() -> int:
-    return os.getpid()
