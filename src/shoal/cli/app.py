@@ -10,6 +10,7 @@ import typer
 from shoal import __version__
 from shoal.cli.audit_commands import audit_app
 from shoal.cli.bench_commands import bench
+from shoal.cli.calibrate import calibrate
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
 from shoal.config import parse_bytes
@@ -24,6 +25,7 @@ app.add_typer(fleet_app, name="fleet")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

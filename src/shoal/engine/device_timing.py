@@ -113,7 +113,7 @@ def figures(question: Question) -> DeviceFigures:
     if native:
         torch.set_num_threads(1)
     ops: Any = NativeOps(threads=question.threads) if native else TorchOps(device, _activations(on_cpu))
-    rates = {dtype: _rate(ops, device, dtype, _activations(on_cpu)) for dtype in question.dtypes}
+    rates: dict[str, float] = {dtype: _rate(ops, device, dtype, _activations(on_cpu)) for dtype in question.dtypes}
     x, weight = (torch.ones(shape, dtype=_activations(on_cpu), device=device) for shape in ((1, 64), (64,)))
     kernel = _seconds(lambda: ops.rms_norm(x, weight, 1e-6), device, most=200_000)
     reduces = {ranks: _all_reduces(question, ranks) for ranks in question.ranks if ranks > 1}

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.bench.calibration.step_timing import TimedStep
+from shoal.bench.calibration.step_timing import QUIET_CORES, TimedStep
 from shoal.core.cost.calibration import Calibration, Residual
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import EngineShape
@@ -104,7 +104,9 @@ def fit(engine_of: EngineOf, base: Calibration, steps: Sequence[TimedStep], weig
         models = {tp: CostModel(engine, calibration) for tp, engine in engines.items()}
         return np.log([models[step.tp].seconds(step.point.shape()) for step in steps])
 
-    x = _least_squares(predicted, measured, start, bounds)
+    # Beside others' work a step is slower by nobody knows how much.
+    trust = np.array([1 / (1 + (step.foreign_cores / QUIET_CORES) ** 2) for step in steps])
+    x = _least_squares(predicted, measured, trust, start, bounds)
     values = np.exp(x)
     calibration = applied(base, chosen, values)
     errors = np.exp(predicted(x) - measured) - 1
@@ -124,7 +126,9 @@ def applied(base: Calibration, chosen: Sequence[Constant], values: Sequence[floa
     return msgspec.structs.replace(base, **fields, **groups)
 
 
-def _least_squares(predicted: Callable[[Array], Array], measured: Array, start: Array, bounds: Array) -> Array:
+def _least_squares(
+    predicted: Callable[[Array], Array], measured: Array, trust: Array, start: Array, bounds: Array
+) -> Array:
     """Levenberg and Marquardt's method with Huber's weights and numerical derivatives, kept within bounds.
 
     What no measurement determines stays near where it starts: each constant counts as one very uncertain point.
@@ -136,7 +140,7 @@ def _least_squares(predicted: Callable[[Array], Array], measured: Array, start: 
         error = predicted(at) - measured
         size = np.abs(error)
         huber = np.where(size <= _HUBER, error**2, 2 * _HUBER * size - _HUBER**2)
-        return float(huber.sum() + (prior * (at - start) ** 2 * 0.1).sum()), error
+        return float((trust * huber).sum() + (prior * (at - start) ** 2 * 0.1).sum()), error
 
     best, error = loss(x)
     for _ in range(_ROUNDS):
@@ -146,7 +150,7 @@ def _least_squares(predicted: Callable[[Array], Array], measured: Array, start: 
             moved[place] += _STEP
             columns.append((predicted(moved) - measured - error) / _STEP)
         jacobian = np.stack(columns, axis=1)
-        weight = np.minimum(1.0, _HUBER / np.maximum(np.abs(error), 1e-12))
+        weight = trust * np.minimum(1.0, _HUBER / np.maximum(np.abs(error), 1e-12))
         normal = jacobian.T @ (weight[:, None] * jacobian) + prior * 0.1 * np.eye(len(x))
         gradient = jacobian.T @ (weight * error) + prior * 0.1 * (x - start)
         improved = False

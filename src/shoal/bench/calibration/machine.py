@@ -94,7 +94,9 @@ def machine_of(figures: Figures, cores: int, date: str, *, is_cpu: bool) -> Mach
         kernel_seconds=figures.kernel_seconds,
         scale_up=link.name,
         provenance="measured",
-        sources={field: source for field in ("memory_bytes", "memory_bandwidth", "rates", "fractions", "kernel_seconds")},
+        sources={
+            field: source for field in ("memory_bytes", "memory_bandwidth", "rates", "fractions", "kernel_seconds")
+        },
     )
     gib = figures.memory_bytes / 2**30
     described = f"{figures.name}, {f'{cores} cores, ' if is_cpu else ''}{gib:.1f} GiB"

@@ -83,7 +83,8 @@ def grid(limits: Limits, *, quick: bool = False) -> list[StepPoint]:
 
 def held_out(limits: Limits, count: int, seed: int = 0, among: Iterable[StepPoint] = ()) -> list[StepPoint]:
     """Points of their own: a third each decode, prefill and both, sizes log-uniform. None is one of `among`."""
-    draw, taken, points = random.Random(seed), set(among), []
+    draw, taken = random.Random(seed), set(among)
+    points: list[StepPoint] = []
     longest = min(limits.max_len, 2048) - 1
 
     def between(low: int, high: int) -> int:

@@ -91,9 +91,7 @@ class StepTiming:
             tokens = [draw.randrange(self._vocab_size) for _ in range(room + 1)]
             blocks = list(range(block, block + count))
             block += count
-            assigned = [
-                SlotAssignment(slot, f"calibration-{slot}", 0, tokens, len(tokens), blocks, _SAMPLING, 0, [])
-            ]
+            assigned = [SlotAssignment(slot, f"calibration-{slot}", 0, tokens, len(tokens), blocks, _SAMPLING, 0, [])]
             for start in range(0, room, self._max_batch_tokens):
                 row = Row(slot, start, min(self._max_batch_tokens, room - start), False, [])
                 self._run([row], assigned)
