@@ -15,7 +15,7 @@ from rich.table import Table
 
 from shoal import __version__
 from shoal.bench.calibration.fit import constants, quantile
-from shoal.bench.calibration.machine import Machine, catalogue_yaml, machine_of
+from shoal.bench.calibration.machine import catalogue_yaml, machine_of
 from shoal.bench.calibration.session import Outcome, StoppableExecutor, Subject, calibrate, subject_config
 from shoal.bench.calibration.step_timing import QUIET_CORES, TimingError
 from shoal.checkpoint.resolve import load_spec
@@ -77,6 +77,7 @@ def run_calibrate(
                 lambda what, share: reported(what, _DEVICE_SHARE + (1 - _DEVICE_SHARE) * share),
                 rounds=rounds or (3 if quick else 5),
                 checks=3 if quick else 6,
+                seconds=60.0 if quick else 240.0,
                 quick=quick,
             )
         except TimingError as error:

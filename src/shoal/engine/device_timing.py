@@ -258,7 +258,8 @@ def _rank_seconds(question: RankQuestion) -> list[float]:
     if backend == "shared memory":
         comm: Any = SharedMemoryComm(f"{question.directory}/shared", rank, size, timeout=_TIMEOUT)
     else:
-        store = torch.distributed.FileStore(f"{question.directory}/store")
+        distributed: Any = torch.distributed  # its stubs leave this class out
+        store = distributed.FileStore(f"{question.directory}/store")
         comm = open_group(backend, rank, size, store, name="timing", host="127.0.0.1", timeout=_TIMEOUT)
     synchronise = _synchroniser(device)
     seconds = []

@@ -138,9 +138,13 @@ def time_engine(
     open_engine: OpenEngine,
     points_of: Callable[[Limits], Sequence[StepPoint]],
     rounds: int,
+    seconds: float,
     report: Report,
 ) -> list[TimedStep]:
-    """Steps of one engine at the points that its limits allow. Raises what opening it raises, and TimingError."""
+    """Steps of one engine at the points that its limits allow. `seconds`: most, of rounds beyond the first.
+
+    Raises what opening it raises, and TimingError.
+    """
     config = subject.engine_config(tp)
     name = f"tp {tp}"
     report(f"{name}: starting", 0.0)
@@ -163,7 +167,12 @@ def time_engine(
         )
         timing.fill(lambda share: report(f"{name}: filling the KV cache", 0.15 * share))
         return time_steps(
-            timing, points, tp, rounds=rounds, report=lambda share: report(f"{name}: steps", 0.15 + 0.85 * share)
+            timing,
+            points,
+            tp,
+            rounds=rounds,
+            seconds=seconds,
+            report=lambda share: report(f"{name}: steps", 0.15 + 0.85 * share),
         )
     finally:
         executor.stop()
@@ -177,10 +186,14 @@ def calibrate(
     *,
     rounds: int = 5,
     checks: int = 6,
+    seconds: float = 240.0,
     quick: bool = False,
     seed: int = 0,
 ) -> Outcome:
-    """`checks` points of each number of ranks are kept out of the fit. Raises TimingError."""
+    """`checks` points of each number of ranks are kept out of the fit. `seconds`: most for the steps of one engine.
+
+    Raises TimingError.
+    """
     fitted_to: list[TimedStep] = []
     kept: list[TimedStep] = []
     for place, tp in enumerate(subject.ranks):
@@ -192,7 +205,7 @@ def calibrate(
         def reported(what: str, share: float, place: int = place) -> None:
             report(what, (place + share) / len(subject.ranks))
 
-        steps = time_engine(subject, tp, open_engine, points_of, rounds, reported)
+        steps = time_engine(subject, tp, open_engine, points_of, rounds, seconds, reported)
         fitted_to += steps[: len(steps) - checks]
         kept += steps[len(steps) - checks :]
     return concluded(subject, fitted_to, kept, made)

@@ -85,19 +85,29 @@ class StepTiming:
         """Compute the KV of every slot: memory that was never written to would read faster than any."""
         total, done, block = sum(self._room), 0, 0
         draw = random.Random(0)
+        rows: list[Row] = []
+        assigned: list[SlotAssignment] = []
+        budget = self._max_batch_tokens
         for slot, room in enumerate(self._room):
             # The token drawn behind the last position is known beforehand, for any start may be asked for.
             count = -(-(room + 1) // self._block_tokens)
             tokens = [draw.randrange(self._vocab_size) for _ in range(room + 1)]
             blocks = list(range(block, block + count))
             block += count
-            assigned = [SlotAssignment(slot, f"calibration-{slot}", 0, tokens, len(tokens), blocks, _SAMPLING, 0, [])]
-            for start in range(0, room, self._max_batch_tokens):
-                row = Row(slot, start, min(self._max_batch_tokens, room - start), False, [])
-                self._run([row], assigned)
-                assigned = []
-                done += row.num_tokens
-                report(done / total)
+            name = f"calibration-{slot}"
+            assigned.append(SlotAssignment(slot, name, 0, tokens, len(tokens), blocks, _SAMPLING, 0, []))
+            start = 0
+            while start < room:
+                take = min(budget, room - start)
+                rows.append(Row(slot, start, take, False, []))
+                start, budget, done = start + take, budget - take, done + take
+                if budget == 0:
+                    self._run(rows, assigned)
+                    rows, assigned, budget = [], [], self._max_batch_tokens
+                    report(done / total)
+        if rows or assigned:
+            self._run(rows, assigned)
+        report(1.0)
 
     def visit(self, point: StepPoint) -> Visit:
         """The median of a few steps of this shape, behind one that brings the caches to where they are in a run."""
@@ -122,24 +132,30 @@ class StepTiming:
 
 
 def time_steps(
-    timing: StepTiming, points: Sequence[StepPoint], tp: int, *, rounds: int, report: Callable[[float], None]
+    timing: StepTiming,
+    points: Sequence[StepPoint],
+    tp: int,
+    *,
+    rounds: int,
+    seconds: float,
+    report: Callable[[float], None],
 ) -> list[TimedStep]:
     """Every point once a round, in another order each time, so that what drifts drifts for all of them.
 
-    Points that were disturbed too often are visited again, as often at most as there were rounds.
+    Points that were disturbed too often are visited again, as often at most as there were rounds. After `seconds`
+    nothing is visited any more that was visited once: on a busy machine everything takes several times as long.
     """
     visits: dict[StepPoint, list[Visit]] = {point: [] for point in points}
-    draw = random.Random(1)
-    for number in range(rounds):
+    draw, deadline, total = random.Random(1), time.monotonic() + seconds, rounds * len(points)
+    for number in range(2 * rounds):
         order = list(points)
         draw.shuffle(order)
-        for place, point in enumerate(order):
+        for point in order:
+            enough = sum(is_quiet(visit) for visit in visits[point]) >= (rounds + 1) // 2
+            if number and (time.monotonic() > deadline or (number >= rounds and enough)):
+                continue
             visits[point].append(timing.visit(point))
-            report((number + (place + 1) / len(order)) / rounds)
-    for _ in range(rounds):
-        for point in points:
-            if sum(is_quiet(visit) for visit in visits[point]) < (rounds + 1) // 2:
-                visits[point].append(timing.visit(point))
+            report(min(1.0, sum(map(len, visits.values())) / total))
     return [summary(tp, point, visits[point]) for point in points]
 
 
