@@ -58,9 +58,10 @@ def run_calibrate(
     as_json: bool,
 ) -> int:
     """Raises CommandError, and what resolving a model and starting an engine raise."""
-    for file in filter(None, (output, hardware)):
-        if not file.parent.is_dir():  # before minutes of measuring, not after
-            raise CommandError(f"{file}: there is no directory {file.parent}")
+    if not output.parent.is_dir():  # before minutes of measuring, not after
+        raise CommandError(f"{output}: there is no directory {output.parent}")
+    if hardware is not None:  # the user's catalogue need not exist yet
+        hardware.parent.mkdir(parents=True, exist_ok=True)
     console = error_console()
     files = resolve_with_progress(model, console)
     columns = (BarColumn(), TimeElapsedColumn())

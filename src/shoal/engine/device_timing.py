@@ -25,12 +25,8 @@ from shoal.engine.child import bind_to_parent, first_line
 if TYPE_CHECKING:
     import torch
 
-_READ_BYTES = 512 << 20
-"""Several times the last-level cache that a virtual machine is likely to hold for itself."""
 _MATRIX = (512, 2048, 2048)
 """Rows, output and input features: a prompt's chunk times weights that come from memory once."""
-_SECONDS = 0.25
-"""Of one measurement, about."""
 _REPEATS = 9
 _TIMEOUT = 60.0
 
@@ -45,6 +41,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of groups to time all-reduces in; each rank has its share of the threads, or a device of its own."""
     sizes: tuple[int, ...] = (256, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
     """Bytes of the tensor that is reduced."""
+    seconds: float = 0.25
+    """Of one measurement, about."""
+    memory_bytes: int = 512 << 20
+    """To read and to copy: several times the last-level cache that a virtual machine is likely to hold for itself."""
 
 
 class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,14 +108,17 @@ def figures(question: Question) -> DeviceFigures:
     device = torch.device(question.device)
     on_cpu = device.type == "cpu"
     torch.set_num_threads(question.threads)
-    read, copy = _bandwidths(device)
+    seconds = question.seconds
+    read, copy = _bandwidths(device, question.memory_bytes, seconds)
     native = on_cpu and unavailable_reason() is None
     if native:
         torch.set_num_threads(1)
     ops: Any = NativeOps(threads=question.threads) if native else TorchOps(device, _activations(on_cpu))
-    rates: dict[str, float] = {dtype: _rate(ops, device, dtype, _activations(on_cpu)) for dtype in question.dtypes}
+    rates: dict[str, float] = {
+        dtype: _rate(ops, device, dtype, _activations(on_cpu), seconds) for dtype in question.dtypes
+    }
     x, weight = (torch.ones(shape, dtype=_activations(on_cpu), device=device) for shape in ((1, 64), (64,)))
-    kernel = _seconds(lambda: ops.rms_norm(x, weight, 1e-6), device, most=200_000)
+    kernel = _seconds(lambda: ops.rms_norm(x, weight, 1e-6), device, seconds, most=200_000)
     reduces = {ranks: _all_reduces(question, ranks) for ranks in question.ranks if ranks > 1}
     return DeviceFigures(
         name=_cpu_name() if on_cpu else str(torch.get_device_module(device).get_device_name(device)),
@@ -136,27 +139,27 @@ def _activations(on_cpu: bool) -> torch.dtype:
     return torch.float32 if on_cpu else torch.bfloat16
 
 
-def _bandwidths(device: torch.device) -> tuple[float, float]:
+def _bandwidths(device: torch.device, num_bytes: int, seconds: float) -> tuple[float, float]:
     import torch
 
-    values = torch.ones(_READ_BYTES // 4, device=device)
+    values = torch.ones(num_bytes // 4, device=device)
     # No single reduction is known to be bound by memory on every device: the fastest of several is nearest to it.
     reads: list[Callable[[], Any]] = [values.sum, values.amax, lambda: torch.dot(values, values)]
-    read = _READ_BYTES / min(_seconds(operation, device) for operation in reads)
+    read = num_bytes / min(_seconds(operation, device, seconds) for operation in reads)
     target = torch.empty_like(values)
-    return read, 2 * _READ_BYTES / _seconds(lambda: target.copy_(values), device)
+    return read, 2 * num_bytes / _seconds(lambda: target.copy_(values), device, seconds)
 
 
-def _rate(ops: Any, device: torch.device, dtype: WeightPrecision, activations: torch.dtype) -> float:
+def _rate(ops: Any, device: torch.device, dtype: WeightPrecision, activations: torch.dtype, seconds: float) -> float:
     import torch
 
     rows, n, k = _MATRIX
     x = torch.randn(rows, k, dtype=activations, device=device)
     packed = ops.pack(torch.randn(n, k, device=device), None, dtype)
-    return 2 * rows * n * k / _seconds(lambda: ops.linear(x, packed), device)
+    return 2 * rows * n * k / _seconds(lambda: ops.linear(x, packed), device, seconds)
 
 
-def _seconds(operation: Callable[[], Any], device: torch.device, most: int = 1000) -> float:
+def _seconds(operation: Callable[[], Any], device: torch.device, seconds: float, most: int = 1000) -> float:
     """Of one call: the fastest of several loops, each ended by waiting for the device. What disturbs only adds."""
     synchronise = _synchroniser(device)
 
@@ -169,7 +172,7 @@ def _seconds(operation: Callable[[], Any], device: torch.device, most: int = 100
         return (time.perf_counter() - began) / count
 
     loop(2)
-    count = max(1, min(most, int(_SECONDS / max(loop(2), 1e-9))))
+    count = max(1, min(most, int(seconds / max(loop(2), 1e-9))))
     return min(loop(max(1, count // _REPEATS)) for _ in range(_REPEATS))
 
 
@@ -208,6 +211,7 @@ class RankQuestion(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     device: str
     bytes: tuple[int, ...]
+    seconds: float
 
 
 def _all_reduces(question: Question, ranks: int) -> tuple[tuple[int, float], ...]:
@@ -223,7 +227,12 @@ def _all_reduces(question: Question, ranks: int) -> tuple[tuple[int, float], ...
         try:
             for rank, child in enumerate(children):
                 own = RankQuestion(
-                    directory=directory, rank=rank, size=ranks, device=question.device, bytes=question.sizes
+                    directory=directory,
+                    rank=rank,
+                    size=ranks,
+                    device=question.device,
+                    bytes=question.sizes,
+                    seconds=question.seconds,
                 )
                 assert child.stdin is not None
                 child.stdin.write(msgspec.json.encode(own) + b"\n")
@@ -268,7 +277,7 @@ def _rank_seconds(question: RankQuestion) -> list[float]:
         count = torch.full((1,), 20, dtype=torch.int64, device=device)
         for _ in range(2):  # how often is long enough, as the first rank finds it
             taken = _loop(comm, x, int(count), synchronise)
-            count.fill_(max(3, min(10_000, int(_SECONDS / _REPEATS / max(taken, 1e-9)))))
+            count.fill_(max(3, min(10_000, int(question.seconds / _REPEATS / max(taken, 1e-9)))))
             comm.broadcast_(count, 0)
         seconds.append(min(_loop(comm, x, int(count), synchronise) for _ in range(_REPEATS)))
     return seconds
