@@ -30,7 +30,6 @@ def test_figures_are_of_the_order_of_a_computer(figures: device_timing.DeviceFig
     assert 0 < small < large
 
 
-def test_a_device_that_is_not_there_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match="could not be timed"):
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="could not be timed.*no-such-device"):
         measure(Question(device="no-such-device"))
-    assert "no-such-device" in capfd.readouterr().err

@@ -126,6 +126,8 @@ def make_subject(path: Path, name: str, dtype: WeightPrecision, device: str, ran
     spec = load_spec(path)
     shape = shape_of(spec, name)
     kind, count = _device(device)
+    if kind != "cpu" and not count:
+        raise CommandError(f"--device: {device} is not on this machine; give auto, cpu, cuda or cuda:N")
     cores = _num_cores()
     parts = cores if kind == "cpu" else count
     chosen = ranks or tuple(tp for tp in (1, 2) if tp <= parts and refusal_of(spec, tp) is None)
@@ -135,7 +137,7 @@ def make_subject(path: Path, name: str, dtype: WeightPrecision, device: str, ran
         if (reason := refusal_of(spec, tp)) is not None:
             raise CommandError(f"--tensor-parallel-size: {reason}")
     question = Question(
-        device=device if kind != "cpu" else "cpu",
+        device=kind if device == "auto" else device,
         threads=cores,
         dtypes=(dtype,),
         ranks=tuple(tp for tp in chosen if tp > 1),
@@ -147,7 +149,7 @@ def make_subject(path: Path, name: str, dtype: WeightPrecision, device: str, ran
     machine = machine_of(figures, cores, datetime.now(UTC).date().isoformat(), is_cpu=kind == "cpu")
     return Subject(
         shape=shape,
-        config=subject_config(str(path), dtype, kind, shape),
+        config=subject_config(str(path), dtype, kind if device == "auto" else device, shape),
         machine=machine,
         cores=cores,
         vocab_size=spec.vocab_size,

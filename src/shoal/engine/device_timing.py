@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
 from shoal.core.config import WeightPrecision
-from shoal.engine.child import bind_to_parent, first_line
+from shoal.engine.child import bind_to_parent, first_line, plain
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     """To read and to copy: several times the last-level cache that a virtual machine is likely to hold for itself."""
 
 
-class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    message: str
+
+
+class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
     """Of the device as the system calls it."""
     memory_bytes: int
@@ -66,9 +70,26 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
     all_reduce_by: str = ""
 
 
+class RankFigures(msgspec.Struct, frozen=True, tag=True):
+    seconds: list[float]
+    """By size."""
+
+
+Answer = TypeVar("Answer", DeviceFigures, RankFigures)
+
+
 def measure(question: Question) -> DeviceFigures:
     """In a process of its own. Raises RuntimeError with what that process said."""
-    return msgspec.json.decode(_run([], msgspec.json.encode(question)), type=DeviceFigures)
+    return _answer(_run([], msgspec.json.encode(question)), DeviceFigures)
+
+
+def _answer(output: bytes, kind: type[Answer]) -> Answer:
+    if not output:
+        raise RuntimeError("the device could not be timed: a process that did was killed")
+    answer = msgspec.json.decode(output, type=kind | Failed)
+    if isinstance(answer, Failed):
+        raise RuntimeError(f"the device could not be timed: {answer.message}")
+    return cast("Answer", answer)
 
 
 def _run(arguments: list[str], line: bytes) -> bytes:
@@ -84,8 +105,6 @@ def _run(arguments: list[str], line: bytes) -> bytes:
         child.kill()
         child.stdin.close()
         child.stdout.close()
-    if child.returncode:
-        raise RuntimeError(f"the device could not be timed (exit status {child.returncode}); see above")
     return output
 
 
@@ -113,12 +132,16 @@ def figures(question: Question) -> DeviceFigures:
     native = on_cpu and unavailable_reason() is None
     if native:
         torch.set_num_threads(1)
-    ops: Any = NativeOps(threads=question.threads) if native else TorchOps(device, _activations(on_cpu))
-    rates: dict[str, float] = {
-        dtype: _rate(ops, device, dtype, _activations(on_cpu), seconds) for dtype in question.dtypes
-    }
-    x, weight = (torch.ones(shape, dtype=_activations(on_cpu), device=device) for shape in ((1, 64), (64,)))
-    kernel = _seconds(lambda: ops.rms_norm(x, weight, 1e-6), device, seconds, most=200_000)
+    rates: dict[str, float] = {}
+    kernel = 0.0
+    for dtype in question.dtypes:
+        activations = _activations(on_cpu, dtype)
+        ops: Any = NativeOps(threads=question.threads) if native else TorchOps(device, activations)
+        rates[dtype] = _rate(ops, device, dtype, activations, seconds)
+        x, weight = (torch.ones(shape, dtype=activations, device=device) for shape in ((1, 64), (64,)))
+        kernel = _seconds(lambda: ops.rms_norm(x, weight, 1e-6), device, seconds, most=200_000)  # noqa: B023  (called now)
+        if native:
+            ops.close()
     reduces = {ranks: _all_reduces(question, ranks) for ranks in question.ranks if ranks > 1}
     return DeviceFigures(
         name=_cpu_name() if on_cpu else str(torch.get_device_module(device).get_device_name(device)),
@@ -133,10 +156,11 @@ def figures(question: Question) -> DeviceFigures:
     )
 
 
-def _activations(on_cpu: bool) -> torch.dtype:
+def _activations(on_cpu: bool, dtype: WeightPrecision) -> torch.dtype:
+    """As the worker chooses them."""
     import torch
 
-    return torch.float32 if on_cpu else torch.bfloat16
+    return torch.float32 if on_cpu or dtype == "float32" else torch.bfloat16
 
 
 def _bandwidths(device: torch.device, num_bytes: int, seconds: float) -> tuple[float, float]:
@@ -242,7 +266,7 @@ def _all_reduces(question: Question, ranks: int) -> tuple[tuple[int, float], ...
             for child in children:
                 child.kill()
                 child.wait()
-    measured = [msgspec.json.decode(answer, type=list[float]) for answer in answers]
+    measured = [_answer(answer, RankFigures).seconds for answer in answers]
     return tuple((size, max(column)) for size, column in zip(question.sizes, zip(*measured, strict=True), strict=True))
 
 
@@ -298,10 +322,13 @@ def main() -> None:
     if not line:
         return
     bind_to_parent()
-    if "--rank" in sys.argv[1:]:
-        answer: Any = _rank_seconds(msgspec.json.decode(line, type=RankQuestion))
-    else:
-        answer = figures(msgspec.json.decode(line, type=Question))
+    try:
+        if "--rank" in sys.argv[1:]:
+            answer: Any = RankFigures(_rank_seconds(msgspec.json.decode(line, type=RankQuestion)))
+        else:
+            answer = figures(msgspec.json.decode(line, type=Question))
+    except Exception as error:  # whatever it is, the parent says it
+        answer = Failed(plain(error))
     sys.stdout.buffer.write(msgspec.json.encode(answer))
     sys.stdout.buffer.flush()
 

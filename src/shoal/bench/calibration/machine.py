@@ -84,13 +84,14 @@ def machine_of(figures: Figures, cores: int, date: str, *, is_cpu: bool) -> Mach
         provenance="measured" if points else "assumed",
         sources={"all_reduce": source, "bandwidth": source, "latency": source} if points else {},
     )
+    most = max(figures.read_bandwidth, figures.copy_bandwidth)
     device = DeviceSpec(
         name=name,
         vendor="cpu" if is_cpu else "nvidia",
         memory_bytes=figures.memory_bytes,
-        memory_bandwidth=figures.read_bandwidth,
+        memory_bandwidth=most,
         rates=dict(figures.rates),
-        fractions={"copy": figures.copy_bandwidth / figures.read_bandwidth},
+        fractions={"copy": figures.copy_bandwidth / most},
         kernel_seconds=figures.kernel_seconds,
         scale_up=link.name,
         provenance="measured",
