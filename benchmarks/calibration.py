@@ -85,7 +85,7 @@ def measure_steps(subject: Subject, arguments: argparse.Namespace) -> tuple[Outc
                 heard[0] = time.monotonic()
                 say(f"{what}: {share:.0%}")
 
-        seconds = 30.0 if arguments.quick else 150.0
+        seconds = 30.0 if arguments.quick else 120.0
         steps = time_engine(subject, tp, open_engine, points_of, arguments.rounds, seconds, report)
         fitted += steps[: len(known)]
         kept += steps[len(known) : len(known) + CHECKS]
@@ -310,7 +310,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--live", type=int, help="runs of the trace; default 3, quick 1; 0 leaves it out")
     parser.add_argument("--requests", type=int, help="of the trace; default 80, quick 25")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for a quiet machine, each time")
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the calibration too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     arguments = parser.parse_args()
