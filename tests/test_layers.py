@@ -24,7 +24,6 @@ RINGS: dict[str, tuple[str, ...]] = {
     "bench": ("core",),
     "plan": ("core",),
     "sim": ("core",),
-    "plan": ("core",),
     "config": (),
     "cli": (
         "core",
@@ -36,6 +35,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "engine.launch",
         "serve",
         "bench",
+        "plan",
         "config",
         "__version__",
     ),

@@ -11,8 +11,10 @@ from shoal import __version__
 from shoal.cli.audit_commands import audit_app
 from shoal.cli.bench_commands import bench
 from shoal.cli.calibrate import calibrate
+from shoal.cli.diagnose import diagnose
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
+from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(calibrate)
+app.command()(diagnose)
+app.command()(topology)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

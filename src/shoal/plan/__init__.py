@@ -1,1 +1,1 @@
-"""The planner: which setup meets a target, and why."""
+"""The smallest setup that meets a target: catalogue, search, explanation, export. Only detection asks a device."""
