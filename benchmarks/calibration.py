@@ -9,7 +9,7 @@ in between, are predicted. All are timed in the same rounds, in another order ea
 Trace: requests arrive at random at 60% of what the simulator says the engine can take. Live, EngineCore and executor
 run in this process against the clock, as `shoal serve` runs them without its sockets; the simulator runs the same
 requests through the same EngineCore in virtual time, with the calibrated cost model for the device. Medians of several
-live runs stand beside one simulation, which is always the same.
+live runs, of the quiet ones if there are any, stand beside one simulation, which is always the same.
 """
 
 from __future__ import annotations
@@ -203,14 +203,26 @@ class TraceResult:
     runs: list[dict[str, float]]
     foreign: list[float]
 
+    @property
+    def counted(self) -> list[dict[str, float]]:
+        """The quiet runs, or all where none was."""
+        quiet = [run for run, cores in zip(self.runs, self.foreign, strict=True) if cores <= QUIET]
+        return quiet or self.runs
+
     def error(self, name: str) -> float:
-        return self.simulated[name] / statistics.median(run[name] for run in self.runs) - 1
+        return self.simulated[name] / statistics.median(run[name] for run in self.counted) - 1
 
 
 def run_traces(subject: Subject, calibration: Calibration, arguments: argparse.Namespace) -> list[TraceResult]:
+    """`arguments.live` runs of each number of ranks, and as many more, while there is time, until so many were quiet."""
     results: dict[int, TraceResult] = {}
-    for number in range(arguments.live):
+    deadline = time.monotonic() + 60 * arguments.live_minutes
+    for number in range(2 * arguments.live):
         for tp in subject.ranks:
+            if tp in results:
+                quiet = sum(cores <= QUIET for cores in results[tp].foreign)
+                if quiet >= arguments.live or (number >= 1 and time.monotonic() > deadline):
+                    continue
             executor, info = open_engine(subject.engine_config(tp))
             try:
                 config = scheduler_config(subject, info.num_blocks, info.max_len)
@@ -242,7 +254,7 @@ def trace_table(results: list[TraceResult]) -> str:
                 [
                     str(result.tp),
                     f"{name}, {unit}",
-                    spread([run[name] * scale for run in result.runs], digits),
+                    spread([run[name] * scale for run in result.counted], digits),
                     f"{result.simulated[name] * scale:.{digits}f}",
                     f"{error:+.1%}",
                     f"≤ {most:.0%}",
@@ -290,7 +302,8 @@ def main() -> None:
         print("### Trace\n")
         for result in results:
             print(f"- tp {result.tp}: {arguments.requests} requests at {result.rate:.2f}/s; cores busy with something")
-            print(f"  else during the live runs: {', '.join(f'{cores:.2f}' for cores in result.foreign)}")
+            print(f"  else during the live runs: {', '.join(f'{cores:.2f}' for cores in result.foreign)};")
+            print(f"  {len(result.counted)} of {len(result.runs)} count")
         print("\n" + trace_table(results))
     if arguments.json is not None:
         traces = [msgspec.to_builtins(result) | {"errors": {n: result.error(n) for n in TARGETS}} for result in results]
@@ -308,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", type=int, help="that are predicted, in all; default 30, quick 10")
     parser.add_argument("--rounds", type=int, help="visits to each point; default 5, quick 3")
     parser.add_argument("--live", type=int, help="runs of the trace; default 3, quick 1; 0 leaves it out")
+    parser.add_argument("--live-minutes", type=float, default=5.0, help="after which no further live run begins")
     parser.add_argument("--requests", type=int, help="of the trace; default 80, quick 25")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine, each time")
