@@ -214,7 +214,7 @@ class TraceResult:
 
 
 def run_traces(subject: Subject, calibration: Calibration, arguments: argparse.Namespace) -> list[TraceResult]:
-    """`arguments.live` runs of each number of ranks, and as many more, while there is time, until so many were quiet."""
+    """`arguments.live` runs of each number of ranks; while there is time as many more, until so many were quiet."""
     results: dict[int, TraceResult] = {}
     deadline = time.monotonic() + 60 * arguments.live_minutes
     for number in range(2 * arguments.live):
