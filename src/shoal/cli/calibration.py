@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -24,7 +24,7 @@ from shoal.cli.terminal import error_console, passing_bar, print_json, resolve_w
 from shoal.core.config import EngineConfig, WeightPrecision
 from shoal.core.cost.calibration import encode
 from shoal.core.hardware import DeviceSpec, LinkSpec
-from shoal.core.layout import refusal
+from shoal.core.layout import Layout, refusal
 from shoal.core.model_shape import shape_of
 from shoal.engine.device_timing import DeviceFigures, Question, measure
 from shoal.engine.executor import WorkerInfo, open_executor
@@ -64,8 +64,9 @@ def run_calibrate(
         hardware.parent.mkdir(parents=True, exist_ok=True)
     console = error_console()
     files = resolve_with_progress(model, console)
-    columns = (BarColumn(), TimeElapsedColumn())
-    with passing_bar(console, *columns) as bar:
+    bar = passing_bar(console, BarColumn(), TimeElapsedColumn())
+    bar.live.refresh_per_second = 1  # what draws it takes time from what is measured
+    with bar:
         reported = _Reported(bar)
         reported("devices", 0.0)
         subject = make_subject(files.path, files.name, dtype, device, ranks)
@@ -102,7 +103,7 @@ def run_calibrate(
 
 
 class _Reported:
-    """To a progress bar. It refreshes itself seldom: what draws it takes time from what is measured."""
+    """To a progress bar."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -130,11 +131,11 @@ def make_subject(path: Path, name: str, dtype: WeightPrecision, device: str, ran
         raise CommandError(f"--device: {device} is not on this machine; give auto, cpu, cuda or cuda:N")
     cores = _num_cores()
     parts = cores if kind == "cpu" else count
-    chosen = ranks or tuple(tp for tp in (1, 2) if tp <= parts and refusal_of(spec, tp) is None)
+    chosen = ranks or tuple(tp for tp in (1, 2) if tp <= parts and refusal(Layout(tp=tp), spec) is None)
     for tp in chosen:
         if tp > parts:
             raise CommandError(f"--tensor-parallel-size: {tp} ranks need as many cores or devices; here are {parts}")
-        if (reason := refusal_of(spec, tp)) is not None:
+        if (reason := refusal(Layout(tp=tp), spec)) is not None:
             raise CommandError(f"--tensor-parallel-size: {reason}")
     question = Question(
         device=kind if device == "auto" else device,
@@ -157,12 +158,6 @@ def make_subject(path: Path, name: str, dtype: WeightPrecision, device: str, ran
     )
 
 
-def refusal_of(spec: Any, tp: int) -> str | None:
-    from shoal.core.layout import Layout
-
-    return refusal(Layout(tp=tp), spec)
-
-
 def _device(name: str) -> tuple[str, int]:
     """cpu or what torch calls the accelerator, and how many there are."""
     if name == "cpu":
@@ -180,14 +175,12 @@ def _num_cores() -> int:
 
 
 def provenance_of(subject: Subject, command: str) -> dict[str, str]:
-    import torch
-
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
         "machine": subject.machine.description,
         "system": f"{platform.system()} {platform.release()}",
-        "versions": f"shoal {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        "versions": f"shoal {__version__}, Python {platform.python_version()}, torch {version('torch')}",
         "model": f"{subject.shape.name}, {subject.config.dtype}",
     }
 

@@ -104,8 +104,9 @@ def fit(engine_of: EngineOf, base: Calibration, steps: Sequence[TimedStep], weig
         models = {tp: CostModel(engine, calibration) for tp, engine in engines.items()}
         return np.log([models[step.tp].seconds(step.point.shape()) for step in steps])
 
-    # Beside others' work a step is slower by nobody knows how much.
+    # Beside others' work a step is slower by nobody knows how much: it counts less than one that was left alone.
     trust = np.array([1 / (1 + (step.foreign_cores / QUIET_CORES) ** 2) for step in steps])
+    trust /= trust.max()
     x = _least_squares(predicted, measured, trust, start, bounds)
     values = np.exp(x)
     calibration = applied(base, chosen, values)
