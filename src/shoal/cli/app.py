@@ -15,6 +15,7 @@ from shoal.cli.diagnose import diagnose
 from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
+from shoal.cli.plan_commands import explain, plan
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
 
@@ -32,6 +33,8 @@ app.command()(calibrate)
 app.command()(export)
 app.command()(diagnose)
 app.command()(topology)
+app.command()(plan)
+app.command()(explain)
 
 _ENGINE = "Engine"
 _SERVER = "Server"

@@ -41,7 +41,13 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, order=True):
         return Layout(tp=self.tp, pp=self.pp, ep=self.ep, cp=self.cp)
 
     def __str__(self) -> str:
-        sizes = (("tp", self.tp), ("pp", self.pp), ("ep", self.ep), ("cp", self.cp), ("attention-dp", self.attention_dp))
+        sizes = (
+            ("tp", self.tp),
+            ("pp", self.pp),
+            ("ep", self.ep),
+            ("cp", self.cp),
+            ("attention-dp", self.attention_dp),
+        )
         return " x ".join(f"{name}{size}" for name, size in sizes if size != 1) or "tp1"
 
 
@@ -101,11 +107,22 @@ def engines_that_fit(devices: int, cluster: Cluster) -> int:
     return cluster.num_nodes // -(-devices // cluster.devices_per_node)
 
 
-def lost_engines(devices: int, cluster: Cluster, survive: str) -> int:
-    """Engines of so many devices that are gone with one device, or with one node."""
-    if not survive:
+def lost_engines(replicas: int, devices: int, cluster: Cluster, survive: str) -> int:
+    """Of so many engines, each of so many devices and spread evenly over nodes: those that are gone with one device, or
+    with one node."""
+    if not survive or not replicas:
         return 0
-    return max(1, cluster.devices_per_node // devices) if survive == "node" else 1
+    if survive == "gpu" or devices > cluster.devices_per_node:
+        return 1
+    return -(-replicas // cluster.num_nodes)
+
+
+def replicas_for(needed: int, devices: int, cluster: Cluster, survive: str) -> int:
+    """The fewest engines of which so many are left."""
+    replicas = needed
+    while replicas - lost_engines(replicas, devices, cluster, survive) < needed:
+        replicas += 1
+    return replicas
 
 
 def crosses_nodes(shape: Shape, cluster: Cluster) -> list[str]:

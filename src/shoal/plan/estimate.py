@@ -14,11 +14,13 @@ from shoal.plan.workload import Workload
 
 REQUESTS = 300
 """Of one run of the event loop."""
+FEWEST = 60
+STEPS = 20_000
+"""Steps with prompts in them that a run may have; prompts of many pieces get fewer requests."""
 
 
 def from_load(engine: Engine, load: Load, capacity: float) -> Prediction:
     """The closed form's."""
-    step = engine.decode_step(max(1, round(load.batch)))
     first, later = interval(engine.cost, "ttft"), interval(engine.cost, "tpot")
     ttft = [Interval(value, value * first[0], value * first[1]) for value in (load.ttft_p50, load.ttft_p99)]
     itl = [Interval(value, value * later[0], value * later[1]) for value in (load.itl_p50, load.itl_p99, load.itl_mean)]
@@ -34,7 +36,7 @@ def from_load(engine: Engine, load: Load, capacity: float) -> Prediction:
         utilisation=load.utilisation,
         capacity=capacity,
         method="closed form",
-        provenance=step.provenance,
+        provenance=engine.provenance,
     )
 
 
@@ -48,7 +50,9 @@ def by_event_loop(
 ) -> Prediction | None:
     """One engine at so many requests a second; None where they come faster than they are served."""
     shape = msgspec.structs.replace(engine.cost.engine, max_sequences=max_sequences)
-    found = open_loop(CostModel(shape, calibration), workload, rate, requests=REQUESTS)
+    pieces = workload.inputs.mean / (shape.max_batch_tokens * shape.attention_dp) + 1
+    requests = int(min(REQUESTS, max(FEWEST, STEPS / pieces)))
+    found = open_loop(CostModel(shape, calibration), workload, rate, requests=requests)
     if found.refused or found.saturated:
         return None
     return Prediction(
@@ -63,7 +67,7 @@ def by_event_loop(
         utilisation=found.utilisation,
         capacity=capacity,
         method="event loop",
-        provenance=engine.decode_step().provenance,
+        provenance=engine.provenance,
     )
 
 

@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 
 import msgspec
 
+from shoal.core.cost.memory import sequence_bytes
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import StepShape
 from shoal.plan.workload import Weighted, Workload
@@ -35,6 +36,17 @@ class Outcome(msgspec.Struct, kw_only=True):
     waiting: int = 0
     """Left in the queue at the end."""
 
+    def absorb(self, other: Outcome) -> None:
+        """Of another engine at the same time."""
+        for name in ("ttft", "tpot", "itl", "end_to_end"):
+            getattr(self, name).values.extend(getattr(other, name).values)
+        self.output_tokens += other.output_tokens
+        self.requests += other.requests
+        self.busy_seconds += other.busy_seconds
+        self.preemptions += other.preemptions
+        self.rows_seconds += other.rows_seconds
+        self.cache_peak = max(self.cache_peak, other.cache_peak)
+
 
 class _Sequence(msgspec.Struct):
     arrival: float
@@ -46,17 +58,24 @@ class _Sequence(msgspec.Struct):
     done: int = 0
     """Of the input."""
     first: float = -1.0
+    ready: float = 0.0
+    """When the front has passed it on."""
     held: int = 0
     """Tokens reserved in the cache beyond what is counted as it grows."""
 
 
 class Loop:
-    """`arrivals` gives the time of the request of a number, or None where it comes when another ends."""
+    """`poll_steps`: while rows decode, the scheduler looks for new requests every so many steps alone.
+    `wait_steps`: it lets requests wait for so many steps while they are too few to fill one (batch_wait_timeout_iters).
+    """
 
     def __init__(
         self,
         cost: CostModel,
         workload: Workload,
+        *,
+        poll_steps: int = 1,
+        wait_steps: int = 0,
     ) -> None:
         engine = cost.engine
         self.cost, self.workload = cost, workload
@@ -65,13 +84,14 @@ class Loop:
         self.token_limit = engine.max_batch_tokens * self.groups
         self.row_limit = engine.max_sequences * self.groups
         budget = cost.memory()
-        self.capacity = float(budget.cache_tokens) * self.groups if budget.bytes_per_token else float("inf")
-        if budget.bytes_per_sequence and budget.bytes_per_token:
-            per_row = budget.bytes_per_sequence / budget.bytes_per_token
-            mean = workload.inputs.mean + workload.outputs.mean / 2
-            self.capacity *= mean / (mean + per_row)
+        mean = workload.inputs.mean + workload.outputs.mean / 2
+        each = sequence_bytes(engine, mean)
+        self.capacity = max(0, budget.cache) * mean / each * self.groups if each else float("inf")
+        """Tokens, in sequences of the mean length."""
         self.reserve = cost.profile.reserves_output
         self.mixes = cost.profile.mixes_prefill
+        self.poll_steps, self.next_poll = poll_steps, 0
+        self.wait_steps, self.wait_from = wait_steps, -1
         self.now = 0.0
         self.waiting: deque[_Sequence] = deque()
         self.prefilling: deque[_Sequence] = deque()
@@ -85,6 +105,7 @@ class Loop:
         self.used = 0.0
         self.added = 0
         self.begun = 0
+        self.front_free = 0.0
         self.stall = 0.0
         """Since the rows that decode had their last token, by steps that were not theirs."""
         self.out = Outcome(ttft=Weighted(), tpot=Weighted(), itl=Weighted(), end_to_end=Weighted())
@@ -93,29 +114,48 @@ class Loop:
     def add(self, arrival: float) -> None:
         prompt, output = self.workload.request(self.added)
         self.added += 1
-        self.waiting.append(_Sequence(arrival, prompt, output, output, int(prompt * self.workload.cached_share)))
+        profile = self.cost.profile
+        busy = profile.front_request_seconds + profile.front_token_seconds * prompt
+        self.front_free = max(self.front_free, arrival) + busy
+        cached = int(prompt * self.workload.cached_share)
+        self.waiting.append(_Sequence(arrival, prompt, output, output, cached, ready=self.front_free))
 
     def add_prefilled(self, arrival: float, number: int) -> None:
         """A sequence whose cache and first token come from elsewhere."""
         prompt, output = self.workload.request(number)
         self.waiting.append(_Sequence(arrival, prompt, output, output, prompt, first=arrival))
 
-    def run(self, next_arrival: float) -> None:
-        """Until it is `next_arrival`, or nothing is left to do."""
-        while self.now < next_arrival:
+    def run(self, next_arrival: float, *, one_end: bool = False) -> None:
+        """Until it is `next_arrival`, nothing is left to do, or (`one_end`) a sequence has ended."""
+        ended = self.out.requests
+        while self.now < next_arrival and not (one_end and self.out.requests > ended):
             self._admit()
             if self.prefilling:
                 self._mixed_step()
             elif self.rows:
                 self._decode_steps(next_arrival)
+            elif self.waiting and self.waiting[0].ready > self.now:
+                self.now = min(next_arrival, self.waiting[0].ready)
             else:
                 break
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
+        if self.rows and not self.prefilling:
+            if self.steps < self.next_poll:
+                return
+            self.next_poll = self.steps + self.poll_steps
+            if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < 0.8 * self.token_limit:
+                if self.wait_from < 0:
+                    self.wait_from = self.steps
+                if self.steps - self.wait_from < self.wait_steps:
+                    return
+            self.wait_from = -1
         while self.waiting and self.rows + len(self.prefilling) < self.row_limit:
             sequence = self.waiting[0]
+            if sequence.ready > self.now:
+                return
             held = sequence.output if self.reserve else 0
             need = sequence.input + held
             if self.used + need > self.capacity and (self.rows or self.prefilling):
@@ -168,8 +208,14 @@ class Loop:
         count = self.ends[0][0] - self.steps
         if not self.reserve:
             count = min(count, max(1, int((self.capacity - self.used) / self.rows)))
+        if self.waiting and self.poll_steps > 1:
+            count = max(1, min(count, self.next_poll - self.steps))
+        if self.wait_from >= 0:
+            count = max(1, min(count, self.wait_from + self.wait_steps - self.steps))
         middle = self.context + self.rows * (count + 1) // 2
         duration = self._seconds(0, 0, 0.0, 0, self.rows, middle, self.rows)
+        if self.waiting and self.waiting[0].ready > self.now:
+            next_arrival = min(next_arrival, self.waiting[0].ready)
         if self.now + count * duration > next_arrival:
             count = max(1, int((next_arrival - self.now) / duration) + 1)
         self._advance(count, duration, self.rows)

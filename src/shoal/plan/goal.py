@@ -55,7 +55,6 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     def output_tokens_per_second(self) -> float:
         return self.rate * self.output
 
-
     def workload(self) -> Workload:
         """As the event loop takes it."""
         if not self.lengths:

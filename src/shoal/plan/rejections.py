@@ -126,14 +126,35 @@ def where_time_goes(cost: StepCost, shape: Shape, cluster: Cluster) -> str:
     crossing = crosses_nodes(shape, cluster)
     talking = {"tp", "ep", "attention-dp", "cp"} & set(crossing)
     if part.name == "collectives":
-        what = "all-reduce" if shape.ep * shape.attention_dp == 1 else "all-reduce and all-to-all"
+        what = _collectives(shape)
         if talking and cluster.network is not None:
             axis = next(name for name in crossing if name in talking)
             size = getattr(shape, axis.replace("-", "_"))
-            return f"{axis}={size} crosses nodes: {what} would be {share:.0%} of a decode step over {cluster.network.name}"
+            return (
+                f"{axis}={size} crosses nodes: {what} would be {share:.0%} of a decode step over {cluster.network.name}"
+            )
         return f"{what} would be {share:.0%} of a decode step over {cluster.scale_up.name}"
-    names = {"linear": "reading the weights", "experts": "the experts", "host": "the host's work", "kernels": "launches"}
+    names = {
+        "linear": "reading the weights",
+        "experts": "the experts",
+        "host": "the host's work",
+        "kernels": "launches",
+    }
     what = names.get(part.name, part.name)
     if part.name == "pipeline":
         what = "passing the other stages"
     return f"{what} is {share:.0%} of a decode step of {show_duration(cost.seconds)}"
+
+
+def _collectives(shape: Shape) -> str:
+    """That ranks of one layer take part in."""
+    told = [
+        name
+        for name, size in (
+            ("all-reduce", shape.tp * shape.ep),
+            ("all-to-all", shape.ep * shape.attention_dp),
+            ("exchanging attention", shape.cp),
+        )
+        if size > 1
+    ]
+    return " and ".join(told) or "communication"

@@ -2,13 +2,15 @@
 
 With b sequences that generate and prompts arriving as fast as answers end, a step brings p = b I / O tokens of prompts
 (I tokens in, O out), whatever the step takes. So the mix of a step follows from b alone; its time gives the rate,
-b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make the batch vary like a Poisson number, and prompts wait as at a server with their
-step's time as its service (Pollaczek-Khinchine, and its exponential tail).
+b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make
+the batch vary like a Poisson number, and prompts wait as at a server with their step's time as its service
+(Pollaczek-Khinchine, and its exponential tail).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from math import ceil, log, sqrt
 
 import msgspec
@@ -19,8 +21,10 @@ from shoal.plan.goal import Demand, Target
 Seconds = Callable[[StepShape], float]
 TAIL = 2.33
 """Standard deviations to the 99th percentile."""
-GROWTH = 1.35
+GROWTH = 1.6
 """From one batch to the next that is tried."""
+GIVE_UP = 1.6
+"""A target that is missed by more is not looked at under more load still."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,26 +96,32 @@ class Curve:
         cache_tokens: float,
         front_seconds: float = 0.0,
         stages: int = 1,
+        targets: tuple[Target, ...] = (),
     ) -> None:
         self._seconds, self._traffic, self._chunk = seconds, traffic, chunk
-        self._front, self._stages = front_seconds, stages
+        self._front, self._stages, self._targets = front_seconds, stages, targets
+        self.full = False
+        """The loads end where memory or prefill do, not where targets are missed by far."""
         self._most = min(float(max_sequences), cache_tokens / max(1.0, traffic.context))
-        self.loads = self._trace()
         self.held = self._most
         """Sequences that memory and limit allow at once."""
+        self.idle = self._at(0.0) if self._most >= 1 else None
+        """With one request at a time: what no load makes better. None where not one sequence has room."""
 
-    def _trace(self) -> list[Load]:
-        loads, batch = [], 1.0
-        idle = self._at(0.0)
-        if self._most < 1 or idle is None:
-            return loads
-        loads.append(idle)
+    @cached_property
+    def loads(self) -> list[Load]:
+        if self.idle is None:
+            return []
+        loads, batch = [self.idle], 1.0
         while batch + TAIL * sqrt(batch) <= self._most or batch == 1.0:
             load = self._at(batch)
             if load is None or load.rate < loads[-1].rate:
                 break
             loads.append(load)
+            if load.excess(self._targets) > GIVE_UP:
+                return loads
             batch *= GROWTH
+        self.full = True
         return loads
 
     def _decode(self, batch: float) -> float:
@@ -173,15 +183,23 @@ class Curve:
             utilisation=max(used, whole / self._most),
         )
 
-    @property
-    def idle(self) -> Load | None:
-        """With one request at a time: what no load makes better."""
-        return self.loads[0] if self.loads else None
-
     def best(self, targets: tuple[Target, ...], slack: float = 1.0) -> Load | None:
         """The busiest load at which every target is met within a factor."""
         met = [load for load in self.loads if load.excess(targets) <= slack]
-        return met[-1] if met else None
+        if not met:
+            return None
+        best = met[-1]
+        after = self.loads.index(best) + 1
+        if after == len(self.loads) or best.batch < 1:
+            return best
+        low, high = best.batch, self.loads[after].batch
+        for _ in range(3):
+            middle = self._at((low + high) / 2)
+            if middle is not None and middle.excess(targets) <= slack and middle.rate > best.rate:
+                low, best = middle.batch, middle
+            else:
+                high = (low + high) / 2
+        return best
 
     def at(self, rate: float) -> Load | None:
         """At a rate, between the two batches beside it; None where that is more than it takes."""

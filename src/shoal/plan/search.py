@@ -15,16 +15,20 @@ import msgspec
 
 from shoal.core.cost.calibration import Calibration
 from shoal.core.model_shape import ModelShape
-from shoal.plan.candidates import engines_that_fit, lost_engines
-from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason
+from shoal.plan.candidates import engines_that_fit, lost_engines, replicas_for
+from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason, network_share
 from shoal.plan.estimate import by_event_loop, from_load
-from shoal.plan.goal import Goal
+from shoal.plan.goal import Goal, Target
+from shoal.plan.pools import best_pools
 from shoal.plan.rejections import Ledger, Rejection
 from shoal.plan.screen import Load
 from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.units import show_duration, show_money, show_rate
 
-
+NEARLY = 0.05
+"""A difference that no prediction is exact enough for."""
+MUCH_LESS = 0.7
+"""Of what the answer carries: setups of the same cost that carry no more are not looked at closely."""
 MOST_MORE = 3
 """Engines that are tried beyond what the closed form asks for."""
 
@@ -33,6 +37,10 @@ class Found(msgspec.Struct, kw_only=True):
     """What a search came to, before it is told."""
 
     answer: Verdict | None = None
+    pools: Verdict | None = None
+    """The cheapest with prefill and decode apart."""
+    colocated: Verdict | None = None
+    """The cheapest that is not, where pools are the answer."""
     equals: list[Verdict] = []
     """Others that meet the goal at the same cost."""
     near: list[Verdict] = []
@@ -88,39 +96,69 @@ class Search:
             candidate = self._candidate(made)
             if candidate is not None:
                 heap.append((*self._rank(candidate), len(heap), candidate))
+                self._look_no_further_than(candidate)
             found.screened += self._screened(made)
         heapify(heap)
         found.looked_at = self.workshop.looked_at
         self._descend(heap, found)
+        found.pools = best_pools(self.workshop.fitting, self.goal, self.calibration) if self._may_part else None
+        colocated = found.answer
+        if found.pools is not None and (colocated is None or found.pools.setup.cost < colocated.setup.cost):
+            found.colocated, found.answer = colocated, found.pools
+            found.equals = []
         for _, _, _, candidate in sorted(heap, key=lambda entry: entry[:3]):
             self._larger(candidate, found.answer)
         found.rejections = self.ledger.lines()
         return found
+
+    @property
+    def _may_part(self) -> bool:
+        """Pools are two engines at least; what fits may compute prompts even if it is too slow for tokens."""
+        return self.options.pools and self.goal.cluster.num_devices > 1 and bool(self.workshop.fitting)
 
     # --- from engines to candidates ----------------------------------------------------------------------------------
 
     def _candidate(self, made: list[Engine]) -> Candidate | None:
         """Of the chunk sizes, the one whose engine carries most under the targets."""
         targets = self.goal.targets
-        loads = [(load, engine) for engine in made if (load := engine.curve.best(targets, SLACK)) is not None]
-        loads = [(load, engine) for load, engine in loads if load.rate > 0]
+        loads: list[tuple[Load, Engine]] = []
+        for engine in made:
+            load = engine.curve.best(targets, SLACK)
+            if load is not None and load.rate > 0:
+                loads.append((load, engine))
+            elif loads:
+                break  # a larger chunk only makes the steps longer that it is in
         if not loads:
             self._no_load(made)
             return None
         loads.sort(key=lambda pair: -pair[0].rate)
         return self._placed(loads)
 
+    def _look_no_further_than(self, candidate: Candidate) -> None:
+        """An engine of many times the devices that are known to do cannot be the smallest setup."""
+        carried = candidate.engine.capacity
+        if not carried:
+            return
+        shape = candidate.engine.choice.shape
+        needed = ceil(self.goal.demand.rate / carried)
+        devices = replicas_for(needed, shape.devices, self.goal.cluster, self.goal.survive) * shape.devices
+        if devices <= self.goal.cluster.num_devices:
+            known = self.workshop.enough
+            self.workshop.enough = devices if known is None else min(known, devices)
+
     def _placed(self, loads: list[tuple[Load, Engine]], more: int = 0) -> Candidate | None:
         """The first of `loads`, as often as the rate asks for and `more`. None where the cluster has no room for so
         many, or the budget no money."""
         load, engine = loads[0]
-        lost = lost_engines(engine.choice.shape.devices, self.goal.cluster, self.goal.survive)
-        replicas = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9)) + lost + more
+        devices, cluster, survive = engine.choice.shape.devices, self.goal.cluster, self.goal.survive
+        needed = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9))
+        replicas = replicas_for(needed, devices, cluster, survive) + more
+        lost = lost_engines(replicas, devices, cluster, survive)
         goal, shape = self.goal, engine.choice.shape
         fits = engines_that_fit(shape.devices, goal.cluster)
         if replicas > fits:
             reason = "survive" if replicas - lost <= fits and lost else "rate"
-            carried = load.rate * max(0, fits - lost)
+            carried = load.rate * (fits - lost_engines(fits, devices, cluster, survive))
             self.ledger.add(
                 "survive" if reason == "survive" else "rate",
                 shape,
@@ -134,22 +172,15 @@ class Search:
             replicas=replicas,
             lost=lost,
             load=load,
-            limit=_limit(engine, load),
+            limit=limit_of(engine, load),
             more=more,
             others=loads[1:],
         )
         dollars = self._dollars(candidate.devices)
         if goal.budget is not None and dollars is not None and dollars > goal.budget:
-            self.ledger.add(
-                "budget",
-                shape,
-                engine.precision,
-                dollars,
-                lambda: (
-                    f"{replicas} x {shape} cost {show_money(dollars)}/h, the budget is {show_money(goal.budget or 0)}/h",
-                    f"--budget {show_money(dollars)}/h",
-                ),
-            )
+            over = f"{replicas} x {shape} cost {show_money(dollars)}/h, the budget is {show_money(goal.budget)}/h"
+            relaxed = f"--budget {show_money(dollars)}/h"
+            self.ledger.add("budget", shape, engine.precision, dollars, lambda: (over, relaxed))
             return None
         return candidate
 
@@ -165,7 +196,10 @@ class Search:
                 shape,
                 engine.precision,
                 1.0,
-                lambda: (f"its KV holds {held:.1f} sequences of this workload at once", "a smaller precision of weights"),
+                lambda: (
+                    f"its KV holds {held:.1f} sequences of this workload at once",
+                    "a smaller precision of weights",
+                ),
             )
             return
         load = min(loads[1:], key=lambda load: load.excess(self.goal.targets))
@@ -180,10 +214,14 @@ class Search:
             )
             return
         self.ledger.add(
-            "ttft", shape, engine.precision, load.value(missed) / missed.seconds, lambda: floor_reason(engine, load, missed)
+            "ttft",
+            shape,
+            engine.precision,
+            load.value(missed) / missed.seconds,
+            lambda: floor_reason(engine, load, missed),
         )
 
-    def _interference(self, engine: Engine, load: Load, missed) -> tuple[str, str]:  # type: ignore[no-untyped-def]
+    def _interference(self, engine: Engine, load: Load, missed: Target) -> tuple[str, str]:
         value = show_duration(load.value(missed))
         why = (
             f"a step that also computes {engine.choice.max_batch_tokens} tokens of a prompt takes {value},"
@@ -196,11 +234,11 @@ class Search:
         shape = engine.choice.shape
         needed = replicas * shape.devices
         if lost and replicas - lost <= fits:
-            why = f"{replicas} engines are needed to survive the loss of a {goal.survive}, and {fits} fit"
+            why = f"{replicas} engines are needed to survive the loss of a {goal.survive}, and {_engines(fits)}"
             return why, f"{needed} GPUs, or no --survive"
         why = (
-            f"{fits} engines fit, which carry {show_rate(carried)} under the targets of {show_rate(goal.demand.rate)}"
-            f" ({replicas} would)"
+            f"{_engines(fits)}, carrying {show_rate(carried)} under the targets where {show_rate(goal.demand.rate)} are"
+            f" asked for ({replicas} would do)"
         )
         return why, f"{needed} GPUs, or --rate {show_rate(carried)}"
 
@@ -211,7 +249,9 @@ class Search:
         number = len(heap)
         while heap and found.closer < self.options.closer:
             cost, _, _, candidate = heappop(heap)
-            if found.answer is not None and cost > found.answer.setup.cost:
+            if found.answer is not None and (
+                cost > found.answer.setup.cost or candidate.capacity < MUCH_LESS * found.answer.prediction.capacity
+            ):
                 heappush(heap, (*self._rank(candidate), number, candidate))
                 return
             found.closer += 1
@@ -247,7 +287,7 @@ class Search:
         """By the event loop; None where requests come faster than they are served."""
         goal, engine = self.goal, candidate.engine
         left = candidate.replicas - candidate.lost
-        capacity = self._capacity(engine) * candidate.replicas
+        capacity = engine.capacity * candidate.replicas
         degraded = by_event_loop(
             engine, self._workload, goal.demand.rate / left, candidate.limit, capacity, self.calibration
         )
@@ -278,21 +318,20 @@ class Search:
             if not meets and band.value > target.seconds and band.low <= target.seconds:
                 others = [other for other in self.goal.targets if other != target]
                 if all(prediction.interval(other).low <= other.seconds for other in others):
-                    return f"may meet {target}: predicted {show_duration(band.value)}, down to {show_duration(band.low)}"
+                    return (
+                        f"may meet {target}: predicted {show_duration(band.value)}, down to {show_duration(band.low)}"
+                    )
         return ""
 
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
-        """Of two that cost the same: the one that carries more, then the one with fewer ranks in an engine."""
-        ratio = one.prediction.capacity / max(1e-12, other.prediction.capacity)
-        if abs(ratio - 1) > 0.02:
-            return ratio > 1
+        """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens
+        come faster; then the one with fewer ranks in an engine."""
+        if abs(one.prediction.capacity / max(1e-12, other.prediction.capacity) - 1) > NEARLY:
+            return one.prediction.capacity > other.prediction.capacity
+        if abs(one.prediction.tpot.value / other.prediction.tpot.value - 1) > NEARLY:
+            return one.prediction.tpot.value < other.prediction.tpot.value
         sizes = [verdict.setup.pools[0].engine.shape.devices for verdict in (one, other)]
         return sizes[0] < sizes[1]
-
-    def _capacity(self, engine: Engine) -> float:
-        """Requests a second under the targets, in closed form."""
-        load = engine.curve.best(self.goal.targets)
-        return load.rate if load is not None else 0.0
 
     def setup(self, candidate: Candidate) -> Setup:
         choice = msgspec.structs.replace(candidate.engine.choice, max_sequences=candidate.limit)
@@ -349,9 +388,15 @@ class Search:
                 f" {show_rate(answer.prediction.capacity)}"
             )
         load = engine.curve.at(self.goal.demand.rate / candidate.replicas)
-        told = "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
+        told = (
+            "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
+        )
         self.ledger.add(
-            "larger", engine.choice.shape, engine.precision, candidate.devices, lambda: (f"{setup}: {why}{told}", "")
+            "larger",
+            engine.choice.shape,
+            engine.precision,
+            candidate.devices,
+            lambda: (f"{setup}: {why}{told}{network_share(engine.cost, engine.traffic, engine.choice.shape)}", ""),
         )
 
     def _screened(self, made: list[Engine]) -> list[Verdict]:
@@ -364,21 +409,25 @@ class Search:
             shape = engine.choice.shape
             fits = engines_that_fit(shape.devices, goal.cluster)
             least = max(1, ceil(goal.demand.rate / loads[-1].rate - 1e-9))
-            for replicas in {least, 2 * least}:
+            for replicas in (least, 2 * least):
                 load = engine.curve.at(goal.demand.rate / replicas) if replicas <= fits else None
                 if load is None:
                     continue
                 pool = Pool(engine=engine.choice, replicas=replicas)
                 devices = pool.devices
                 setup = Setup(pools=(pool,), devices=devices, dollars_per_hour=self._dollars(devices))
-                prediction = from_load(engine, load, self._capacity(engine) * replicas)
+                prediction = from_load(engine, load, engine.capacity * replicas)
                 verdicts.append(verdict(setup, prediction, None, goal, prediction.excess(goal.targets) <= 1))
         return verdicts
 
 
-def _limit(engine: Engine, load: Load) -> int:
+def _engines(count: int) -> str:
+    return "1 engine fits" if count == 1 else f"{count} engines fit"
+
+
+def limit_of(engine: Engine, load: Load) -> int:
     """Sequences at once: a quarter more than arrivals at random bring together, so that more wait instead of slowing
     those that run."""
     groups = engine.choice.shape.attention_dp
     wanted = 1.25 * (load.batch + 2.33 * load.batch**0.5) / groups
-    return max(1, min(engine.choice.max_sequences, 8 * ceil(wanted / 8)))
+    return int(max(1, min(engine.choice.max_sequences, 8 * ceil(wanted / 8))))

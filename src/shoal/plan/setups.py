@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from shoal.core.cost.types import CachePrecision, WeightPrecision
+from shoal.core.cost.types import CachePrecision, Part, StepCost, WeightPrecision
 from shoal.core.hardware import Provenance
 from shoal.plan.candidates import Shape
 from shoal.plan.goal import Goal, Target
@@ -137,7 +137,7 @@ def per_million(dollars_per_hour: float | None, tokens_per_second: float) -> flo
 def front(verdicts: list[Verdict]) -> list[Verdict]:
     """Those that no other beats in cost, TTFT, ITL and throughput at once, cheapest first."""
 
-    def marks(one: Verdict) -> tuple[float, float, float, float]:
+    def marks(one: Verdict) -> tuple[float, ...]:
         prediction = one.prediction
         # Rounded, so that no tenth of a percent keeps a setup on the front.
         return (
@@ -152,3 +152,8 @@ def front(verdicts: list[Verdict]) -> list[Verdict]:
         if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in best):
             best.append((own, one))
     return [one for _, one in best]
+
+
+def parts_of(step: StepCost) -> tuple[Part, ...]:
+    """The largest first, without those that take no time."""
+    return tuple(sorted((part for part in step.parts if part.seconds > 0), key=lambda part: -part.seconds))

@@ -6,6 +6,7 @@ closed form has both.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import log
@@ -101,7 +102,13 @@ def refusal(cost: CostModel, workload: Workload) -> str:
 
 
 def closed_loop(
-    cost: CostModel, workload: Workload, concurrency: int, *, requests: int | None = None
+    cost: CostModel,
+    workload: Workload,
+    concurrency: int,
+    *,
+    requests: int | None = None,
+    poll_steps: int = 1,
+    wait_steps: int = 0,
 ) -> ServingEstimate:
     """As many clients as `concurrency`, each sending its next request when the last is answered. All begin at once, as
     load generators do, and `requests` (10 a client, if few) are counted, the first ones included."""
@@ -109,7 +116,7 @@ def closed_loop(
     if reason:
         return refused(reason)
     total = requests or max(4 * concurrency, min(10 * concurrency, 640))
-    loop = Loop(cost, workload)
+    loop = Loop(cost, workload, poll_steps=poll_steps, wait_steps=wait_steps)
 
     def again(now: float) -> None:
         if loop.added < total:
@@ -123,9 +130,33 @@ def closed_loop(
 
 
 def offline(cost: CostModel, workload: Workload, *, requests: int | None = None) -> ServingEstimate:
-    """Everything is queued at the start: the most that the engine gives. Its slow end is not counted."""
-    rows = cost.engine.max_sequences * cost.engine.attention_dp
-    return closed_loop(cost, workload, 2 * rows, requests=requests or 5 * rows)
+    """Everything is queued at the start: the most that the engine gives, while the batch is full."""
+    reason = refusal(cost, workload)
+    if reason:
+        return refused(reason)
+    loop = Loop(cost, workload)
+    each = workload.inputs.mean + workload.outputs.mean / 2
+    rows = min(cost.engine.max_sequences * cost.engine.attention_dp, max(1, int(loop.capacity / each)))
+    total = requests or max(256, 4 * rows)
+    ends: list[float] = []
+    loop.finished = ends.append
+    for _ in range(total):
+        loop.add(0.0)
+    loop.run(float("inf"))
+    estimate = _estimate(cost, loop, loop.now)
+    # Between the first and the last fifth of the answers: neither the filling nor the emptying of the batch.
+    first, last = total // 5, total - total // 5 - 1
+    if ends[last] <= ends[first]:
+        return estimate
+    rate = (last - first) * workload.outputs.mean / (ends[last] - ends[first])
+    low, high = interval(cost, "throughput")
+    return msgspec.structs.replace(
+        estimate,
+        output_tokens_per_second=rate,
+        low=rate * low,
+        high=rate * high,
+        requests_per_second=rate / workload.outputs.mean,
+    )
 
 
 def open_loop(
@@ -251,82 +282,87 @@ def disaggregated(
         reason = refusal(cost, workload)
         if reason:
             return refused(reason)
-    share = max(1, round(concurrency / decode_engines))
-    total = requests or max(4 * share, min(10 * share, 640))
-    first_stage = _Queue(prefill, prefill_engines, workload)
-    loop = Loop(decode, workload)
-    # One decode engine is followed; the pool before it serves all of them.
-    scale = decode_engines
-    pending: list[tuple[float, float, int]] = []
-
+    engines = min(decode_engines, concurrency)
+    total = requests or max(3 * concurrency, min(10 * concurrency, 640))
+    pool = _PromptPool(prefill, prefill_engines, workload)
+    loops = [Loop(decode, workload) for _ in range(engines)]
+    ready: list[tuple[float, int]] = []
+    ttft = Weighted()
     numbers = iter(range(total))
 
     def send(now: float) -> None:
         number = next(numbers, None)
         if number is not None:
-            first = first_stage.serve(now, number, scale)
-            heappush(pending, (first + transfer_seconds, now, number))
-            loop.out.ttft.add(first - now)
+            pool.waiting.append((now, number))
 
-    loop.finished = send
-    for _ in range(min(share, total)):
+    for loop in loops:
+        loop.finished = send
+    for _ in range(min(concurrency, total)):
         send(0.0)
-    heapify(pending)
-    while pending:
-        ready, _, number = pending[0]
-        loop.run(ready)
-        if pending and pending[0][0] < ready:
+    while pool.waiting or ready or any(loop.rows or loop.waiting for loop in loops):
+        # Whatever is first: a batch of prompts begins, a sequence reaches its decode engine, or one of those ends.
+        at = min(pool.next_start(), ready[0][0] if ready else float("inf"))
+        for loop in loops:
+            loop.run(at, one_end=True)
+        if at == float("inf"):
             continue
-        heappop(pending)
-        loop.now = max(loop.now, ready)
-        loop.add_prefilled(ready, number)
-        if not pending:
-            loop.run(float("inf"))
+        if ready and ready[0][0] <= at:
+            now, number = heappop(ready)
+            loop = min(loops, key=lambda each: each.rows + len(each.waiting))
+            loop.now = max(loop.now, now)
+            loop.add_prefilled(now, number)
+        elif pool.next_start() <= at:
+            for end, arrival, number in pool.start():
+                ttft.add(end - arrival)
+                heappush(ready, (end + transfer_seconds, number))
+    loop = loops[0]
+    for other in loops[1:]:
+        loop.out.absorb(other.out)
+    loop.now = max(each.now for each in loops)
+    loop.out.ttft = ttft
     estimate = _estimate(decode, loop, loop.now)
-    return msgspec.structs.replace(
-        estimate,
-        output_tokens_per_second=estimate.output_tokens_per_second * decode_engines,
-        low=estimate.low * decode_engines,
-        high=estimate.high * decode_engines,
-        requests_per_second=estimate.requests_per_second * decode_engines,
-        concurrency=estimate.concurrency * decode_engines,
-    )
+    return msgspec.structs.replace(estimate, utilisation=estimate.utilisation / engines)
 
 
-class _Queue:
-    """Engines that only compute prompts, first come first served; prompts that wait are computed together."""
+class _PromptPool:
+    """Engines that only compute prompts, first come first served; what waits is computed together, up to a chunk."""
 
     def __init__(self, cost: CostModel, engines: int, workload: Workload) -> None:
         self.cost, self.workload = cost, workload
         self.free = [0.0] * engines
         heapify(self.free)
+        self.waiting: deque[tuple[float, int]] = deque()
+        self.limit = cost.engine.max_batch_tokens * cost.engine.attention_dp
 
-    def serve(self, now: float, number: int, copies: int) -> float:
-        """When the first token is there. `copies` engines ask alike at the same time."""
-        prompt, _ = self.workload.request(number)
-        end = now
-        for _ in range(copies):
-            begin = max(now, heappop(self.free))
-            end = begin + self._seconds(prompt)
-            heappush(self.free, end)
-        return end
+    def next_start(self) -> float:
+        return max(self.free[0], self.waiting[0][0]) if self.waiting else float("inf")
 
-    def _seconds(self, prompt: int) -> float:
-        limit = self.cost.engine.max_batch_tokens
-        total, done = 0.0, 0
-        while done < prompt:
-            n = min(limit, prompt - done)
-            total += self.cost.seconds(
-                StepShape(
-                    prefill_tokens=n,
-                    prefill_rows=1,
-                    prefill_pairs=n * (done + (n + 1) / 2),
-                    prefill_context=done + n,
-                    sampled=1 if done + n == prompt else 0,
-                )
-            )
-            done += n
-        return total
+    def start(self) -> list[tuple[float, float, int]]:
+        """(end, arrival, number) of a batch that begins at next_start()."""
+        now = max(heappop(self.free), self.waiting[0][0])
+        batch: list[tuple[float, int]] = []
+        lengths: list[int] = []
+        while self.waiting and self.waiting[0][0] <= now:
+            length = self.workload.request(self.waiting[0][1])[0]
+            if batch and sum(lengths) + length > self.limit:
+                break
+            batch.append(self.waiting.popleft())
+            lengths.append(length)
+        end = now + self._seconds(lengths)
+        heappush(self.free, end)
+        return [(end, arrival, number) for arrival, number in batch]
+
+    def _seconds(self, lengths: list[int]) -> float:
+        chunks = max(1, -(-sum(lengths) // self.limit))
+        rows = len(lengths)
+        shape = StepShape(
+            prefill_tokens=-(-sum(lengths) // chunks),
+            prefill_rows=rows,
+            prefill_pairs=sum(n * (n + 1) / 2 for n in lengths) / chunks,
+            prefill_context=sum(lengths),
+            sampled=rows,
+        )
+        return chunks * self.cost.seconds(shape)
 
 
 # --- from a run to an estimate ----------------------------------------------------------------------------------------
@@ -334,7 +370,7 @@ class _Queue:
 
 def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
     out: Outcome = loop.out
-    front = cost.profile.front_seconds + cost.profile.prompt_token_seconds * loop.workload.inputs.mean
+    front = cost.profile.front_seconds
     per_second = out.output_tokens / seconds if seconds else 0.0
     low, high = interval(cost, "throughput")
     return ServingEstimate(

@@ -16,7 +16,15 @@ from typing import Any
 import msgspec
 
 _TIMES = ("timestamp", "arrival_time_s", "arrived_at", "arrival_time", "arrival", "time_s", "time")
-_INPUTS = ("contexttokens", "input_length", "input_toks", "num_prefill_tokens", "input_tokens", "prompt_tokens", "input")
+_INPUTS = (
+    "contexttokens",
+    "input_length",
+    "input_toks",
+    "num_prefill_tokens",
+    "input_tokens",
+    "prompt_tokens",
+    "input",
+)
 _OUTPUTS = (
     "generatedtokens",
     "output_length",

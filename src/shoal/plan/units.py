@@ -1,4 +1,4 @@
-"""Quantities as people write them: 500ms, 20/s, 80GiB, $30/h, 90%. Each refusal names the value and shows an example."""
+"""Quantities as people write them: 500ms, 20/s, 80GiB, $30/h, 90%. A refusal names the value and shows an example."""
 
 from __future__ import annotations
 

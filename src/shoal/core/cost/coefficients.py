@@ -12,7 +12,18 @@ import msgspec
 from shoal.core.cost import collectives
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
-from shoal.core.cost.operators import BYTES, CACHE_BYTES, Reached
+from shoal.core.cost.operators import (
+    ATTENTION_KERNELS,
+    BYTES,
+    CACHE_BYTES,
+    EXPERT_COMPUTE,
+    EXPERT_KERNELS,
+    EXPERT_SKEW,
+    EXPERT_STATES,
+    EXPERT_STREAM,
+    Reached,
+    distinct_experts,
+)
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
 from shoal.core.model_shape import LayerShape
@@ -32,11 +43,9 @@ class ExpertCoefficients(msgspec.Struct, kw_only=True):
     """Seconds of reading one expert."""
     compute: float
     """Seconds of one token in one expert."""
-    tile: int
-    """Rows that a grouped product computes together."""
     skew: float
-    imbalance: float
-    """Load of the busiest device relative to the mean."""
+    parts: int
+    """Devices that the experts are dealt to."""
     launch: float
 
 
@@ -73,6 +82,8 @@ class Coefficients(msgspec.Struct, kw_only=True):
     linear_bytes: float
     linear_parameters: float
     linear_launch: float
+    eager: float
+    """The least time of a step with prompts, whose kernels the host launches one by one."""
     experts: list[ExpertCoefficients]
     attention: list[AttentionCoefficients]
     head_bytes: float
@@ -98,6 +109,11 @@ class Coefficients(msgspec.Struct, kw_only=True):
 INDEX_HEADS = 64
 """Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
+SCAN = 40.0
+"""Operations a token and element of the state of linear attention, at the rate of attention: four products of chunks,
+at a fifth of its rate."""
+UNFUSED = 3.0
+"""Launches that experts and uncommon attention take outside of graphs, for one within."""
 
 
 def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Calibration) -> Coefficients:
@@ -134,12 +150,13 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         else layer.mlp.intermediate_size
         for layer in model.layers
     )
-    elementwise = layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
+    elementwise = profile.elementwise * layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
     link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
     chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
-    exchange_bytes = expert_layers * chosen * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    copies = distinct_experts(exchange_ranks, 1, chosen)
+    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
     return Coefficients(
         groups=engine.attention_dp,
         context_ranks=layout.cp,
@@ -149,7 +166,8 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         linear=linear,
         linear_bytes=dense,
         linear_parameters=projections + dense_parameters,
-        linear_launch=layers * GEMMS_A_LAYER * kernel * 0.5,
+        linear_launch=layers * GEMMS_A_LAYER * reached.product_seconds(engine.weights) * profile.kernel_factor,
+        eager=_eager(engine, profile) * share,
         experts=[_experts(engine, layer, reached, kernel, profile) for layer in model.layers if layer.mlp.num_experts],
         attention=[_attention(engine, layer, reached, kernel, profile) for layer in model.layers],
         head_bytes=head * BYTES[plain],
@@ -178,19 +196,22 @@ def _experts(
     parts = expert_ranks(engine)
     parameters = (3 if mlp.gated else 2) * engine.model.hidden_size * mlp.expert_size / engine.layout.tp
     moved = parameters * BYTES[engine.weights]
-    factor = profile.expert_factor
+    kind = engine.weights.removesuffix("-block")
+    if kind == "float4" and reached.operands(engine.weights) != "float4":
+        kind = "int4"  # Weights alone are of 4 bits, whatever their code.
+    rate = reached.rate(engine.weights) * EXPERT_COMPUTE[kind]
+    states = EXPERT_STATES * engine.model.hidden_size / reached.copy()
     return ExpertCoefficients(
         count=layer.count * stage_share(engine),
         local=mlp.num_experts / parts,
         chosen_share=mlp.num_experts_per_token / mlp.num_experts,
         parameters=parameters,
         bytes=moved,
-        stream=factor * moved / reached.stream(engine.weights),
-        compute=factor * 2 * parameters / reached.rate(engine.weights),
-        tile=64,
-        skew=0.0,
-        imbalance=1.0 if parts == 1 else 1.2,
-        launch=5 * kernel,
+        stream=moved / (engine.cluster.device.memory_bandwidth * EXPERT_STREAM[kind]),
+        compute=profile.expert_compute * (2 * parameters / rate + states),
+        skew=EXPERT_SKEW,
+        parts=parts,
+        launch=EXPERT_KERNELS[kind] * kernel,
     )
 
 
@@ -213,7 +234,7 @@ def _attention(
     state = token = 0.0
     if a.kind == "linear":
         moved = pair = context = 0.0
-        state, token = 2 * a.state_elements / ranks * 4, 8 * a.state_elements / ranks
+        state, token = 2 * a.state_elements / ranks * 4, SCAN * a.state_elements / ranks
     split = engine.layout.cp
     return AttentionCoefficients(
         count=layer.count * stage_share(engine),
@@ -229,8 +250,18 @@ def _attention(
         index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
         row_stream=state / reached.copy(),
         token_compute=token / rate,
-        launch=2 * kernel,
+        launch=ATTENTION_KERNELS[a.kind] * kernel,
     )
+
+
+def _eager(engine: EngineShape, profile: EngineProfile) -> float:
+    kernels = 0.0
+    for layer in engine.model.layers:
+        experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
+        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS[layer.attention.kind]
+        own = 2 * GEMMS_A_LAYER + profile.layer_kernels + UNFUSED * (experts + special)
+        kernels += layer.count * own
+    return kernels * profile.eager_kernel_seconds
 
 
 def _collectives(
@@ -242,7 +273,7 @@ def _collectives(
     exchange_ranks: int,
 ) -> Callable[[float], float]:
     cluster, ranks = engine.cluster, engine.layout.tensor_ranks
-    factor = profile.all_reduce
+    more = profile.reduce_seconds + profile.rank_seconds * (ranks - 1)
     reduces = 2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers
     chosen = max((layer.mlp.num_experts_per_token for layer in engine.model.layers), default=0)
     hidden = engine.model.hidden_size
@@ -250,13 +281,35 @@ def _collectives(
     def of(tokens: float) -> float:
         total = 0.0
         if ranks > 1:
-            total += reduces * factor * collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
+            each = collectives.cluster_all_reduce(cluster, ranks, 1, tokens * hidden_bytes)
+            total += reduces * max(1e-6, each + more)
         if exchange_ranks > 1:
             # Each device of a group sends its share of the group's tokens: as float8, and back in 16 bits.
-            own = tokens / ranks
-            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden)
-            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * chosen * hidden * 2)
+            own = tokens / ranks * distinct_experts(exchange_ranks, 1, chosen) * hidden
+            there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own)
+            back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * 2)
             total += expert_layers * (there + back)
+        if engine.layout.cp > 1:
+            total += context_exchange(engine, tokens * engine.layout.cp)
         return total
 
     return of
+
+
+def context_exchange(engine: EngineShape, tokens: float) -> float:
+    """Seconds of a step of so many tokens over context-parallel ranks: in every layer queries, keys and values of all
+    are gathered, and each token's parts of attention go to its rank in float32 with their log-sum-exp
+    (docs/parallelism.md)."""
+    ranks, context = engine.layout.tensor_ranks, engine.layout.cp
+    link = engine.cluster.link(context, ranks)
+    total = 0.0
+    for layer in engine.model.layers:
+        attention = layer.attention
+        if attention.kind == "linear":
+            continue
+        queries = attention.num_heads * attention.head_dim / ranks
+        gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
+        parts = 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)
+        there = collectives.all_gather(link, context, gathered)
+        total += layer.count * (there + collectives.reduce_scatter(link, context, parts * context))
+    return total

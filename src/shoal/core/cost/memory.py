@@ -79,7 +79,7 @@ def activation_bytes(engine: EngineShape) -> int:
 
 
 def cache_bytes_per_token(engine: EngineShape) -> float:
-    """On the fullest device. A windowed layer's tokens leave the cache; they are counted in bytes_per_sequence."""
+    """On the fullest device. A windowed layer's tokens leave the cache: see sequence_bytes."""
     per = CACHE_BYTES[engine.cache]
     ranks = engine.layout.tensor_ranks
     elements = sum(
@@ -90,8 +90,9 @@ def cache_bytes_per_token(engine: EngineShape) -> float:
     return elements * per * stage_share(engine) / engine.layout.cp
 
 
-def cache_bytes_per_sequence(engine: EngineShape) -> float:
-    """Windows, states of linear attention (float32), and half a block of every layer that keeps all tokens."""
+def sequence_bytes(engine: EngineShape, tokens: float) -> float:
+    """Cache of one sequence of so many tokens: what every token keeps, windows as far as they are filled, states of
+    linear attention (float32), and half a block of every layer that keeps all tokens."""
     per, ranks = CACHE_BYTES[engine.cache], engine.layout.tensor_ranks
     total = 0.0
     for layer in engine.model.layers:
@@ -99,9 +100,9 @@ def cache_bytes_per_sequence(engine: EngineShape) -> float:
         if attention.kind == "linear":
             total += layer.count * attention.state_elements / ranks * 4
         elif attention.kind == "windowed":
-            kept = (attention.window or 0) + engine.block_size
-            total += layer.count * kept * local_cache_elements(attention, ranks) * per
-    return total * stage_share(engine) + cache_bytes_per_token(engine) * engine.block_size / 2
+            kept = min(tokens, attention.window or 0) + engine.block_size / 2
+            total += layer.count * kept * local_cache_elements(attention, ranks) * per / engine.layout.cp
+    return total * stage_share(engine) + cache_bytes_per_token(engine) * (tokens + engine.block_size / 2)
 
 
 def budget(engine: EngineShape, profile: EngineProfile) -> MemoryBudget:
@@ -118,5 +119,6 @@ def budget(engine: EngineShape, profile: EngineProfile) -> MemoryBudget:
         workspace=workspace,
         cache=total - weights - activations - workspace,
         bytes_per_token=cache_bytes_per_token(engine),
-        bytes_per_sequence=cache_bytes_per_sequence(engine),
+        bytes_per_sequence=sequence_bytes(engine, engine.model.max_len)
+        - cache_bytes_per_token(engine) * engine.model.max_len,
     )

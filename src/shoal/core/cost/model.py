@@ -14,7 +14,7 @@ from shoal.core.cost import memory
 from shoal.core.cost.calibration import Calibration, weakest
 from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of
 from shoal.core.cost.collectives import wire_bytes
-from shoal.core.cost.operators import distinct_experts, roofline
+from shoal.core.cost.operators import busiest, distinct_experts, roofline
 from shoal.core.cost.profiles import EngineProfile, profile
 from shoal.core.cost.types import EngineShape, MemoryBudget, Part, StepCost, StepShape
 from shoal.core.hardware import LinkSpec
@@ -94,6 +94,9 @@ class CostModel:
         kernels = c.kernels + c.elementwise * tokens
         head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
         host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
+        if shape.prefill_tokens:
+            # What the device does while the host is still launching costs nothing more.
+            kernels += max(0.0, c.eager - linear - experts - attention - collectives - kernels)
         if factors:
             get = factors.get
             linear *= get("linear", 1.0)
@@ -109,8 +112,12 @@ class CostModel:
         return linear, experts, attention, collectives, head, kernels, pipeline, host
 
     def _tokens(self, shape: StepShape) -> float:
-        """That one device computes the linear layers of."""
-        return shape.prefill_tokens / (self._c.groups * self._c.context_ranks) + shape.decode_rows / self._c.groups
+        """That one device computes the linear layers of: the one of the group that has most of them."""
+        c = self._c
+        if c.groups == 1:
+            return shape.prefill_tokens / c.context_ranks + shape.decode_rows
+        prompts = shape.prefill_tokens / (min(c.groups, shape.prefill_rows or 1) * c.context_ranks)
+        return prompts + -(-shape.decode_rows // c.groups)
 
     def _experts(self, shape: StepShape) -> float:
         total = 0.0
@@ -120,27 +127,28 @@ class CostModel:
         return total
 
     def _expert_layer(self, kind: ExpertCoefficients, tokens: int) -> float:
+        pairs = tokens * kind.chosen_share * kind.local
         touched = distinct_experts(kind.local, kind.chosen_share * kind.local, tokens, kind.skew)
-        pairs = tokens * kind.chosen_share * kind.local * kind.imbalance
-        # A tile of rows is computed whole: an expert with one token costs as much as one with a tile full.
-        padded = max(pairs, touched * kind.tile * min(1.0, 0.5 + pairs / (touched * kind.tile)))
-        return roofline(touched * kind.stream, padded * kind.compute)
+        if kind.parts > 1:
+            most = busiest(pairs, kind.parts)
+            touched, pairs = min(kind.local, touched * most), pairs * most
+        return roofline(touched * kind.stream, pairs * kind.compute)
 
     def _attention(self, shape: StepShape) -> float:
         total = 0.0
         c = self._c
-        groups = c.groups
+        decode_groups, groups = min(c.groups, shape.decode_rows or 1), min(c.groups, shape.prefill_rows or 1)
         for kind in c.attention:
             prefill = decode = 0.0
             if shape.decode_rows:
                 context = float(shape.decode_context)
                 if kind.window:
                     context = min(context, float(shape.decode_rows * kind.window))
-                context /= groups
+                context /= decode_groups
                 decode = roofline(
                     context * kind.decode_stream
-                    + shape.decode_context / groups * kind.index_stream
-                    + shape.decode_rows / groups * kind.row_stream,
+                    + shape.decode_context / decode_groups * kind.index_stream
+                    + shape.decode_rows / decode_groups * kind.row_stream,
                     context * kind.decode_compute,
                 )
                 decode += kind.launch
@@ -211,7 +219,8 @@ class CostModel:
             return "compute" if shape.prefill_tokens > shape.decode_rows else "bandwidth"
         if name == "collectives":
             return "latency" if self._collectives(tokens, shape.tokens) < 2 * c.collectives(1e-9) else "link"
-        return {"head": "bandwidth", "kernels": "latency", "pipeline": "link", "host": "host"}[name]  # type: ignore[return-value]
+        others: dict[str, Bound] = {"head": "bandwidth", "kernels": "latency", "pipeline": "link", "host": "host"}
+        return others[name]
 
     def _wire(self, shape: StepShape) -> float:
         return sum(self._link_bytes(shape).values())

@@ -82,8 +82,17 @@ class Reached(msgspec.Struct, frozen=True):
         return self.device.rates[dtype] * self.fraction(f"matmul.{dtype}")
 
     def stream(self, weights: WeightPrecision) -> float:
-        name = weights.removesuffix("-block")
-        return self.device.memory_bandwidth * self.fraction(f"stream.{name}")
+        """Without the time that a product takes whatever its size: the fractions are of products of some 10^8
+        weights, that time included."""
+        fraction = self.fraction(f"stream.{weights.removesuffix('-block')}")
+        size = 1e8 * BYTES[weights] / self.device.memory_bandwidth
+        return self.device.memory_bandwidth * min(
+            0.9, 1 / max(1.0, 1 / fraction - self.product_seconds(weights) / size)
+        )
+
+    def product_seconds(self, weights: WeightPrecision) -> float:
+        """That a matrix product takes whatever its size, and the quantising of what goes into it."""
+        return self.device.kernel_seconds * PRODUCT_KERNELS[self.operands(weights)]
 
     def attention_bandwidth(self, cache: CachePrecision) -> float:
         name = "attention.decode.float8" if cache in ("float8", "int8") else "attention.decode"
@@ -105,10 +114,37 @@ def roofline(stream: float, compute: float, sharpness: float = 3.0) -> float:
     return larger * math.pow(1 + math.pow(smaller / larger, sharpness), 1 / sharpness)
 
 
+PRODUCT_KERNELS = {"float32": 1.0, "bfloat16": 1.0, "int8": 2.0, "float8": 2.0, "float4": 3.0}
+"""Least times of a kernel that a product takes beyond streaming, by its operands: an activation is quantised first."""
+EXPERT_COMPUTE = {"float32": 0.7, "bfloat16": 0.7, "float8": 0.35, "float4": 0.75, "int8": 0.35, "int4": 0.3}
+"""Of what large matrix products reach, by products grouped by expert, by their weights: tiles that are not full,
+loads that differ, weights that are unpacked on the way.
+From the tables of experts in aiconfigurator 0.12 (vLLM, SGLang, TensorRT-LLM on H100, H200, B200)."""
+EXPERT_STREAM = {"float32": 0.78, "bfloat16": 0.78, "float8": 0.78, "float4": 0.78, "int8": 0.78, "int4": 0.45}
+"""Of the bandwidth, by the weights of experts that few tokens visit; the same tables."""
+EXPERT_KERNELS = {"float32": 12.0, "bfloat16": 12.0, "int8": 18.0, "float8": 18.0, "float4": 9.0, "int4": 18.0}
+"""Of a layer of experts, by weights: choosing, sorting, quantising, two products, activation, and the sum. Those for
+float4 are fused."""
+ATTENTION_KERNELS = {"full": 3.0, "windowed": 3.0, "latent": 10.0, "sparse": 30.0, "linear": 10.0}
+"""Of a layer's attention besides the projections, by kind."""
+
+
+def busiest(visits: float, parts: float) -> float:
+    """Load of the busiest of `parts` devices relative to the mean, where `visits` fall on each by chance."""
+    return 1.0 if parts <= 1 or visits <= 0 else 1 + math.sqrt(2 * math.log(parts) / max(1.0, visits))
+
+
+EXPERT_STATES = 12
+"""Bytes a token, expert and feature of the hidden state that are moved to sort, quantise and add up."""
+EXPERT_SKEW = 0.35
+"""Of real choices: by that share fewer tokens, were the choices even, would visit as many experts (the tables'
+power law of exponent 1.01, beside their balanced rows)."""
+
+
 def distinct_experts(num_experts: float, chosen: float, tokens: float, skew: float = 0.0) -> float:
     """How many experts `tokens` tokens visit that choose `chosen` each: E (1 - (1 - k/E)^B) when all are as likely.
 
-    `skew` in [0, 1): that share of the choices goes to the same `chosen` experts.
+    `skew` in [0, 1): as many as a share of 1 - skew of the tokens would visit with even choices.
     """
     if tokens <= 0 or num_experts <= 0:
         return 0.0
