@@ -29,6 +29,8 @@ RINGS: dict[str, tuple[str, ...]] = {
         "core",
         "checkpoint",
         "engine.child",
+        "engine.device_timing",
+        "engine.executor",
         "engine.memory",
         "engine.launch",
         "serve",

@@ -10,6 +10,7 @@ import typer
 from shoal import __version__
 from shoal.cli.audit_commands import audit_app
 from shoal.cli.bench_commands import bench
+from shoal.cli.calibrate import calibrate
 from shoal.cli.diagnose import diagnose
 from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
@@ -30,6 +31,7 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(simulate)
+app.command()(calibrate)
 app.command()(export)
 app.command()(diagnose)
 app.command()(topology)
