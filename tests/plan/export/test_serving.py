@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -57,10 +58,17 @@ def tiny(checkpoint: Path, **changes: Any) -> Deployable:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """Free like the next three, which torchrun's driver and the ranks of a script take. Below the ports that the system
+    gives to clients, so that none takes it meanwhile."""
+    while True:
+        first = random.randrange(15_000, 30_000, 4)
+        try:
+            for port in range(first, first + 4):
+                with socket.socket() as found:
+                    found.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
 @contextlib.contextmanager
