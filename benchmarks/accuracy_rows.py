@@ -52,6 +52,8 @@ class Question(msgspec.Struct, kw_only=True):
     model: str
     engine: str
     mode: str
+    kind: str
+    """dense or mixture; empty where the model is not known."""
     measured: dict[str, float]
     """tpot and ttft in seconds, throughput in output tokens/s."""
 
@@ -87,7 +89,12 @@ def read(row: Row) -> Question:
     for name, column, scale in (("tpot", "tpot_ms", 1e-3), ("ttft", "ttft_ms", 1e-3), ("throughput", "out_tok_s", 1.0)):
         if row[column] and float(row[column]) > 0:
             measured[name] = float(row[column]) * scale
+    try:
+        kind = "mixture" if models.model_shape(row["model"]).is_mixture else "dense"
+    except models.ModelError:
+        kind = ""
     return Question(
+        kind=kind,
         row=row["row_id"],
         source=row["source"],
         device=row["gpu"],
@@ -137,7 +144,7 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         return offline(cost, work), False
     if load.startswith("open-loop"):
         few = row["stat"].endswith("of 300 requests")
-        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else 1000), True
+        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else None), True
     concurrency = int(float(row["concurrency"]))
     poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
     wait = wait_steps(row, concurrency)

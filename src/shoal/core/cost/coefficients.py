@@ -258,7 +258,7 @@ def _eager(engine: EngineShape, profile: EngineProfile) -> float:
     kernels = 0.0
     for layer in engine.model.layers:
         experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
-        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS[layer.attention.kind]
+        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS["latent"]
         own = 2 * GEMMS_A_LAYER + profile.layer_kernels + UNFUSED * (experts + special)
         kernels += layer.count * own
     return kernels * profile.eager_kernel_seconds
