@@ -54,6 +54,8 @@ class Question(msgspec.Struct, kw_only=True):
     mode: str
     kind: str
     """dense or mixture; empty where the model is not known."""
+    doubtful: bool
+    """Its throughput contradicts its own times by more than a half (some rows of Splitwise's table do)."""
     measured: dict[str, float]
     """tpot and ttft in seconds, throughput in output tokens/s."""
 
@@ -93,7 +95,13 @@ def read(row: Row) -> Question:
         kind = "mixture" if models.model_shape(row["model"]).is_mixture else "dense"
     except models.ModelError:
         kind = ""
+    doubtful = False
+    if row["mode"] == "static batch" and len(measured) == 3:
+        batch, outputs = int(row["concurrency"]), int(row["osl"])
+        own = batch * outputs / (measured["ttft"] + measured["tpot"] * (outputs - 1))
+        doubtful = not 0.5 < own / measured["throughput"] < 1.5
     return Question(
+        doubtful=doubtful,
         kind=kind,
         row=row["row_id"],
         source=row["source"],
@@ -154,7 +162,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
 
 def wait_steps(row: Row, concurrency: int) -> int:
     """InferenceX starts TensorRT-LLM with batch_wait_timeout_iters 20 for Llama below 8 devices, and 40 for DeepSeek
-    from 64 clients, in both cases for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups."""
+    from 64 clients, both for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups.
+    """
     if engine_name(row) == "tensorrt-llm" and row["source"].startswith("AIC") and number(row["attn_dp"]) > 1:
         return 60
     if (
@@ -202,7 +211,7 @@ def _answer(found: ServingEstimate, replicas: int, median: bool) -> Answer:
     )
 
 
-# --- what a row says ---------------------------------------------------------------------------------------------------
+# --- what a row says --------------------------------------------------------------------------------------------------
 
 
 def device_name(text: str) -> str:
@@ -326,7 +335,7 @@ def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     return "float8" if engine == "vllm" and not latent else "bfloat16"
 
 
-# --- pools -------------------------------------------------------------------------------------------------------------
+# --- pools ------------------------------------------------------------------------------------------------------------
 
 
 def pool(text: str) -> dict[str, int]:
