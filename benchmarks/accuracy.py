@@ -98,8 +98,8 @@ def show(name: str, metric: str, line: dict[str, float]) -> None:
 def residuals(pairs: list[Pair]) -> dict[str, tuple[float, float, float, int]]:
     """Measured over predicted, as `core/cost/residuals.py` has them: the 4th, 50th and 96th of a hundred.
 
-    So, on rows of devices and models that were not among them, some 90 of a hundred lie between. Of engines with 30 rows
-    or more.
+    So, on rows of devices and models that were not among them, some 90 of a hundred lie between. Of engines with 30
+    rows or more.
     """
     ratios: dict[str, list[float]] = {}
     for question, found in pairs:
