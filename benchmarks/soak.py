@@ -1,7 +1,8 @@
 """A soak: twenty minutes of load with random faults, and how memory and open files grow: `python benchmarks/soak.py`.
 
 Slopes are least squares over everything after the first quarter, in which caches fill. An engine that is killed begins
-anew with another process: its slope is that of the process that ran longest.
+anew with another process: its slope is that of the process that ran longest. With `--faults drain,leave`, which leave
+engines alive, theirs is of the whole time.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ async def run(given: argparse.Namespace) -> int:
             await comes_true(lambda: watch.all_ready, 300, every=0.1)
             suite = Suite(deployment, watch, options)
             await suite.measure_undisturbed()
-            kinds = [kind for kind in KINDS if kind.name in FAULTS and not kind.lacks(suite.arena)]
+            kinds = [kind for kind in KINDS if kind.name in given.faults.split(",") and not kind.lacks(suite.arena)]
             suite.go_through_proxies()
             sampling = asyncio.create_task(sample(watch, deployment, samples))
             rows, total = await disturb(suite, kinds, given.minutes * 60, rng)
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", default=",".join(FAULTS), help="of these at random; default: %(default)s")
     return asyncio.run(run(parser.parse_args()))
 
 

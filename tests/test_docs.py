@@ -22,6 +22,8 @@ from shoal.cli.batch import ChatLine, CompletionLine
 from shoal.config import load_config
 from shoal.core.config import EngineConfig, LaunchConfig
 from shoal.core.layout import Layout
+from shoal.plan.catalogue import cluster
+from shoal.plan.hardware_file import read_hardware
 from shoal.serve.access import ROUTES, RouteTable
 from shoal.serve.deployment import Deployment, ModelDeployment, check
 from shoal.serve.protocol import ChatRequest, CompletionRequest, Limits, TokenizeRequest, decode
@@ -137,7 +139,11 @@ def test_python_examples_are_programs(text: str) -> None:
 def test_settings_load(text: str, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text, encoding="utf-8")
-    if re.search(r"^models:", text, re.MULTILINE):
+    if re.search(r"^devices:", text, re.MULTILINE):
+        assert read_hardware(file).devices
+    elif re.search(r"^nodes:", text, re.MULTILINE):
+        assert cluster(str(file)).num_devices
+    elif re.search(r"^models:", text, re.MULTILINE):
         check(load_config(Deployment, file, {}))
     else:
         assert load_config(ServeConfig, file, {"engine.model": "m"})

@@ -22,8 +22,8 @@ RINGS: dict[str, tuple[str, ...]] = {
     "engine": ("core", "checkpoint"),
     "serve": ("core", "checkpoint", "engine.executor", "engine.child", "engine.grammar", "__version__"),
     "bench": ("core",),
-    "plan": ("core",),
     "sim": ("core",),
+    "plan": ("core",),
     "config": (),
     "cli": (
         "core",
@@ -33,6 +33,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "engine.launch",
         "serve",
         "bench",
+        "plan",
         "config",
         "__version__",
     ),

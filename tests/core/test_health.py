@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
 
 CONFIG = HealthConfig(stall_seconds=2.0, stall_steps=20.0, fence_seconds=0.5, breaker_failures=3, breaker_seconds=2.0)
-NEW = 10.0
+NEW = 30.0
 """Patience with one of which nothing is known."""
 
 

@@ -143,3 +143,30 @@ def self_signed(directory: Path) -> tuple[Path, Path]:
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return paths
+
+
+def test_connections_are_kept_ready_and_used_again() -> None:
+    async def main() -> None:
+        connections: list[asyncio.StreamWriter] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connections.append(writer)
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    await reader.readuntil(b"\r\n\r\n")
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi")
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            client = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            await client.fetch("GET", "/", seconds=1.0)
+            async with asyncio.timeout(5):
+                while len(connections) < 3:  # the one that was needed, and two
+                    await asyncio.sleep(0.01)
+            for _ in range(3):
+                answers = [client.fetch("GET", "/", seconds=1.0) for _ in range(3)]
+                assert [answer.status for answer in await asyncio.gather(*answers)] == [200] * 3
+            assert len(connections) < 6, "three at once need three, and at most two more are opened ahead"
+            client.close()
+
+    asyncio.run(main())

@@ -54,6 +54,7 @@ def _for_user(error: Exception) -> str | None:
     from shoal.cli.errors import CommandError
     from shoal.config import ConfigError
     from shoal.engine.launch import LaunchError
+    from shoal.plan.hardware_file import CatalogueError
     from shoal.serve.engine_client import EngineLost, EngineStartError
     from shoal.serve.journal_store import StoreError
     from shoal.serve.server import ListenError
@@ -64,7 +65,7 @@ def _for_user(error: Exception) -> str | None:
     if isinstance(error, EngineStartError | LaunchError):
         return _with_flags(str(error))
     told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError, StoreError)
-    return str(error) if isinstance(error, (*told, KeyFileError)) else None
+    return str(error) if isinstance(error, (*told, KeyFileError, CatalogueError)) else None
 
 
 def _with_flags(message: str) -> str:

@@ -23,7 +23,7 @@ class HealthConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Or so many times its median step, if that is longer."""
     stall_longest: float = 3.0
     """Or so many times the longest of its last steps: among steps that decode there are some that prefill."""
-    first_seconds: float = 10.0
+    first_seconds: float = 30.0
     """Until it has made a step, of which nothing is known yet."""
     idle_seconds: float = 5.0
     """One without work that has said nothing for so long gets none."""

@@ -1,1 +1,1 @@
-"""The smallest setup that meets a target: catalogue, search, explanation, export. It computes, and asks no device."""
+"""The smallest setup that meets a target: catalogue, search, explanation, export. Only detection asks a device."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -31,18 +32,27 @@ FRACTIONS = (
 Unit = Literal["bytes", "bytes/s", "operations/s", "seconds"]
 Spec = TypeVar("Spec", DeviceSpec, LinkSpec, NodeSpec)
 
-_BYTES = {"": 1.0, "B": 1.0} | {
-    f"{prefix}{suffix}": float(base**power)
+# Decimals, so that 5us is the number nearest to 0.000005.
+_BYTES = {"": Decimal(1), "B": Decimal(1)} | {
+    f"{prefix}{suffix}": Decimal(base) ** power
     for power, prefix in enumerate("KMGT", 1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
-_BITS = {f"{prefix}{suffix}": 1000**power / 8 for power, prefix in enumerate("MGT", 2) for suffix in ("bit/s", "b/s")}
-_SCALES: dict[Unit, dict[str, float]] = {
+_BITS = {
+    f"{prefix}{suffix}": Decimal(1000) ** power / 8
+    for power, prefix in enumerate("MGT", 2)
+    for suffix in ("bit/s", "b/s")
+}
+_SCALES: dict[Unit, dict[str, Decimal]] = {
     "bytes": _BYTES,
-    "bytes/s": {"": 1.0} | {f"{name}/s": scale for name, scale in _BYTES.items() if name} | _BITS,
-    "operations/s": {"": 1.0}
-    | {f"{p}{s}": 1000.0**n for n, p in enumerate("GTP", 3) for s in ("", "FLOP/s", "OP/s", "FLOPS", "OPS")},
-    "seconds": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
+    "bytes/s": {"": Decimal(1)} | {f"{name}/s": scale for name, scale in _BYTES.items() if name} | _BITS,
+    "operations/s": {"": Decimal(1)}
+    | {
+        f"{prefix}{suffix}": Decimal(1000) ** power
+        for power, prefix in enumerate("GTP", 3)
+        for suffix in ("", "FLOP/s", "OP/s", "FLOPS", "OPS")
+    },
+    "seconds": {name: Decimal(f"1e{power}") for name, power in (("", 0), ("s", 0), ("ms", -3), ("us", -6), ("ns", -9))},
 }
 _EXAMPLES: dict[Unit, str] = {
     "bytes": "80GiB or 141GB",
@@ -65,6 +75,10 @@ _FIGURES = {
 }
 
 
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The one in C takes a tenth of the time, and is not in every build."""
+
+
 class CatalogueError(Exception):
     """A device, link, node or cluster that makes no sense. The message names it and says what would."""
 
@@ -81,10 +95,10 @@ def quantity(value: object, unit: Unit) -> float:
     KB is 1000 bytes and KiB 1024; a big B is a byte and a small b a bit. Zero, negative and endless are refused.
     """
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*", value)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)\s*([A-Za-z/]*)\s*", value)
         if match is None or match[2] not in _SCALES[unit]:
             raise ValueError(f"{value!r} is not in {unit}: write {_EXAMPLES[unit]}")
-        number = float(match[1]) * _SCALES[unit][match[2]]
+        number = float(Decimal(match[1]) * _SCALES[unit][match[2]])
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         number = float(value)
     else:
@@ -97,13 +111,14 @@ def quantity(value: object, unit: Unit) -> float:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping that a file holds. A key that is given twice is refused: YAML's readers keep the last in silence."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(_SafeLoader):  # type: ignore[misc]
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for key in keys:
                 if keys.count(key) > 1:
                     raise CatalogueError(f"{file}: {key} is given twice")
-            return super().construct_mapping(node, deep)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
 
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader)
@@ -150,7 +165,7 @@ def spec_from(
     Raises CatalogueError.
     """
     where = where or name
-    allowed = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
+    allowed: list[str] = [field.name for field in msgspec.structs.fields(kind) if field.name != "name"]
     for key in fields:
         if key not in allowed:
             raise CatalogueError(f"{where}: unknown key {key}; the nearest is {nearest(str(key), allowed)}")
@@ -169,8 +184,8 @@ def spec_from(
     try:
         spec = msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        raise CatalogueError(f"{where}: {_explain(str(error))}") from None
-    figures = list(figures_of(spec))
+        raise CatalogueError(f"{where}: {explain(str(error))}") from None
+    figures: list[str] = list(figures_of(spec))
     for key in given:
         if key not in allowed and key not in figures:
             raise CatalogueError(
@@ -179,6 +194,36 @@ def spec_from(
     _check(spec, where)
     sources = given | {figure: source_of(spec, figure) or default for figure in figures}
     return msgspec.structs.replace(spec, sources=sources)
+
+
+def override(base: Spec, fields: Mapping[str, Any], source: str, where: str) -> Spec:
+    """`base` with some of its figures replaced, as a file says of one machine: {bandwidth: 42GB/s}.
+
+    A table of all-reduces was taken at the old speed: it goes where the bandwidth is another. Raises CatalogueError.
+    """
+    kind = type(base)
+    allowed: list[str] = [field.name for field in msgspec.structs.fields(kind) if field.name not in ("name", "sources")]
+    tree = msgspec.to_builtins(base)
+    if isinstance(base, LinkSpec) and "bandwidth" in fields:
+        tree["all_reduce"] = {}
+    for key, value in fields.items():
+        if key not in allowed:
+            raise CatalogueError(f"{where}: unknown key {key}; the nearest is {nearest(str(key), allowed)}")
+        try:
+            tree[key] = _field(key, value)
+        except ValueError as error:
+            raise CatalogueError(f"{where}.{key}: {error}") from None
+    changed = [key for key in fields if key in _FIGURES[kind]]
+    kept = {
+        key: text for key, text in base.sources.items() if not any(f"{key}.".startswith(f"{one}.") for one in changed)
+    }
+    try:
+        spec: Spec = msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise CatalogueError(f"{where}: {explain(str(error))}") from None
+    _check(spec, where)
+    sources = {figure: kept.get(figure, source) for figure in figures_of(spec)}
+    return msgspec.structs.replace(spec, sources=kept | sources)
 
 
 def figures_of(spec: DeviceSpec | LinkSpec | NodeSpec) -> Iterator[str]:
@@ -249,25 +294,17 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:
     return value
 
 
-def _explain(message: str) -> str:
+def explain(message: str) -> str:
+    """msgspec's message with the key first."""
     match = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message)
-    return f"{match[2]}: {match[1][0].lower()}{match[1][1:]}" if match else message
+    text = f"{match[1][0].lower()}{match[1][1:]}" if match else f"{message[0].lower()}{message[1:]}"
+    return f"{match[2]}: {text}" if match else text
 
 
 def _check(spec: DeviceSpec | LinkSpec | NodeSpec, where: str) -> None:
     """What types cannot say. Raises CatalogueError."""
     if isinstance(spec, DeviceSpec):
-        if not spec.rates:
-            raise CatalogueError(f"{where}.rates: at least one is needed")
-        for key, options in ((spec.rates, DTYPES), (spec.fractions, FRACTIONS)):
-            for name in key:
-                if name not in options:
-                    raise CatalogueError(f"{where}: unknown figure {name}; the nearest is {nearest(name, options)}")
-        for name, fraction in spec.fractions.items():
-            if not 0 < fraction <= 1:
-                raise CatalogueError(f"{where}.fractions.{name}: {fraction} must be above 0 and at most 1")
-        if spec.watts is not None and spec.watts <= 0:
-            raise CatalogueError(f"{where}.watts: {spec.watts} must be above 0")
+        _check_device(spec, where)
     elif isinstance(spec, LinkSpec):
         if not 0 < spec.reached <= 1:
             raise CatalogueError(f"{where}.reached: {spec.reached} must be above 0 and at most 1")
@@ -281,3 +318,17 @@ def _check(spec: DeviceSpec | LinkSpec | NodeSpec, where: str) -> None:
         for price in spec.prices:
             if price.dollars_per_hour <= 0:
                 raise CatalogueError(f"{where}.prices: {price.dollars_per_hour} must be above 0")
+
+
+def _check_device(spec: DeviceSpec, where: str) -> None:
+    if not spec.rates:
+        raise CatalogueError(f"{where}.rates: at least one is needed")
+    for key, options in ((spec.rates, DTYPES), (spec.fractions, FRACTIONS)):
+        for name in key:
+            if name not in options:
+                raise CatalogueError(f"{where}: unknown figure {name}; the nearest is {nearest(name, options)}")
+    for name, fraction in spec.fractions.items():
+        if not 0 < fraction <= 1:
+            raise CatalogueError(f"{where}.fractions.{name}: {fraction} must be above 0 and at most 1")
+    if spec.watts is not None and spec.watts <= 0:
+        raise CatalogueError(f"{where}.watts: {spec.watts} must be above 0")

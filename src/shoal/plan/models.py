@@ -7,6 +7,7 @@ ModelShape. There a count of parameters may be written as a product, [rows, colu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import lru_cache
@@ -85,6 +86,12 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     aliases: tuple[str, ...] = ()
 
 
+_VARIANT = re.compile(
+    r"(-(instruct|chat|it|base|hf|fp8|fp4|nvfp4|mxfp4|bf16|awq|gptq|int4|int8|w4a16|w8a8|dynamic|gguf|4bit|8bit))+$"
+)
+"""Ends of names whose models have the shape of the one without: tuned, or stored in another precision."""
+
+
 def names() -> list[str]:
     """Of all published models, sorted."""
     return sorted(model.name for model in _catalogue())
@@ -97,7 +104,8 @@ def model_shape(name_or_path: str, read: Callable[[Path], ModelSpec] | None = No
     `read` makes a ModelSpec of (GGUF). Raises ModelError.
     """
     path = Path(name_or_path)
-    if path.exists() or name_or_path.startswith((".", "/", "~")):
+    is_path = path.is_file() or (path / "config.json").is_file()
+    if is_path or name_or_path.startswith((".", "/", "~")):
         return _shape_of_path(path.expanduser(), read)
     return published_model(name_or_path).shape
 
@@ -105,9 +113,10 @@ def model_shape(name_or_path: str, read: Callable[[Path], ModelSpec] | None = No
 def published_model(name: str) -> PublishedModel:
     """Raises ModelError, which names the nearest."""
     index = _index()
-    found = index.get(_key(name)) or index.get(_key(name.rsplit("/", 1)[-1]))
+    last_part = _key(name.rsplit("/", 1)[-1])
+    found = index.get(_key(name)) or index.get(last_part) or index.get(_VARIANT.sub("", last_part))
     if found is None:
-        near = get_close_matches(_key(name.rsplit("/", 1)[-1]), index, n=3, cutoff=0.5)
+        near = get_close_matches(last_part, index, n=3, cutoff=0.5)
         nearest = sorted({index[key].name for key in near})
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise ModelError(f"model {name!r} is not known{hint}. A path of its config.json works too")
@@ -258,7 +267,7 @@ def _shape_of_path(path: Path, read: Callable[[Path], ModelSpec] | None) -> Mode
         if read is not None:
             return shape_of(read(file), file.stem)
     except UnsupportedModel as error:
-        raise ModelError(f"{file}: {error}") from None
+        raise ModelError(f"{file}: {error}. Its shape can be given as YAML, as the published ones are") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from None
     raise ModelError(f"{file} is none of config.json, YAML, or a directory with config.json")

@@ -72,34 +72,11 @@ def build(
 
     Raises CatalogueError.
     """
-    scale_up: LinkSpec | None = None
-    network: LinkSpec | None = None
-    sliced: str | None = None
-    for option in options:
-        if option in device.mig:
-            if sliced is not None:
-                raise CatalogueError(f"{text}: {sliced} and {option} are two MIG profiles")
-            sliced = option
-            continue
-        if not catalogue.has_link(option):
-            known = [*catalogue.links, *(alias for one in catalogue.links.values() for alias in one.aliases)]
-            raise CatalogueError(
-                f"{text}: {option} is no link or MIG profile of {device.name}; "
-                f"the nearest is {nearest(option, [*known, *device.mig])}"
-            )
-        link = catalogue.link(option)
-        if link.kind == "network":
-            if network is not None:
-                raise CatalogueError(f"{text}: {network.name} and {link.name} are two networks")
-            network = link
-        else:
-            if scale_up is not None:
-                raise CatalogueError(f"{text}: {scale_up.name} and {link.name} are two links within a node")
-            scale_up = link
+    sliced, scale_up, network = _options(text, catalogue, device, options)
     if sliced is not None:
         if scale_up is not None and scale_up.kind == "scale-up":
             raise CatalogueError(f"{text}: MIG slices have no {scale_up.name}: they reach each other through the host")
-        scale_up = scale_up or catalogue.link(_NO_PEER.get(device.host_link, device.host_link))
+        scale_up = scale_up or between_slices(device, catalogue)
     scale_up = scale_up or default_scale_up(device, catalogue)
     check(text, catalogue, device, per_node, num_nodes, scale_up, network)
     dollars, source = price(device, per_node, catalogue)
@@ -122,6 +99,42 @@ def build(
     )
 
 
+def _options(
+    text: str, catalogue: Catalogue, device: DeviceSpec, options: Sequence[str]
+) -> tuple[str | None, LinkSpec | None, LinkSpec | None]:
+    """A MIG profile, a link within nodes and one between them, each at most once."""
+    sliced: str | None = None
+    scale_up: LinkSpec | None = None
+    network: LinkSpec | None = None
+    for option in options:
+        if option in device.mig:
+            if sliced is not None:
+                raise CatalogueError(f"{text}: {sliced} and {option} are two MIG profiles")
+            sliced = option
+            continue
+        if not catalogue.has_link(option):
+            known = [*catalogue.links, *(alias for one in catalogue.links.values() for alias in one.aliases)]
+            raise CatalogueError(
+                f"{text}: {option} is no link or MIG profile of {device.name}; "
+                f"the nearest is {nearest(option, [*known, *device.mig])}"
+            )
+        link = catalogue.link(option)
+        if link.kind == "network":
+            if network is not None:
+                raise CatalogueError(f"{text}: {network.name} and {link.name} are two networks")
+            network = link
+        else:
+            if scale_up is not None:
+                raise CatalogueError(f"{text}: {scale_up.name} and {link.name} are two links within a node")
+            scale_up = link
+    return sliced, scale_up, network
+
+
+def between_slices(device: DeviceSpec, catalogue: Catalogue) -> LinkSpec:
+    """MIG slices, of one device or of several, have no peer access: what they send goes through host memory."""
+    return catalogue.link(_NO_PEER.get(device.host_link, device.host_link))
+
+
 def default_scale_up(device: DeviceSpec, catalogue: Catalogue) -> LinkSpec:
     """Of a device by itself: its own link, else the PCIe that it sits on."""
     name = device.scale_up or device.host_link
@@ -140,15 +153,20 @@ def check(
     num_nodes: int,
     scale_up: LinkSpec,
     network: LinkSpec | None,
+    *,
+    described: bool = False,
 ) -> None:
-    """What contradicts itself or the devices. Raises CatalogueError."""
+    """What contradicts itself or the devices; nodes that somebody `described` may be larger than known ones.
+
+    Raises CatalogueError.
+    """
     if num_nodes > 1 and network is None:
         near = "ndr" if scale_up.kind == "scale-up" else "tcp-25"
         raise CatalogueError(
             f"{text}: {num_nodes} nodes need a network; write {num_nodes}x{per_node}x{device.name}:{near}"
         )
     known = [node for node in catalogue.nodes_of(device) if catalogue.link(node.scale_up).name == scale_up.name]
-    own = default_scale_up(device, catalogue)
+    own = default_scale_up(device, catalogue) if device.scale_up or device.host_link else scale_up
     if scale_up.kind == "scale-up" and own.kind != "scale-up" and not known:
         raise CatalogueError(f"{text}: {device.name} has no {scale_up.name}; its link is {own.name}")
     if scale_up.kind == own.kind and not known:
@@ -159,11 +177,11 @@ def check(
             if link is not None and host.kind == "pcie" and link.kind in ("pcie", "network"):
                 _at_most(text, link, device, host)
     largest = max((node.count for node in known), default=0)
-    if scale_up.kind == "scale-up" and known and per_node > largest:
+    if scale_up.kind == "scale-up" and known and per_node > largest and not described:
         raise CatalogueError(
             f"{text}: the largest node of {device.name} with {scale_up.name} that is known has {largest}; write "
             f"{-(-per_node // largest)}x{largest}x{device.name}:ndr, or {per_node}x{device.name}:{device.host_link} "
-            f"for one host without that link among all, or describe your node with --hardware"
+            f"for one host without that link among all, or describe your node in a topology file"
         )
 
 

@@ -21,6 +21,8 @@ in time (only of `fetch`)."""
 
 _MAX_KEPT = 32
 """Idle connections; more are closed."""
+_SPARE = 2
+"""Idle connections that a client in use keeps ready: requests come together, and none should wait for a handshake."""
 _MAX_HEAD_BYTES = 64 << 10
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """Seconds and probes: a peer that vanished without a word is noticed in about ten seconds, while a stream that merely
@@ -78,6 +80,7 @@ class HttpClient:
             raise ValueError("a header's value has a line break")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self._kept: list[_Connection] = []
+        self._opening: asyncio.Task[None] | None = None
         self._exchanges: dict[Exchange, None] = {}
 
     def send(self, method: str, path: str, body: bytes | None, receiver: Receiver) -> Exchange:
@@ -87,6 +90,8 @@ class HttpClient:
         exchange = Exchange(self, head.encode() + (body or b""), receiver)
         self._exchanges[exchange] = None
         exchange.start()
+        if len(self._kept) < _SPARE and self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open_spares())
         return exchange
 
     async def fetch(
@@ -104,6 +109,8 @@ class HttpClient:
             exchange.cancel()
 
     def close(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
         for exchange in list(self._exchanges):
             exchange.cancel()
         for connection in self._kept:
@@ -111,6 +118,32 @@ class HttpClient:
         self._kept.clear()
 
     # --- of connections ---------------------------------------------------------------------------------------------
+
+    async def connect(self) -> _Connection:
+        """A new connection. Raises HttpError."""
+        where = f"{self.host}:{self.port}"
+        try:
+            async with asyncio.timeout(self.connect_seconds):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: _Connection(self), self.host, self.port, ssl=self.tls
+                )
+        except TimeoutError:
+            raise HttpError("unreachable", f"no connection to {where} within {self.connect_seconds:g} s") from None
+        except ConnectionRefusedError:
+            raise HttpError("refused", f"{where} refuses connections") from None
+        except (OSError, ssl.SSLError, ssl.CertificateError) as error:
+            raise HttpError("unreachable", f"no connection to {where}: {error.strerror or error}") from None
+        return connection
+
+    async def _open_spares(self) -> None:
+        """Whether the server can be reached is for requests to find out."""
+        try:
+            while len(self._kept) < _SPARE:
+                self.keep(await self.connect())
+        except HttpError:
+            pass
+        finally:
+            self._opening = None
 
     def take_kept(self) -> _Connection | None:
         while self._kept:
@@ -177,19 +210,10 @@ class Exchange:
         self._connecting = asyncio.get_running_loop().create_task(self._connect())
 
     async def _connect(self) -> None:
-        client = self._client
-        where = f"{client.host}:{client.port}"
         try:
-            async with asyncio.timeout(client.connect_seconds):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(client), client.host, client.port, ssl=client.tls
-                )
-        except TimeoutError:
-            self.fail(HttpError("unreachable", f"no connection to {where} within {client.connect_seconds:g} s"))
-        except ConnectionRefusedError:
-            self.fail(HttpError("refused", f"{where} refuses connections"))
-        except (OSError, ssl.SSLError, ssl.CertificateError) as error:
-            self.fail(HttpError("unreachable", f"no connection to {where}: {error.strerror or error}"))
+            connection = await self._client.connect()
+        except HttpError as error:
+            self.fail(error)
         else:
             self._connecting = None
             self._connection = connection

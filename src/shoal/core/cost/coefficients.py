@@ -289,6 +289,27 @@ def _collectives(
             there = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own)
             back = collectives.all_to_all(cluster, exchange_ranks * engine.layout.tp, 1, own * 2)
             total += expert_layers * (there + back)
+        if engine.layout.cp > 1:
+            total += context_exchange(engine, tokens * engine.layout.cp)
         return total
 
     return of
+
+
+def context_exchange(engine: EngineShape, tokens: float) -> float:
+    """Seconds of a step of so many tokens over context-parallel ranks: in every layer queries, keys and values of all
+    are gathered, and each token's parts of attention go to its rank in float32 with their log-sum-exp
+    (docs/parallelism.md)."""
+    ranks, context = engine.layout.tensor_ranks, engine.layout.cp
+    link = engine.cluster.link(context, ranks)
+    total = 0.0
+    for layer in engine.model.layers:
+        attention = layer.attention
+        if attention.kind == "linear":
+            continue
+        queries = attention.num_heads * attention.head_dim / ranks
+        gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
+        parts = 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)
+        there = collectives.all_gather(link, context, gathered)
+        total += layer.count * (there + collectives.reduce_scatter(link, context, parts * context))
+    return total
