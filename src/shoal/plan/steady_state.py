@@ -401,6 +401,11 @@ def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
     )
 
 
+def interval(cost: CostModel, metric: str) -> tuple[float, float]:
+    """What a prediction of the metric is multiplied by, for nine of ten cases to lie between."""
+    return cost.interval(metric)
+
+
 def _distribution(cost: CostModel, metric: str, values: Weighted, plus: float) -> Distribution:
     p50, p90, p99 = values.quantiles((0.5, 0.9, 0.99))
     mean = values.mean() + plus

@@ -28,7 +28,7 @@ class CostModel:
         self.engine = engine
         self.calibration = calibration or Calibration()
         self.engine, self.profile = calibrated(engine, profile(engine.profile), self.calibration)
-        self._c: Coefficients = coefficients_of(self.engine, self.profile, self.calibration)
+        self._c: Coefficients = coefficients_of(self.engine, self.profile)
         self._factors = self.calibration.factors
         self._reduce_cache: dict[int, float] = {}
 
