@@ -23,7 +23,10 @@ from routing_rivals import CacheAware, PowerOfTwo
 from routing_traces import BLOCK_SIZE, TRACES, load
 from shoal.core.config import SchedulerConfig
 from shoal.core.router import Router, RoutingConfig
-from shoal.sim.fleet_simulation import Chooser, FleetSimulation, Outcome, StepTime
+from shoal.sim.fleet_simulation import FleetSimulation
+from shoal.sim.gateway import Chooser
+from shoal.sim.law import StepTime
+from shoal.sim.requests import Outcome
 
 ENGINE = SchedulerConfig(
     num_blocks=4096,

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from shoal.core.hashing import block_hash, root_hash
-from shoal.sim.fleet_simulation import Arrival, StepTime
+from shoal.sim.law import StepTime
+from shoal.sim.requests import Arrival
 
 BLOCK_SIZE = 128
 """Of the engines and of the router's view of prompts."""

@@ -10,7 +10,9 @@ import pytest
 from shoal.core.config import SchedulerConfig
 from shoal.core.hashing import chain
 from shoal.core.router import PolicyName, Router, RoutingConfig
-from shoal.sim.fleet_simulation import Arrival, FleetSimulation, Outcome, StepTime
+from shoal.sim.fleet_simulation import FleetSimulation
+from shoal.sim.law import StepTime
+from shoal.sim.requests import Arrival, Outcome
 
 LAW = StepTime(base=0.01, prefill_token=1e-4, sequence=1e-4, kv_token=1e-8)
 CONFIG = SchedulerConfig(

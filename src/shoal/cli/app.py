@@ -10,11 +10,13 @@ import typer
 from shoal import __version__
 from shoal.cli.audit_commands import audit_app
 from shoal.cli.bench_commands import bench
+from shoal.cli.calibrate import calibrate
 from shoal.cli.diagnose import diagnose
 from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
 from shoal.cli.plan_commands import explain, plan
+from shoal.cli.simulate import simulate
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
 
@@ -28,6 +30,8 @@ app.add_typer(fleet_app, name="fleet")
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
+app.command()(simulate)
+app.command()(calibrate)
 app.command()(export)
 app.command()(diagnose)
 app.command()(topology)

@@ -163,11 +163,13 @@ class EngineCore:
         for row, sequence, epoch in zip(step.rows, step.sequences, step.epochs, strict=True):
             if sequence.epoch != epoch:
                 continue  # ended or preempted since: its blocks are gone, and what it drew it will draw again
-            if row.slot in failed:
+            if failed and row.slot in failed:
                 outputs.append(self._finish(sequence, "error", error=failed[row.slot]))
                 continue
-            self._prompt_tokens += max(0, min(row.start + row.num_tokens, len(sequence.request.prompt)) - row.start)
-            sequence.num_computed = row.start + row.num_tokens
+            start = row.start
+            sequence.num_computed = end = start + row.num_tokens
+            if start < sequence.num_prompt:
+                self._prompt_tokens += min(end, sequence.num_prompt) - start
             if row.sample:
                 outputs.append(self._take_token(sequence, sampled[row.slot]))
         return outputs
@@ -185,19 +187,20 @@ class EngineCore:
         return outputs
 
     def _take_token(self, sequence: Sequence, item: Sampled) -> Output:
-        request = sequence.request
+        request, tokens, token_id = sequence.request, sequence.tokens, item.token_id
         sequence.num_awaited -= 1
-        sequence.tokens.append(item.token_id)
+        tokens.append(token_id)
         self._generated_tokens += 1
         logprobs = [] if item.logprobs is None else [item.logprobs]
-        if item.token_id in request.stop_token_ids and sequence.num_generated > request.min_tokens:
-            return self._finish(sequence, "stop", [item.token_id], logprobs, stop_token=item.token_id)
-        if len(sequence.tokens) >= sequence.token_limit:
-            return self._finish(sequence, "length", [item.token_id], logprobs)
-        self.scheduler.register_full_blocks(sequence)
+        if token_id in request.stop_token_ids and sequence.num_generated > request.min_tokens:
+            return self._finish(sequence, "stop", [token_id], logprobs, stop_token=token_id)
+        if len(tokens) >= sequence.token_limit:
+            return self._finish(sequence, "length", [token_id], logprobs)
+        if sequence.num_scheduled >= (sequence.num_registered + 1) * self.config.block_size:
+            self.scheduler.register_full_blocks(sequence)
         if self.config.stages > 1 and sequence.slot is not None:
-            self._drawn.append(Drawn(sequence.slot, len(sequence.tokens) - 1, item.token_id))
-        return Output(request.id, sequence.index, [item.token_id], logprobs, num_cached=sequence.num_cached or 0)
+            self._drawn.append(Drawn(sequence.slot, len(tokens) - 1, token_id))
+        return Output(request.id, sequence.index, [token_id], logprobs, None, None, None, sequence.num_cached or 0)
 
     def _finish(
         self,
@@ -255,15 +258,14 @@ class EngineCore:
 
     def load(self) -> EngineLoad:
         scheduler, pool = self.scheduler, self.scheduler.pool
-        # Only the last block of a sequence is partly filled, and it is never shared: all others are full.
-        slack = sum(len(s.blocks) * self.config.block_size - s.num_scheduled for s in scheduler.running)
         return EngineLoad(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
-            num_live_tokens=pool.num_held * self.config.block_size - slack,
-            num_waiting_tokens=sum(len(s.tokens) for s in scheduler.waiting),
+            # Only the last block of a sequence is partly filled, and it is never shared: all others are full.
+            num_live_tokens=pool.num_held * self.config.block_size - scheduler.num_unfilled,
+            num_waiting_tokens=scheduler.num_waiting_tokens,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,

@@ -68,28 +68,31 @@ class Line:
 
     def observe(self, x: float, y: float) -> None:
         """x > 0 and y > 0."""
-        if self.peers is not None:
-            self.peers.observe(x, y)
+        peers, was = self.peers, self.coefficients
+        if peers is not None:
+            peers.observe(x, y)
         if self.count >= TRUSTED:
-            expected = self.coefficients.at(x)
+            expected = was.intercept + was.slope * x
             y = min(max(y, expected / MOST_SURPRISE), expected * MOST_SURPRISE)
-        self.count += 1
-        weight = max(1 / self.count, self.rate)
+        self.count = count = self.count + 1
+        weight = 1 / count
+        if weight < self.rate:
+            weight = self.rate
         dx, dy = x - self._mean_x, y - self._mean_y
-        self._mean_x += weight * dx
-        self._mean_y += weight * dy
-        self._variance = (1 - weight) * (self._variance + weight * dx * dx)
-        self._covariance = (1 - weight) * (self._covariance + weight * dx * dy)
-        steepest = self._mean_y / self._mean_x
-        if self.peers is None:
+        self._mean_x = mean_x = self._mean_x + weight * dx
+        self._mean_y = mean_y = self._mean_y + weight * dy
+        self._variance = variance = (1 - weight) * (self._variance + weight * dx * dx)
+        self._covariance = covariance = (1 - weight) * (self._covariance + weight * dx * dy)
+        steepest = mean_y / mean_x
+        if peers is None:
             believed, ridge = steepest * self.proportional, PEERS_RIDGE
         else:
-            shape = self.peers.coefficients
-            believed, ridge = shape.slope * self._mean_y / shape.at(self._mean_x), RIDGE
-        pull = ridge * self._mean_x * self._mean_x
-        slope = (self._covariance + pull * believed) / (self._variance + pull)
+            shape = peers.coefficients
+            believed, ridge = shape.slope * mean_y / (shape.intercept + shape.slope * mean_x), RIDGE
+        pull = ridge * mean_x * mean_x
+        slope = (covariance + pull * believed) / (variance + pull)
         slope = min(max(slope, 0.0), steepest)
-        self.coefficients = Coefficients(max(self._mean_y - slope * self._mean_x, 0.0), slope)
+        self.coefficients = Coefficients(max(mean_y - slope * mean_x, 0.0), slope)
 
 
 BUCKETS_A_DOUBLING = 4

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 DIGEST_BYTES = 16
@@ -22,8 +23,13 @@ def root_hash(salt: str) -> bytes:
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Hash of a full block whose predecessor hashes to `parent`. Token ids are in [0, 2**32)."""
     return blake2b(
-        parent + struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=DIGEST_BYTES, person=b"shoal-kv-block"
+        parent + _packer(len(token_ids)).pack(*token_ids), digest_size=DIGEST_BYTES, person=b"shoal-kv-block"
     ).digest()
+
+
+@lru_cache(maxsize=64)
+def _packer(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}I")
 
 
 def chain(token_ids: Sequence[int], block_size: int, salt: str = "") -> list[bytes]:

@@ -41,6 +41,7 @@ class Sequence:
         "num_awaited",
         "num_cached",
         "num_computed",
+        "num_prompt",
         "num_registered",
         "num_scheduled",
         "parent_hash",
@@ -58,6 +59,7 @@ class Sequence:
         self.token_limit = token_limit
         """Prompt and output together never exceed this."""
         self.tokens = list(request.prompt)
+        self.num_prompt = len(request.prompt)
         self.num_scheduled = 0
         self.num_computed = 0
         self.num_awaited = 0
@@ -78,13 +80,13 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self.num_prompt
 
     @property
     def num_missing(self) -> int:
         """Tokens that can be planned now; 0 once the last token allowed is awaited."""
         total = len(self.tokens) + self.num_awaited
-        return 0 if total >= self.token_limit else total - self.num_scheduled
+        return total - self.num_scheduled if total < self.token_limit else 0
 
     def hash_blocks(self, block_size: int) -> None:
         """Extend `hashes` over all blocks whose tokens are known."""
@@ -124,15 +126,20 @@ class Scheduler:
         self.released_slots: list[int] = []
         """Given back since the last plan; the worker hears of it in the next."""
         self.num_preemptions = 0
+        self.num_unfilled = 0
+        """Entries of the blocks of those that run that nothing is planned for yet."""
+        self.num_waiting_tokens = 0
         self._batch_number = 0
 
     def enqueue(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_key)
+        self.num_waiting_tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out for good, in whatever state it is. Its blocks and its slot are free afterwards."""
         if sequence.slot is None:
             _discard(self.waiting, sequence)
+            self.num_waiting_tokens -= len(sequence.tokens)
         else:
             self._give_back(sequence)
         sequence.finished = True
@@ -143,13 +150,19 @@ class Scheduler:
         self._batch_number += 1
         # Decodes first: a long prompt must not hold up the sequences that already stream, and they cost one token each.
         prefills: list[Sequence] = []
+        size, pipelined = self.config.block_size, self.config.stages > 1
         most_decodes = -(-len(self.running) // self.config.stages)
         for sequence in list(self.running):
             missing = sequence.num_missing
             if missing > 1:
                 prefills.append(sequence)
-            elif missing == 1 and sequence.slot is not None and self._may_decode(sequence, batch, most_decodes):
-                self._plan_row(batch, sequence, 1)
+            elif missing == 1 and sequence.slot is not None:
+                if pipelined and not self._may_decode(sequence, batch, most_decodes):
+                    continue
+                if sequence.num_scheduled < len(sequence.blocks) * size and batch.budget > 0:
+                    self._append_decode(batch, sequence)
+                else:
+                    self._plan_row(batch, sequence, 1)
         for sequence in prefills:
             if sequence.slot is not None:
                 self._plan_row(batch, sequence, sequence.num_missing)
@@ -158,7 +171,7 @@ class Scheduler:
 
     def _may_decode(self, sequence: Sequence, batch: Batch, most: int) -> bool:
         """In a pipeline its token must be known to the first stage, and the batches in flight share the sequences."""
-        return self.config.stages == 1 or (sequence.num_awaited == 0 and len(batch.rows) < most)
+        return sequence.num_awaited == 0 and len(batch.rows) < most
 
     def register_full_blocks(self, sequence: Sequence) -> None:
         """Put every block that is planned in full and whose tokens are known into the prefix cache."""
@@ -184,6 +197,7 @@ class Scheduler:
             sequence.blocks = []
             sequence.finished = True
         self.pool.reset()
+        self.num_unfilled = 0
         self.free_slots = list(range(self.config.max_sequences - 1, -1, -1))
         self.released_slots = []
         return lost
@@ -201,6 +215,19 @@ class Scheduler:
         if count > 0:
             self._append_row(batch, sequence, count, num_new)
 
+    def _append_decode(self, batch: Batch, sequence: Sequence) -> None:
+        """As `_plan_row` of one token that has room in the sequence's last block: nearly every row, so it is short."""
+        start = sequence.num_scheduled
+        sequence.num_scheduled = end = start + 1
+        sequence.num_awaited += 1
+        sequence.planned_in = self._batch_number
+        batch.rows.append(Row(sequence.slot, start, 1, True, []))  # type: ignore[arg-type]
+        batch.sequences.append(sequence)
+        batch.budget -= 1
+        self.num_unfilled -= 1
+        if end >= (sequence.num_registered + 1) * self.config.block_size:
+            self.register_full_blocks(sequence)
+
     def _append_row(self, batch: Batch, sequence: Sequence, count: int, num_new_blocks: int) -> None:
         if sequence.slot is None:
             raise RuntimeError("a sequence without a slot cannot be planned")
@@ -215,6 +242,7 @@ class Scheduler:
         batch.rows.append(Row(sequence.slot, start, count, sample, new_blocks))
         batch.sequences.append(sequence)
         batch.budget -= count
+        self.num_unfilled += len(new_blocks) * self.config.block_size - count
         if end >= (sequence.num_registered + 1) * self.config.block_size:
             self.register_full_blocks(sequence)
 
@@ -247,6 +275,7 @@ class Scheduler:
             if self.running and needed > self.pool.num_free:
                 return
             self.waiting.pop(0)
+            self.num_waiting_tokens -= len(sequence.tokens)
             self._assign(batch, sequence, cached)
             self._plan_row(batch, sequence, sequence.num_missing)
 
@@ -285,6 +314,7 @@ class Scheduler:
             raise RuntimeError("only a running sequence holds blocks and a slot")
         _discard(self.running, sequence)
         self.pool.release(sequence.blocks)
+        self.num_unfilled -= len(sequence.blocks) * self.config.block_size - sequence.num_scheduled
         self.free_slots.append(sequence.slot)
         self.released_slots.append(sequence.slot)
         sequence.slot = None
@@ -300,6 +330,9 @@ class Scheduler:
             _require([s.key for s in queue] == sorted(s.key for s in queue), "a queue is out of order")
         slots = [s.slot for s in self.running if s.slot is not None]
         _require(sorted(slots + self.free_slots) == list(range(self.config.max_sequences)), "slots lost or shared")
+        unfilled = sum(len(s.blocks) * size - s.num_scheduled for s in self.running)
+        _require(self.num_unfilled == unfilled, "unfilled entries miscounted")
+        _require(self.num_waiting_tokens == sum(len(s.tokens) for s in self.waiting), "waiting tokens miscounted")
         for s in self.waiting:
             _require(
                 s.slot is None and not s.blocks and not s.num_scheduled and not s.finished, "waiting holds something"

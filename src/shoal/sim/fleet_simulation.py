@@ -1,4 +1,4 @@
-"""A fleet in virtual time: real engine cores behind a real router; only what a step takes is made up.
+"""A fleet in virtual time: real engine cores behind a real gateway; only what a step takes is made up.
 
 The clock jumps from event to event: a request arrives, a step ends, an engine's report comes in, something is done to
 the fleet. Equal arguments give equal runs.
@@ -6,114 +6,64 @@ the fleet. Equal arguments give equal runs.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heapreplace
 
 import msgspec
 
 from shoal.core.config import SchedulerConfig
-from shoal.core.engine_core import EngineCore
-from shoal.core.fleet_types import EndpointReport, RouteRequest
-from shoal.core.types import Output, Request, Sampled, Sampling, StepPlan, StepResult
-
-GREEDY = Sampling(temperature=0.0)
-
-
-class StepTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a step as a sum: fixed, for each token prefilled, for each sequence that decodes, for each KV token
-    that the step reads. The defaults are of the order of a 70B model on four large GPUs."""
-
-    base: float = 0.012
-    prefill_token: float = 8e-5
-    sequence: float = 1e-4
-    kv_token: float = 3e-8
-
-    def of(self, plan: StepPlan) -> float:
-        prefill = decode = kv = 0
-        for row in plan.rows:
-            kv += row.start + row.num_tokens
-            if row.num_tokens > 1:
-                prefill += row.num_tokens
-            else:
-                decode += 1
-        return self.base + self.prefill_token * prefill + self.sequence * decode + self.kv_token * kv
+from shoal.core.fleet_types import FleetEvent, RouteRequest
+from shoal.core.hashing import chain
+from shoal.sim.clock import Action, Clock
+from shoal.sim.flight import Flight, Member
+from shoal.sim.gateway import OPEN, TICK_SECONDS, Chooser, Gateway, Rules
+from shoal.sim.histogram import Histogram
+from shoal.sim.law import StepLaw
+from shoal.sim.replica import Replica
+from shoal.sim.requests import Arrival, Outcome
 
 
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """A request of a trace. It generates exactly `num_output` tokens, which nobody knows before."""
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the fleet over one interval, which ends at `at`."""
 
-    id: str
     at: float
-    runs: tuple[tuple[int, int], ...]
-    """The prompt, as runs of (token id, times): equal runs at equal positions are equal prefixes."""
-    num_output: int
-    limit: int
-    """What the client allows: all that a router is told of the length."""
-    blocks: tuple[bytes, ...] = ()
-    session: str = ""
-
-    @property
-    def num_prompt(self) -> int:
-        return sum(times for _, times in self.runs)
-
-    def prompt(self) -> list[int]:
-        tokens: list[int] = []
-        for token, times in self.runs:
-            tokens += [token] * times
-        return tokens
+    arrived: int
+    completed: int
+    output_tokens_per_second: float
+    running: int
+    waiting: int
+    """In engines."""
+    queued: int
+    """In the gateway."""
+    kv_usage: float
+    """Share of the blocks of replicas that are up, at the end."""
+    ready: int
+    """Replicas."""
+    busy: float
+    """Share of the time of replicas that are up in which a step was computed."""
 
 
-class Outcome(msgspec.Struct, kw_only=True):
-    """What became of a request; times of the simulation's clock, None for what never was."""
+class FrontEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """What is between a client and the queue: HTTP, a chat template, text to tokens."""
 
-    id: str
-    arrived: float
-    num_prompt: int
-    num_output: int
-    endpoint: str = ""
-    num_cached: int = 0
-    first_token: float | None = None
-    end: float | None = None
-    rejected: bool = False
+    delay: float = 0.0
+    """Seconds, of each request beside others."""
+    request_seconds: float = 0.0
+    """That a request keeps a process to itself."""
+    token_seconds: float = 0.0
+    """The same, for every token of the prompt."""
+    processes: int = 1
 
-
-class Chooser(Protocol):
-    """The part of `core.router.Router` that a fleet talks to, so that others can be put in its place."""
-
-    def add(
-        self, name: str, max_sequences: int | None, num_blocks: int | None, block_size: int, now: float
-    ) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-    def route(self, request: RouteRequest, candidates: Sequence[str], now: float) -> str | None: ...
-
-    def dispatched(self, request: RouteRequest, name: str, now: float) -> None: ...
-
-    def first_token(self, request_id: str, name: str, now: float) -> None: ...
-
-    def progressed(self, name: str, tokens: int, now: float) -> None: ...
-
-    def finished(self, request_id: str, name: str, num_generated: int, now: float, ok: bool) -> None: ...
-
-    def reported(self, name: str, report: EndpointReport, now: float) -> None: ...
-
-
-class Replica:
-    """An engine core and its clockwork."""
-
-    def __init__(self, name: str, config: SchedulerConfig, step_time: StepTime) -> None:
-        self.name = name
-        self.core = EngineCore(config)
-        self.step_time = step_time
-        self.slowness = 1.0
-        """Factor on the time of every step planned from now on."""
-        self.busy_seconds = 0.0
-        self.plans: deque[StepPlan] = deque()
-        """Computed one after another; the first of them now."""
-        self.reported_at = float("-inf")
+    def passed(self, arrivals: Sequence[Arrival]) -> list[tuple[float, Arrival]]:
+        """When each is through, in that order: first come, first served."""
+        free = [0.0] * self.processes
+        through = []
+        for number, arrival in enumerate(sorted(arrivals, key=lambda one: one.at)):
+            begun = max(arrival.at, free[0])
+            done = begun + self.request_seconds + self.token_seconds * arrival.num_prompt
+            heapreplace(free, done)
+            through.append((done + self.delay, number, arrival))
+        return [(at, arrival) for at, _, arrival in sorted(through, key=lambda item: item[:2])]
 
 
 class FleetSimulation:
@@ -123,132 +73,208 @@ class FleetSimulation:
         arrivals: Sequence[Arrival],
         replicas: int,
         config: SchedulerConfig,
-        step_time: StepTime,
+        law: StepLaw,
         *,
+        stage_law: StepLaw | None = None,
+        rules: Rules = OPEN,
+        spares: int = 0,
         report_interval: float | None = None,
         report_delay: float = 0.0,
+        start_seconds: float = 0.0,
+        front: FrontEnd | None = None,
+        router_block_size: int = 64,
+        sample_interval: float | None = None,
         until: float = float("inf"),
+        on_tick: Callable[[FleetSimulation], None] | None = None,
     ) -> None:
-        """Reports come with steps, at most one an interval (None: never), and arrive late by `report_delay`."""
+        """`start_seconds`: of an engine that is started while the simulation runs. `on_tick`: ten
+        times a second of virtual time."""
         self.chooser = chooser
         self.config = config
-        self.step_time = step_time
-        self.report_interval = report_interval
-        self.report_delay = report_delay
+        self.law = law
+        self.start_seconds = start_seconds
         self.until = until
-        self.now = 0.0
+        self.clock = Clock()
+        self.gaps = Histogram()
+        """Seconds between two tokens of a sequence, of all sequences."""
         self.replicas: dict[str, Replica] = {}
-        self.candidates: list[str] = []
-        """Names of replicas that get requests."""
+        self.members: dict[str, Member] = {}
+        """All that there ever were."""
         self.outcomes: dict[str, Outcome] = {}
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._num_events = 0
-        self._unplaced: deque[Arrival] = deque()
-        """Arrived while there was no candidate."""
-        for number in range(replicas):
-            self.add(f"r{number:03d}")
-        for arrival in arrivals:
-            self.at(arrival.at, lambda arrival=arrival: self._arrive(arrival))  # type: ignore[misc]
+        self.events: list[FleetEvent] = []
+        self.samples: list[Sample] = []
+        self.gateway = Gateway(
+            chooser,
+            rules,
+            self.clock,
+            report_interval=report_interval,
+            report_delay=report_delay,
+            on_gap=self.gaps.add,
+            on_event=self.say,
+        )
+        self.gateway.restart = lambda member: self.kill(member.name, "it was hung for too long")
+        self._arrivals = (front or FrontEnd()).passed(arrivals)
+        """With when the gateway sees each."""
+        self._to_come = len(self._arrivals)
+        self._stage_law = stage_law
+        self._router_block_size = router_block_size
+        self._interval = sample_interval
+        self.on_tick = on_tick
+        self._sampled = (0.0, 0, 0, 0, 0.0, 0.0)
+        self._created: dict[str, float] = {}
+        self._removed: dict[str, float] = {}
+        self.most_replicas = 0
+        """That there were at one time."""
+        for number in range(replicas + spares):
+            self.add(f"r{number:03d}", spare=number >= replicas)
 
-    # --- what is done to the fleet ----------------------------------------------------------------------------------
+    @property
+    def now(self) -> float:
+        return self.clock.now
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
-        """Do something at a time; of several at one time the one that was asked for first."""
-        self._num_events += 1
-        heappush(self._events, (time, self._num_events, action))
-
-    def add(self, name: str, step_time: StepTime | None = None) -> Replica:
-        replica = Replica(name, self.config, step_time or self.step_time)
-        self.replicas[name] = replica
-        self.candidates.append(name)
-        self.chooser.add(name, self.config.max_sequences, self.config.num_blocks, self.config.block_size, self.now)
-        while self._unplaced:
-            self._place(self._unplaced.popleft())
-        return replica
+    def say(self, kind: str, endpoint: str, message: str) -> None:
+        self.events.append(FleetEvent(time=self.now, endpoint=endpoint, kind=kind, message=message))
 
     def run(self) -> list[Outcome]:
         """All that arrived, in that order, once nothing is left to happen or `until` has come."""
-        while self._events and self._events[0][0] <= self.until:
-            self.now, _, action = heappop(self._events)
-            action()
+        if self.gateway.rules.watch or self.on_tick is not None:
+            self.clock.at(TICK_SECONDS, self._tick)
+        if self._interval is not None:
+            self.clock.at(self._interval, self._sample)
+        self.clock.run(self._coming(), self.until)
+        if self._interval is not None and self.now > self._sampled[0]:
+            self._take_sample()
         return list(self.outcomes.values())
 
-    # --- requests ---------------------------------------------------------------------------------------------------
+    # --- what is done to the fleet ----------------------------------------------------------------------------------
+
+    def at(self, time: float, action: Action) -> None:
+        """Do something at a time; of several at one time the one that was asked for first."""
+        self.clock.at(time, action)
+
+    def add(self, name: str, *, after: float = 0.0, spare: bool = False) -> Replica:
+        """A further engine, of use once it was started."""
+        self._created[name] = self.now
+        replica = Replica(name, self.config, self.law, self.clock, self.gateway.stepped, self._stage_law)
+        member = Member(replica, self.gateway.rules.health, self.now, spare=spare)
+        self.replicas[name], self.members[name] = replica, member
+        self._start(member, after)
+        self.most_replicas = max(self.most_replicas, len(self.members) - len(self._removed))
+        return replica
+
+    def kill(self, name: str, reason: str, *, back_after: float | None = None) -> None:
+        """Its process dies, and is started anew; None: that takes `start_seconds`."""
+        member = self.members[name]
+        if member.state in ("down", "starting"):
+            return
+        member.replica.die()
+        self.gateway.gone(member, reason)
+        self._start(member, self.start_seconds if back_after is None else back_after)
+
+    def lose_rank(self, name: str, noticed_after: float, back_after: float) -> None:
+        """One of its ranks dies: nothing moves until that is noticed, then what runs is lost, and new workers are
+        there `back_after` later."""
+        member = self.members[name]
+        if member.state in ("down", "starting"):
+            return
+        epoch = member.replica.epoch
+        member.replica.freeze(noticed_after)
+
+        def notice() -> None:
+            if member.replica.epoch != epoch:
+                return  # it was started anew meanwhile
+            self.say("rank_lost", name, f"a rank was lost; new workers in {back_after:.1f} s")
+            self.gateway.lost_sequences(member, member.replica.lose_workers("a rank was lost", back_after))
+
+        self.clock.at(self.now + noticed_after, notice)
+
+    def drain(self, name: str) -> None:
+        """Nothing new; it is gone once it has nothing left."""
+        member = self.members[name]
+        member.draining = True
+        self.say("draining", name, "it gets no new requests")
+
+    def _start(self, member: Member, after: float) -> None:
+        member.become("starting", self.now)
+        if after <= 0.0:
+            self.gateway.started(member)
+            return
+
+        def ready() -> None:
+            if member.state == "starting":
+                self.say("endpoint_ready", member.name, f"started in {after:.1f} s")
+                self.gateway.started(member)
+
+        self.clock.at(self.now + after, ready)
+
+    def allocated_seconds(self, name: str, end: float) -> float:
+        """For how long its devices were taken until `end`, while it started or was down too."""
+        return max(min(self._removed.get(name, end), end) - self._created[name], 0.0)
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+
+    def _coming(self) -> Iterator[tuple[float, Action]]:
+        for at, arrival in self._arrivals:
+            yield at, lambda arrival=arrival: self._arrive(arrival)  # type: ignore[misc]
 
     def _arrive(self, arrival: Arrival) -> None:
-        self.outcomes[arrival.id] = Outcome(
-            id=arrival.id, arrived=self.now, num_prompt=arrival.num_prompt, num_output=arrival.num_output
-        )
-        self._place(arrival)
-
-    def _place(self, arrival: Arrival) -> None:
-        outcome = self.outcomes[arrival.id]
-        question = RouteRequest(
+        self._to_come -= 1
+        prompt = arrival.prompt()
+        outcome = Outcome(id=arrival.id, arrived=arrival.at, num_prompt=len(prompt), num_output=arrival.num_output)
+        self.outcomes[arrival.id] = outcome
+        blocks = arrival.blocks
+        route = RouteRequest(
             id=arrival.id,
-            num_prompt=outcome.num_prompt,
+            num_prompt=len(prompt),
             num_output=arrival.limit,
-            blocks=arrival.blocks,
+            blocks=tuple(chain(prompt, self._router_block_size)) if blocks is None else blocks,
             session=arrival.session,
         )
-        name = self.chooser.route(question, self.candidates, self.now)
-        if name is None:
-            self._unplaced.append(arrival)
-            return
-        outcome.endpoint = name
-        self.chooser.dispatched(question, name, self.now)
-        replica = self.replicas[name]
-        request = Request(id=arrival.id, prompt=arrival.prompt(), max_tokens=arrival.num_output, sampling=GREEDY)
-        if replica.core.add(request, self.now) is not None:
-            outcome.rejected = True
-            self.chooser.finished(arrival.id, name, 0, self.now, False)
-            return
-        self._plan(replica)
+        self.gateway.submit(Flight(arrival, outcome, prompt, route, self.now))
 
-    # --- steps ------------------------------------------------------------------------------------------------------
+    @property
+    def is_over(self) -> bool:
+        """Nothing runs, waits or is to come."""
+        return not self._to_come and not self.gateway.flights
 
-    def _plan(self, replica: Replica) -> None:
-        """As many plans as the core will have out; the first of them is computed at once."""
-        while (plan := replica.core.plan(self.now)) is not None:
-            replica.plans.append(plan)
-            if len(replica.plans) == 1:
-                self._compute(replica)
+    def _tick(self) -> None:
+        self.gateway.tick()
+        for member in list(self.gateway.members.values()):
+            if member.draining and not member.attempts:
+                self.gateway.remove(member, "it was drained")
+                self._removed[member.name] = self.now
+        if self.on_tick is not None:
+            self.on_tick(self)
+        if not self.is_over:
+            self.clock.at(self.now + TICK_SECONDS, self._tick)
 
-    def _compute(self, replica: Replica) -> None:
-        seconds = replica.step_time.of(replica.plans[0]) * replica.slowness
-        replica.busy_seconds += seconds
-        self.at(self.now + seconds, lambda: self._commit(replica))
+    def _sample(self) -> None:
+        self._take_sample()
+        if not self.is_over:
+            self.clock.at(self.now + (self._interval or 1.0), self._sample)
 
-    def _commit(self, replica: Replica) -> None:
-        plan = replica.plans.popleft()
-        result = StepResult(plan.plan_id, [Sampled(row.slot, 1) for row in plan.rows if row.sample])
-        outputs = replica.core.commit(plan.plan_id, result, self.now)
-        if replica.plans:
-            self._compute(replica)
-        self._deliver(replica, outputs)
-        if self.report_interval is not None and self.now - replica.reported_at >= self.report_interval:
-            replica.reported_at = self.now
-            report = EndpointReport(at=self.now, load=replica.core.load())
-            if self.report_delay:
-                self.at(self.now + self.report_delay, lambda: self.chooser.reported(replica.name, report, self.now))
-            else:
-                self.chooser.reported(replica.name, report, self.now)
-        self._plan(replica)
-
-    def _deliver(self, replica: Replica, outputs: list[Output]) -> None:
-        name, now, chooser = replica.name, self.now, self.chooser
-        tokens = 0
-        ended: list[Outcome] = []
-        for output in outputs:
-            outcome = self.outcomes[output.request_id]
-            tokens += len(output.token_ids)
-            if outcome.first_token is None:
-                outcome.first_token = now
-                outcome.num_cached = output.num_cached
-                chooser.first_token(outcome.id, name, now)
-            if output.finish is not None:
-                outcome.end = now
-                ended.append(outcome)
-        if tokens:
-            chooser.progressed(name, tokens, now)
-        for outcome in ended:
-            chooser.finished(outcome.id, name, outcome.num_output, now, True)
+    def _take_sample(self) -> None:
+        """Of what happened since the last one."""
+        since, arrived_before, ended_before, tokens_before, busy_before, up_before = self._sampled
+        up = [member for member in self.members.values() if member.state not in ("starting", "down")]
+        loads = [member.replica.core.load() for member in up]
+        blocks = sum(load.num_blocks for load in loads)
+        tokens = self.gateway.generated_tokens
+        arrived, ended = len(self.outcomes), len(self.outcomes) - len(self.gateway.flights)
+        busy = sum(member.replica.busy_until(self.now) for member in self.members.values())
+        up_seconds = sum(member.up_seconds(self.now) for member in self.members.values())
+        self._sampled = (self.now, arrived, ended, tokens, busy, up_seconds)
+        self.samples.append(
+            Sample(
+                at=self.now,
+                arrived=arrived - arrived_before,
+                completed=ended - ended_before,
+                output_tokens_per_second=(tokens - tokens_before) / max(self.now - since, 1e-9),
+                running=sum(load.num_running for load in loads),
+                waiting=sum(load.num_waiting for load in loads),
+                queued=len(self.gateway.queue) + len(self.gateway.moving),
+                kv_usage=1 - sum(load.num_free_blocks for load in loads) / blocks if blocks else 0.0,
+                ready=sum(member.state == "ready" for member in up),
+                busy=min((busy - busy_before) / max(up_seconds - up_before, 1e-9), 1.0),
+            )
+        )

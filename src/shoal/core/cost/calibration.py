@@ -29,6 +29,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Take the place of the device's: matmul.bfloat16, stream.float8, attention.decode, attention.prefill, copy, ..."""
     factors: dict[str, float] = {}
     """What a part's seconds are multiplied by: linear, experts, attention, collectives, pipeline, head, host."""
+    sharpness: float | None = None
+    """Of the corner between reading weights and computing with them: 1 where neither hides the other, large where the
+    smaller is hidden wholly."""
     kernel_seconds: float | None = None
     step_seconds: float | None = None
     """Of the host, every step."""

@@ -30,6 +30,7 @@ class CostModel:
         self.engine, self.profile = calibrated(engine, profile(engine.profile), self.calibration)
         self._c: Coefficients = coefficients_of(self.engine, self.profile)
         self._factors = self.calibration.factors
+        self._sharpness = 3.0 if self.calibration.sharpness is None else self.calibration.sharpness
         self._reduce_cache: dict[int, float] = {}
 
     def seconds(self, shape: StepShape) -> float:
@@ -92,16 +93,16 @@ class CostModel:
     # --- the parts, in the order of PARTS -----------------------------------------------------------------------------
 
     def _times(self, shape: StepShape) -> tuple[float, ...]:
-        c, factors = self._c, self._factors
+        c, factors, sharpness = self._c, self._factors, self._sharpness
         tokens = self._tokens(shape)
         if tokens <= 0:
             return (0.0,) * len(PARTS)
-        linear = sum(roofline(stream, compute * tokens) for stream, compute in c.linear) + c.linear_launch
+        linear = sum(roofline(stream, compute * tokens, sharpness) for stream, compute in c.linear) + c.linear_launch
         experts = self._experts(shape) if c.experts else 0.0
         attention = self._attention(shape)
         collectives = self._collectives(tokens, shape.tokens)
         kernels = c.kernels + c.elementwise * tokens
-        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups) if shape.sampled else 0.0
+        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
         host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
         if shape.prefill_tokens:
             # What the device does while the host is still launching costs nothing more.

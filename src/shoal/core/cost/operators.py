@@ -106,13 +106,12 @@ class Reached(msgspec.Struct, frozen=True):
         return self.device.memory_bandwidth * self.fraction("copy")
 
 
-def roofline(stream: float, compute: float) -> float:
-    """Both at once: near the crossing neither is hidden wholly."""
+def roofline(stream: float, compute: float, sharpness: float = 3.0) -> float:
+    """Both at once: near the crossing neither is hidden wholly. `sharpness` 1 is one after the other."""
     if stream <= 0 or compute <= 0:
         return max(stream, compute, 0.0)
     larger, smaller = (stream, compute) if stream > compute else (compute, stream)
-    ratio = smaller / larger
-    return larger * math.pow(1 + ratio * ratio * ratio, 1 / 3)
+    return larger * math.pow(1 + math.pow(smaller / larger, sharpness), 1 / sharpness)
 
 
 PRODUCT_KERNELS = {"float32": 1.0, "bfloat16": 1.0, "int8": 2.0, "float8": 2.0, "float4": 3.0}

@@ -1,0 +1,141 @@
+"""What befalls a fleet, as a schedule: endpoints die, ranks are lost, engines hang, links and clocks slow down.
+
+A fault is written as in `kill,replica=3,at=60s,for=30s`, on the command line or as a line of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+import msgspec
+
+from shoal.sim.fleet_simulation import FleetSimulation
+from shoal.sim.law import StepLaw
+
+FaultKind = Literal["kill", "rank", "hang", "throttle", "link"]
+"""kill: the process dies, and is started anew · rank: one rank dies, what runs is lost, new workers take over · hang:
+nothing moves, then goes on · throttle: every step takes `factor` times as long, as by heat · link: collectives have
+1/`factor` of the bandwidth."""
+_NEEDS_FACTOR = ("throttle", "link")
+
+
+class FaultError(Exception):
+    """The fault cannot be. The message names the key."""
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    kind: FaultKind
+    at: float
+    replica: int | None
+    """None: all."""
+    seconds: float | None = None
+    """Until it is over; None: for ever, and of `kill` and `rank`: as long as a start takes."""
+    factor: float = 1.0
+
+
+def parse(text: str, seconds: Callable[[str], float]) -> Fault:
+    """`seconds` reads durations, and raises ValueError. Raises FaultError."""
+    kind, *pairs = (part.strip() for part in text.split(","))
+    kinds = get_args(FaultKind)
+    if kind not in kinds:
+        near = get_close_matches(kind, kinds, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FaultError(f"fault {text!r}: {kind!r} is none of {', '.join(kinds)}{hint}")
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, is_pair, value = pair.partition("=")
+        if not is_pair or key not in ("replica", "at", "for", "factor"):
+            raise FaultError(f"fault {text!r}: {pair!r} is none of replica=, at=, for=, factor=")
+        if key in values:
+            raise FaultError(f"fault {text!r}: {key} is given twice")
+        values[key] = value
+    for key in ("at", "replica", *(("factor",) if kind in _NEEDS_FACTOR else ())):
+        if key not in values:
+            raise FaultError(f"fault {text!r}: {key}= is missing")
+    if kind == "hang" and "for" not in values:
+        raise FaultError(f"fault {text!r}: for= is missing: how long does it hang?")
+    if "factor" in values and kind not in _NEEDS_FACTOR:
+        raise FaultError(f"fault {text!r}: factor= says nothing of {kind}")
+    try:
+        return Fault(
+            kind=kind,  # type: ignore[arg-type]
+            at=seconds(values["at"]),
+            replica=None if values["replica"] == "all" else _replica(values["replica"]),
+            seconds=seconds(values["for"]) if "for" in values else None,
+            factor=_factor(values.get("factor", "1")),
+        )
+    except ValueError as error:
+        raise FaultError(f"fault {text!r}: {error}") from None
+
+
+def _replica(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"replica is {text!r}: write its number, from 0, or all")
+    return int(text)
+
+
+def _factor(text: str) -> float:
+    factor = float(text)
+    if not 1 <= factor <= 1e6:
+        raise ValueError(f"factor is {text}: write how many times slower, at least 1")
+    return factor
+
+
+def schedule(
+    faults: Sequence[Fault],
+    simulation: FleetSimulation,
+    slower_link: Callable[[float], StepLaw],
+    rank_seconds: float,
+) -> None:
+    """`slower_link`: the law of steps with links that are so many times slower. `rank_seconds`: until a lost rank is
+    noticed, during which nothing moves."""
+    names = list(simulation.replicas)
+    for fault in faults:
+        if fault.replica is not None and fault.replica >= len(names):
+            raise FaultError(f"replica {fault.replica} does not exist: there are {len(names)}, from 0")
+        for name in names if fault.replica is None else [names[fault.replica]]:
+            simulation.at(fault.at, _begin(fault, simulation, name, slower_link, rank_seconds))
+
+
+def _begin(
+    fault: Fault,
+    simulation: FleetSimulation,
+    name: str,
+    slower_link: Callable[[float], StepLaw],
+    rank_seconds: float,
+) -> Callable[[], None]:
+    def kill() -> None:
+        simulation.kill(name, "its process died", back_after=fault.seconds)
+
+    def rank() -> None:
+        simulation.lose_rank(name, rank_seconds, simulation.start_seconds if fault.seconds is None else fault.seconds)
+
+    def hang() -> None:
+        simulation.say("hang", name, f"nothing moves for {fault.seconds:g} s")
+        simulation.replicas[name].freeze(fault.seconds or 0.0)
+
+    def throttle() -> None:
+        replica = simulation.replicas[name]
+        simulation.say("throttle", name, f"steps take {fault.factor:g} times as long")
+        replica.slowness *= fault.factor
+        if fault.seconds is not None:
+            simulation.at(simulation.now + fault.seconds, cool)
+
+    def cool() -> None:
+        simulation.replicas[name].slowness /= fault.factor
+        simulation.say("throttle", name, "it is over")
+
+    def link() -> None:
+        simulation.say("link", name, f"links have 1/{fault.factor:g} of their bandwidth")
+        replica = simulation.replicas[name]
+        replica.law = slower_link(fault.factor)
+        if fault.seconds is not None:
+            simulation.at(simulation.now + fault.seconds, mend)
+
+    def mend() -> None:
+        simulation.replicas[name].law = simulation.law
+        simulation.say("link", name, "it is over")
+
+    return {"kill": kill, "rank": rank, "hang": hang, "throttle": throttle, "link": link}[fault.kind]

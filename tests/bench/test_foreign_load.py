@@ -1,0 +1,53 @@
+"""What others do on the machine is counted; what is measured is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shoal.bench.foreign_load import ForeignLoad, busy_seconds, is_known, tree_seconds, wait_until_quiet
+
+pytestmark = pytest.mark.skipif(not is_known(), reason="needs /proc/stat")
+BURN = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+
+
+def burn() -> None:
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+
+
+def test_a_child_that_was_waited_for_belongs_to_the_measurement() -> None:
+    for measured in (None, os.getpid()):
+        busy, own = busy_seconds(), sum(os.times()[:4])
+        foreign = ForeignLoad(measured)
+        began = time.monotonic()
+        burn()
+        counted = foreign.cores() * (time.monotonic() - began)
+        own, busy = sum(os.times()[:4]) - own, busy_seconds() - busy
+        assert own >= 0.4, "the child burned nothing"
+        # All that was busy, less what this process and its child used: within the clock's ticks.
+        assert counted == pytest.approx(max(0.0, busy - own), abs=0.15)
+
+
+def test_a_tree_holds_a_process_that_still_runs_and_its_children() -> None:
+    child = subprocess.Popen([sys.executable, "-c", f"{BURN}\ninput()"], stdin=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while tree_seconds(child.pid) < 0.4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert tree_seconds(os.getpid()) >= tree_seconds(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    assert tree_seconds(None) == 0.0
+
+
+def test_patience_of_nothing_does_not_look() -> None:
+    began = time.monotonic()
+    assert not wait_until_quiet(100.0, 0.0)
+    assert time.monotonic() - began < 1.0
+    assert wait_until_quiet(1e6, 60.0, interval=0.01)
