@@ -52,6 +52,10 @@ class Question(msgspec.Struct, kw_only=True):
     model: str
     engine: str
     mode: str
+    kind: str
+    """dense or mixture; empty where the model is not known."""
+    doubtful: bool
+    """Its throughput contradicts its own times by more than a half (some rows of Splitwise's table do)."""
     measured: dict[str, float]
     """tpot and ttft in seconds, throughput in output tokens/s."""
 
@@ -87,7 +91,18 @@ def read(row: Row) -> Question:
     for name, column, scale in (("tpot", "tpot_ms", 1e-3), ("ttft", "ttft_ms", 1e-3), ("throughput", "out_tok_s", 1.0)):
         if row[column] and float(row[column]) > 0:
             measured[name] = float(row[column]) * scale
+    try:
+        kind = "mixture" if models.model_shape(row["model"]).is_mixture else "dense"
+    except models.ModelError:
+        kind = ""
+    doubtful = False
+    if row["mode"] == "static batch" and len(measured) == 3:
+        batch, outputs = int(row["concurrency"]), int(row["osl"])
+        own = batch * outputs / (measured["ttft"] + measured["tpot"] * (outputs - 1))
+        doubtful = not 0.5 < own / measured["throughput"] < 1.5
     return Question(
+        doubtful=doubtful,
+        kind=kind,
         row=row["row_id"],
         source=row["source"],
         device=row["gpu"],
@@ -137,7 +152,7 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         return offline(cost, work), False
     if load.startswith("open-loop"):
         few = row["stat"].endswith("of 300 requests")
-        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else 1000), True
+        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else None), True
     concurrency = int(float(row["concurrency"]))
     poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
     wait = wait_steps(row, concurrency)
@@ -147,7 +162,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
 
 def wait_steps(row: Row, concurrency: int) -> int:
     """InferenceX starts TensorRT-LLM with batch_wait_timeout_iters 20 for Llama below 8 devices, and 40 for DeepSeek
-    from 64 clients, in both cases for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups."""
+    from 64 clients, both for 1024 tokens in and out; with attention_dp, timeout_iters 60 to fill all groups.
+    """
     if engine_name(row) == "tensorrt-llm" and row["source"].startswith("AIC") and number(row["attn_dp"]) > 1:
         return 60
     if (
@@ -195,7 +211,7 @@ def _answer(found: ServingEstimate, replicas: int, median: bool) -> Answer:
     )
 
 
-# --- what a row says ---------------------------------------------------------------------------------------------------
+# --- what a row says --------------------------------------------------------------------------------------------------
 
 
 def device_name(text: str) -> str:
@@ -319,7 +335,7 @@ def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     return "float8" if engine == "vllm" and not latent else "bfloat16"
 
 
-# --- pools -------------------------------------------------------------------------------------------------------------
+# --- pools ------------------------------------------------------------------------------------------------------------
 
 
 def pool(text: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ import msgspec
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import StepShape
 from shoal.plan.event_loop import Loop, Outcome
-from shoal.plan.workload import Lengths, Weighted, Workload
+from shoal.plan.workload import Lengths, Weighted, Workload, scattered
 
 __all__ = [
     "Distribution",
@@ -149,7 +149,7 @@ def offline(cost: CostModel, workload: Workload, *, requests: int | None = None)
     if ends[last] <= ends[first]:
         return estimate
     rate = (last - first) * workload.outputs.mean / (ends[last] - ends[first])
-    low, high = interval(cost, "throughput")
+    low, high = cost.interval("throughput")
     return msgspec.structs.replace(
         estimate,
         output_tokens_per_second=rate,
@@ -160,22 +160,20 @@ def offline(cost: CostModel, workload: Workload, *, requests: int | None = None)
 
 
 def open_loop(
-    cost: CostModel, workload: Workload, rate: float, *, requests: int = 400, gaps: Sequence[float] = ()
+    cost: CostModel, workload: Workload, rate: float, *, requests: int | None = None, gaps: Sequence[float] = ()
 ) -> ServingEstimate:
-    """Requests come by themselves, `rate` a second: after `gaps` (in mean gaps, in turn), else exponential ones."""
+    """Requests come by themselves, `rate` a second: after `gaps` (in mean gaps, in turn), else exponential ones.
+
+    Without `requests`, as many as it takes for the batch to fill and then some: five times what is under way at once.
+    """
     reason = refusal(cost, workload)
     if reason:
         return refused(reason)
-    loop = Loop(cost, workload)
-    at, times = 0.0, []
-    for number in range(requests):
-        at += (gaps[number % len(gaps)] if gaps else exponential(number)) / rate
-        times.append(at)
-    for arrival in times:
-        loop.run(arrival)
-        loop.now = max(loop.now, arrival)
-        loop.add(arrival)
-    loop.run(float("inf"))
+    count = requests or 400
+    loop = _offered(cost, workload, rate, count, gaps)
+    while requests is None and count < MOST_REQUESTS and count < 5 * rate * loop.out.end_to_end.mean():
+        count *= 4
+        loop = _offered(cost, workload, rate, count, gaps)
     # A queue that grows shows in requests that end later taking longer, once the batch has filled.
     taken = [value for value, _ in loop.out.end_to_end.values]
     quarter = len(taken) // 4
@@ -183,13 +181,24 @@ def open_loop(
     return msgspec.structs.replace(_estimate(cost, loop, loop.now), saturated=grows)
 
 
+MOST_REQUESTS = 6400
+
+
+def _offered(cost: CostModel, workload: Workload, rate: float, count: int, gaps: Sequence[float]) -> Loop:
+    loop = Loop(cost, workload)
+    at = 0.0
+    for number in range(count):
+        at += (gaps[number % len(gaps)] if gaps else exponential(number)) / rate
+        loop.run(at)
+        loop.now = max(loop.now, at)
+        loop.add(at)
+    loop.run(float("inf"))
+    return loop
+
+
 def exponential(number: int) -> float:
-    """The gap of that number, of mean 1: the inverse of the distribution at a scrambled van der Corput point."""
-    scrambled = (number * 2654435761 + 40503) & 0xFFFFFFFF
-    scrambled ^= scrambled >> 15
-    scrambled = (scrambled * 2246822519) & 0xFFFFFFFF
-    scrambled ^= scrambled >> 13
-    return -log((scrambled + 0.5) / 4294967296)
+    """The gap of that number, of mean 1."""
+    return -log(scattered(number, 2))
 
 
 def static_batch(cost: CostModel, input_length: int, output_length: int, batch: int) -> ServingEstimate:
@@ -211,7 +220,7 @@ def static_batch(cost: CostModel, input_length: int, output_length: int, batch: 
     each = cost.seconds(StepShape(decode_rows=batch, decode_context=middle, sampled=batch))
     whole = first + each * (output_length - 1)
     rate = batch * output_length / whole
-    low, high = interval(cost, "throughput")
+    low, high = cost.interval("throughput")
     return ServingEstimate(
         ttft=_one(cost, "ttft", first),
         tpot=_one(cost, "tpot", each),
@@ -302,9 +311,12 @@ def disaggregated(
     while pool.waiting or ready or any(loop.rows or loop.waiting for loop in loops):
         # Whatever is first: a batch of prompts begins, a sequence reaches its decode engine, or one of those ends.
         at = min(pool.next_start(), ready[0][0] if ready else float("inf"))
-        for loop in loops:
-            loop.run(at, one_end=True)
-        if at == float("inf"):
+        busy = [loop for loop in loops if (loop.rows or loop.waiting) and loop.now < at]
+        if busy:
+            # The one that is behind goes on, not beyond the next: what ends there is the next prompt's arrival.
+            behind = min(busy, key=lambda each: each.now)
+            others = [loop.now for loop in busy if loop is not behind]
+            behind.run(min(at, max(min(others, default=at), behind.now + 1e-3)), one_end=True)
             continue
         if ready and ready[0][0] <= at:
             now, number = heappop(ready)
@@ -372,7 +384,7 @@ def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
     out: Outcome = loop.out
     front = cost.profile.front_seconds
     per_second = out.output_tokens / seconds if seconds else 0.0
-    low, high = interval(cost, "throughput")
+    low, high = cost.interval("throughput")
     return ServingEstimate(
         ttft=_distribution(cost, "ttft", out.ttft, front),
         tpot=_distribution(cost, "tpot", out.tpot, 0.0),
@@ -391,17 +403,16 @@ def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
 
 def interval(cost: CostModel, metric: str) -> tuple[float, float]:
     """What a prediction of the metric is multiplied by, for nine of ten cases to lie between."""
-    residual = cost.calibration.residual(metric, cost.profile.name, cost.engine.cluster.device.provenance)
-    return (residual.low, residual.high) if residual else (0.7, 1.5)
+    return cost.interval(metric)
 
 
 def _distribution(cost: CostModel, metric: str, values: Weighted, plus: float) -> Distribution:
     p50, p90, p99 = values.quantiles((0.5, 0.9, 0.99))
     mean = values.mean() + plus
-    low, high = interval(cost, metric)
+    low, high = cost.interval(metric)
     return Distribution(mean=mean, p50=p50 + plus, p90=p90 + plus, p99=p99 + plus, low=mean * low, high=mean * high)
 
 
 def _one(cost: CostModel, metric: str, value: float) -> Distribution:
-    low, high = interval(cost, metric)
+    low, high = cost.interval(metric)
     return Distribution(mean=value, p50=value, p90=value, p99=value, low=value * low, high=value * high)

@@ -1,4 +1,4 @@
-"""What clients ask of an engine: lengths of inputs and outputs, drawn evenly and without randomness.
+"""What clients ask of an engine: lengths of inputs and outputs, drawn without randomness of its own.
 
 So an estimate is a function of its arguments.
 """
@@ -10,9 +10,20 @@ from itertools import accumulate
 
 import msgspec
 
-GOLDEN = 0.6180339887498949
-SILVER = 0.7548776662466927
-"""Steps of two low-discrepancy sequences that do not move together (after Roberts, 2018)."""
+
+def scattered(number: int, stream: int = 0) -> float:
+    """The `number`-th of a fixed sequence that looks uniform in (0, 1): a mixer of bits, as in splitmix64.
+
+    Sequences that fill the interval evenly will not do: sums of every fourth of them fall together, and so would the
+    answers of four clients.
+    """
+    bits = (number * 4 + stream + 1) * 0x9E3779B97F4A7C15 & _MASK
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _MASK
+    return ((bits ^ bits >> 31) + 0.5) / (_MASK + 1)
+
+
+_MASK = (1 << 64) - 1
 
 
 class Lengths(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +78,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     def request(self, number: int) -> tuple[int, int]:
         """Input and output of the request of that number."""
         return (
-            max(1, self.inputs.at((0.5 + number * GOLDEN) % 1)),
-            max(1, self.outputs.at((0.5 + number * SILVER) % 1)),
+            max(1, self.inputs.at(scattered(number, 0))),
+            max(1, self.outputs.at(scattered(number, 1))),
         )
 
 

@@ -48,16 +48,17 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     link_bandwidth: float | None = None
     """Reached by large messages, between the devices of a node."""
     residuals: dict[str, Residual] = {}
-    """By metric (step, tpot, ttft, throughput), the engine's profile and the device's provenance, joined by a slash;
-    a name may be cut short at any slash."""
+    """By metric (step, tpot, ttft, throughput), the engine's profile, and whether the model is dense or a mixture,
+    joined by slashes; a name may be cut short at any slash."""
     made: dict[str, str] = {}
     """How: date, command, machine, versions, rows."""
 
-    def residual(self, metric: str, profile: str, provenance: str) -> Residual | None:
+    def residual(self, metric: str, *qualifiers: str) -> Residual | None:
         """The most particular that there is."""
-        for name in (f"{metric}/{profile}/{provenance}", f"{metric}/{profile}", metric):
-            if name in self.residuals:
-                return self.residuals[name]
+        for count in range(len(qualifiers), -1, -1):
+            found = self.residuals.get("/".join((metric, *qualifiers[:count])))
+            if found is not None:
+                return found
         return None
 
 

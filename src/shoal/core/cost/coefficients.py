@@ -10,7 +10,6 @@ from collections.abc import Callable
 import msgspec
 
 from shoal.core.cost import collectives
-from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
 from shoal.core.cost.operators import (
     ATTENTION_KERNELS,
@@ -116,41 +115,16 @@ UNFUSED = 3.0
 """Launches that experts and uncommon attention take outside of graphs, for one within."""
 
 
-def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Calibration) -> Coefficients:
+def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients:
     model, layout, device = engine.model, engine.layout, engine.cluster.device
     reached = Reached(device, device.fractions)
     share, ranks = stage_share(engine), layout.tensor_ranks
     kernel = device.kernel_seconds * profile.kernel_factor
     plain: WeightPrecision = "float32" if engine.weights == "float32" else "bfloat16"
-    dense, dense_parameters = 0.0, 0.0
-    projections = 0.0
-    for layer in model.layers:
-        projections += layer.count * share * layer.attention.parameters / ranks
-        per_feature = (3 if layer.mlp.gated else 2) * model.hidden_size
-        features = layer.mlp.shared_size if layer.mlp.num_experts else layer.mlp.intermediate_size
-        dense_parameters += layer.count * share * per_feature * features / ranks
-    by_precision: dict[WeightPrecision, float] = {}
-    for precision, parameters in (
-        (attention_precision(model, engine.weights), projections),
-        (engine.weights, dense_parameters),
-    ):
-        by_precision[precision] = by_precision.get(precision, 0.0) + parameters
-    linear = [
-        (parameters * BYTES[precision] / reached.stream(precision), 2 * parameters / reached.rate(precision))
-        for precision, parameters in by_precision.items()
-        if parameters
-    ]
-    dense = sum(parameters * BYTES[precision] for precision, parameters in by_precision.items())
+    by_precision = _products(engine)
     layers = model.num_layers * share
     head = model.vocab_size * model.hidden_size / ranks
     hidden_bytes = model.hidden_size * BYTES[plain]
-    widest = max(
-        (layer.mlp.shared_size + layer.mlp.num_experts_per_token * layer.mlp.expert_size)
-        if layer.mlp.num_experts
-        else layer.mlp.intermediate_size
-        for layer in model.layers
-    )
-    elementwise = profile.elementwise * layers * (8 * hidden_bytes + 3 * widest / ranks * BYTES[plain]) / reached.copy()
     link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
@@ -163,9 +137,12 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         ranks=ranks,
         stages=layout.pp,
         all_stages=1 / share,
-        linear=linear,
-        linear_bytes=dense,
-        linear_parameters=projections + dense_parameters,
+        linear=[
+            (count * BYTES[precision] / reached.stream(precision), 2 * count / reached.rate(precision))
+            for precision, count in by_precision.items()
+        ],
+        linear_bytes=sum(count * BYTES[precision] for precision, count in by_precision.items()),
+        linear_parameters=sum(by_precision.values()),
         linear_launch=layers * GEMMS_A_LAYER * reached.product_seconds(engine.weights) * profile.kernel_factor,
         eager=_eager(engine, profile) * share,
         experts=[_experts(engine, layer, reached, kernel, profile) for layer in model.layers if layer.mlp.num_experts],
@@ -175,7 +152,7 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         head_stream=head * BYTES[plain] / reached.stream(plain),
         head_compute=2 * head / reached.rate(plain),
         kernels=layers * profile.layer_kernels * kernel,
-        elementwise=elementwise,
+        elementwise=profile.elementwise * layers * _features(engine) * BYTES[plain] / reached.copy(),
         reduces=(2 * layers if exchange_ranks == 1 else 2 * layers - expert_layers) if ranks > 1 else 0.0,
         hidden_bytes=hidden_bytes,
         exchange_ranks=exchange_ranks,
@@ -187,6 +164,33 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile, calibration: Ca
         row_seconds=profile.row_seconds,
         token_seconds=profile.token_seconds,
     )
+
+
+def _products(engine: EngineShape) -> dict[WeightPrecision, float]:
+    """Parameters of a stage's matrices on one device, without experts, by precision."""
+    model, share = engine.model, stage_share(engine) / engine.layout.tensor_ranks
+    found: dict[WeightPrecision, float] = {}
+    for layer in model.layers:
+        features = layer.mlp.shared_size if layer.mlp.num_experts else layer.mlp.intermediate_size
+        inner = (3 if layer.mlp.gated else 2) * model.hidden_size * features
+        for precision, count in (
+            (attention_precision(model, engine.weights), layer.attention.parameters),
+            (engine.weights, inner),
+        ):
+            if count:
+                found[precision] = found.get(precision, 0.0) + layer.count * share * count
+    return found
+
+
+def _features(engine: EngineShape) -> float:
+    """Of one token and layer, read or written by norms, residuals and activations."""
+    widest = max(
+        (layer.mlp.shared_size + layer.mlp.num_experts_per_token * layer.mlp.expert_size)
+        if layer.mlp.num_experts
+        else layer.mlp.intermediate_size
+        for layer in engine.model.layers
+    )
+    return 8 * engine.model.hidden_size + 3 * widest / engine.layout.tensor_ranks
 
 
 def _experts(
@@ -258,7 +262,7 @@ def _eager(engine: EngineShape, profile: EngineProfile) -> float:
     kernels = 0.0
     for layer in engine.model.layers:
         experts = EXPERT_KERNELS["bfloat16"] if layer.mlp.num_experts else 0.0
-        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS[layer.attention.kind]
+        special = 0.0 if layer.attention.kind in ("full", "windowed") else ATTENTION_KERNELS["latent"]
         own = 2 * GEMMS_A_LAYER + profile.layer_kernels + UNFUSED * (experts + special)
         kernels += layer.count * own
     return kernels * profile.eager_kernel_seconds

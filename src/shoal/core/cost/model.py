@@ -16,6 +16,7 @@ from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coeff
 from shoal.core.cost.collectives import wire_bytes
 from shoal.core.cost.operators import busiest, distinct_experts, roofline
 from shoal.core.cost.profiles import EngineProfile, profile
+from shoal.core.cost.residuals import UNCALIBRATED
 from shoal.core.cost.types import EngineShape, MemoryBudget, Part, StepCost, StepShape
 from shoal.core.hardware import LinkSpec
 
@@ -27,7 +28,7 @@ class CostModel:
         self.engine = engine
         self.calibration = calibration or Calibration()
         self.engine, self.profile = calibrated(engine, profile(engine.profile), self.calibration)
-        self._c: Coefficients = coefficients_of(self.engine, self.profile, self.calibration)
+        self._c: Coefficients = coefficients_of(self.engine, self.profile)
         self._factors = self.calibration.factors
         self._sharpness = 3.0 if self.calibration.sharpness is None else self.calibration.sharpness
         self._reduce_cache: dict[int, float] = {}
@@ -40,6 +41,16 @@ class CostModel:
         """How long a step keeps the slowest stage: with `layout.pp` steps under way, one ends every so often."""
         times = self._times(shape)
         return sum(times) - times[6]
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """What a prediction of the metric (step, tpot, ttft, throughput) is multiplied by, for nine of ten cases to lie
+        between: of the calibration's own residuals, or of those that come with shoal."""
+        kind = "mixture" if self.engine.model.is_mixture else "dense"
+        for source in (self.calibration, UNCALIBRATED):
+            found = source.residual(metric, self.profile.name, kind)
+            if found is not None:
+                return found.low, found.high
+        return 0.5, 2.0
 
     def memory(self) -> MemoryBudget:
         return memory.budget(self.engine, self.profile)
@@ -69,8 +80,7 @@ class CostModel:
         total = sum(times)
         own = self.engine.cluster.device.provenance
         provenance = self.calibration.provenance if self.calibration.device else weakest(own, "datasheet")
-        residual = self.calibration.residual("step", self.profile.name, provenance)
-        low, high = (residual.low, residual.high) if residual else (0.7, 1.5)
+        low, high = self.interval("step")
         return StepCost(
             seconds=total,
             parts=parts,

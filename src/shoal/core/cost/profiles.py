@@ -66,8 +66,8 @@ PROFILES: dict[str, EngineProfile] = {
         EngineProfile(
             name="sglang",
             step_seconds=0.8e-3,
-            eager_kernel_seconds=35e-6,
-            expert_compute=1.4,
+            eager_kernel_seconds=25e-6,
+            expert_compute=1.6,
             float8_attention=0.75,
             mixes_prefill=False,
             front_seconds=25e-3,
