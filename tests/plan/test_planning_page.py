@@ -54,6 +54,19 @@ def test_the_answer_of_the_page_is_the_one_of_its_command(capsys: pytest.Capture
     assert "Do not disaggregate" in out
 
 
+def test_what_the_readme_shows_is_what_its_command_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    ((command, shown),) = re.findall(r"```bash\n(shoal plan .*)\n```\n\n```\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(shlex.split(command)[1:]) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in shown.splitlines():
+        wanted = " ".join(line.split()).removesuffix(" ...")
+        assert any(one.startswith(wanted) for one in said), line
+
+
 ROWS = re.findall(r"^\| `(\S+)` (\w+) \|(.*)\|$", PAGE, re.MULTILINE)
 
 
