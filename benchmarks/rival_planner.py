@@ -1,6 +1,6 @@
 """The same questions asked of `shoal plan` and of NVIDIA's aiconfigurator, both answers side by side, as Markdown.
 
-    python benchmarks/rival_planner.py [--only NAME] [--rows e2e_measured.csv] [--no-measured]
+    python benchmarks/rival_planner.py [--only NAME] [--tables capacity,sizing] [--rows e2e_measured.csv]
 
 Each question is a process of its own, whose CPU time and peak RSS include its start. See README.md.
 """
@@ -86,6 +86,8 @@ SETTINGS = [
         "H200", "h200_sxm", 32, 4, "float8-block", "float8",
     ),
 ]  # fmt: skip
+TABLES = ("capacity", "sizing", "measured")
+"""The first with each planner's layouts by the other's model."""
 SIZING_GPUS = 64
 """From which the fewest are looked for; the rival knows no such limit."""
 
@@ -412,7 +414,7 @@ def _is_asked(row: dict[str, str]) -> bool:
         and row["mode"] == "agg"
         and row["gpu"] in ("h100_sxm", "h200_sxm")
         and (row["isl"], row["osl"]) in (("1024", "1024"), ("8192", "1024"))
-        and row["concurrency"] in ("4", "16", "64")
+        and row["concurrency"] in ("16", "64")
     )
 
 
@@ -420,13 +422,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="settings whose name has this; may be repeated")
     parser.add_argument("--rows", type=Path, default=default_rows(), help="measured rows (CSV)")
-    parser.add_argument("--no-measured", action="store_true", help="leave the measured rows out")
+    parser.add_argument("--tables", default=",".join(TABLES), help="of %(default)s")
     parser.add_argument("--venvs", type=Path, default=Path("~/.cache/shoal/bench-venvs").expanduser())
     parser.add_argument("--pip-option", action="append", default=[], help="handed to pip; may be repeated")
     options = parser.parse_args()
     settings = [one for one in SETTINGS if not options.only or any(word in one.name for word in options.only)]
     if not settings:
         parser.error(f"--only {options.only}: settings are {', '.join(one.name for one in SETTINGS)}")
+    tables = options.tables.split(",")
+    if unknown := set(tables) - set(TABLES):
+        parser.error(f"--tables {', '.join(sorted(unknown))}: there are {', '.join(TABLES)}")
     try:
         peer = peer_builds.build("aiconfigurator", options.venvs, jobs=1, pip_options=options.pip_option, say=say)
     except peer_builds.PeerUnavailable as error:
@@ -444,10 +449,11 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         rival = Rival(peer.executable, Path(folder))
-        kept = capacity(rival, settings)
-        sizing(rival, settings)
-        cross(rival, settings, kept)
-        if options.rows.exists() and not options.no_measured:
+        if "capacity" in tables:
+            cross(rival, settings, capacity(rival, settings))
+        if "sizing" in tables:
+            sizing(rival, settings)
+        if "measured" in tables and options.rows.exists():
             measured(rival, accuracy_rows.rows_of(options.rows))
 
 
