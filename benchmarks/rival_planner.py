@@ -339,15 +339,16 @@ def cross(rival: Rival, settings: list[Setting], kept: dict[str, tuple[list[Answ
     columns += ["shoal, as many clients: requests/s, TTFT, TPOT ms", "shoal, same rate at random: TTFT p50, TPOT ms"]
     table("Its best layouts by our cost model", [*columns, "TPOT, ours / its"], rows)
     rows = [row for setting in settings if (row := _ours_by_theirs(rival, setting, kept[setting.name][1]))]
-    columns = ["setting", "shoal's answer", "sequences an engine", "shoal: TTFT p50, TPOT ms", "it: TTFT, TPOT ms"]
+    columns = ["setting", "shoal's answer", "sequences an engine", "shoal: requests/s, TTFT p50, TPOT ms"]
+    columns += ["it: requests/s, TTFT, TPOT ms"]
     table("Our answers by its `estimate`", columns, rows)
 
 
 def _ours_by_theirs(rival: Rival, setting: Setting, made: dict) -> list[str]:
     if not made["answer"] or len(made["answer"]["setup"]["pools"]) > 1:
         return []
-    engine = made["answer"]["setup"]["pools"][0]["engine"]
-    sizes, said = engine["shape"], made["answer"]["prediction"]
+    pool, rate = made["answer"]["setup"]["pools"][0], made["asked"]["rate"]
+    sizes, said = pool["engine"]["shape"], made["answer"]["prediction"]
     groups = sizes["attention_dp"]
     ways = groups * sizes["pp"]
     # Its batch is of one group and of one of as many batches as there are stages.
@@ -356,25 +357,23 @@ def _ours_by_theirs(rival: Rival, setting: Setting, made: dict) -> list[str]:
     flags = ["--tp-size", str(tp), "--pp-size", str(sizes["pp"]), "--attention-dp-size", str(groups)]
     if setting.model == "deepseek-v3":
         flags += ["--moe-tp-size", str(sizes["tp"]), "--moe-ep-size", str(sizes["ep"] * groups)]
-    row = [setting.name, plan_layout(made), f"{batch * ways}", ", ".join(_times(made))]
+    row = [setting.name, plan_layout(made), f"{batch * ways}", f"{rate:.2f}, " + ", ".join(_times(made))]
     if sizes["cp"] > 1:
         return [*row, "it has no cp"]
     done = rival.estimate(setting, rival.model(setting), (INPUT, OUTPUT), batch, *flags)
     said_of_it = estimate(done.output)
-    told = (
-        f"{said_of_it['ttft_ms']:,.0f}, {said_of_it['tpot_ms']:.1f}"
-        if said_of_it
-        else failure(done.output + done.errors)
-    )
-    return [*row, told]
+    if not said_of_it:
+        return [*row, failure(done.output + done.errors)]
+    its_rate = said_of_it["tokens_per_second"] / OUTPUT * pool["replicas"]
+    return [*row, f"{its_rate:.2f}, {said_of_it['ttft_ms']:,.0f}, {said_of_it['tpot_ms']:.1f}"]
 
 
 # --- measured rows ----------------------------------------------------------------------------------------------------
 
 
-def measured(rival: Rival, rows: list[dict[str, str]]) -> None:
+def measured(rival: Rival, rows: list[dict[str, str]], clients: list[str]) -> None:
     """Setups of these settings that somebody has measured: all three figures."""
-    chosen = [row for row in rows if _is_asked(row)]
+    chosen = [row for row in rows if _is_asked(row) and row["concurrency"] in clients]
     lines, errors = [], {name: ([], []) for name in ("TTFT", "TPOT")}
     for number, row in enumerate(chosen):
         say(f"measured row {number + 1} of {len(chosen)}")
@@ -414,7 +413,7 @@ def _is_asked(row: dict[str, str]) -> bool:
         and row["mode"] == "agg"
         and row["gpu"] in ("h100_sxm", "h200_sxm")
         and (row["isl"], row["osl"]) in (("1024", "1024"), ("8192", "1024"))
-        and row["concurrency"] in ("16", "64")
+        and row["engine"] == "vllm"
     )
 
 
@@ -422,6 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="settings whose name has this; may be repeated")
     parser.add_argument("--rows", type=Path, default=default_rows(), help="measured rows (CSV)")
+    parser.add_argument("--clients", default="4,16,64", help="of measured rows (%(default)s)")
     parser.add_argument("--tables", default=",".join(TABLES), help="of %(default)s")
     parser.add_argument("--venvs", type=Path, default=Path("~/.cache/shoal/bench-venvs").expanduser())
     parser.add_argument("--pip-option", action="append", default=[], help="handed to pip; may be repeated")
@@ -454,7 +454,7 @@ def main() -> None:
         if "sizing" in tables:
             sizing(rival, settings)
         if "measured" in tables and options.rows.exists():
-            measured(rival, accuracy_rows.rows_of(options.rows))
+            measured(rival, accuracy_rows.rows_of(options.rows), options.clients.split(","))
 
 
 if __name__ == "__main__":
