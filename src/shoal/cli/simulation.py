@@ -12,6 +12,7 @@ from typing import TypeVar, get_args
 import msgspec
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
+from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError
 from shoal.cli.simulation_report import Result, Setup, print_result, write_requests
 from shoal.cli.terminal import error_console, format_bytes, passing_bar, print_json
@@ -167,7 +168,7 @@ def _engine(model: ModelDeployment, options: Options) -> Engine:
             f"a replica in {shape.layout} needs {shape.num_devices} devices, and --on {options.on} has "
             f"{cluster.num_devices}"
         )
-    calibration = None if options.calibration is None else _read_calibration(options.calibration)
+    calibration = read_calibration(options.calibration, cluster.device)
     try:
         cost = CostModel(shape, calibration)
     except ValueError as error:
@@ -219,15 +220,6 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise CommandError(f"{flag}: {value!r} is none of {', '.join(known)}")
     return value
-
-
-def _read_calibration(file: Path) -> Calibration:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Calibration)
-    except OSError as error:
-        raise CommandError(f"{file}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise CommandError(f"{file}: is not a calibration: {error}") from None
 
 
 def _slower(link: LinkSpec, factor: float) -> LinkSpec:
