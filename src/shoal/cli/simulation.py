@@ -108,6 +108,8 @@ def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: 
             e2e=_duration("--e2e", options.e2e),
         )
         deployment, model = _model(file, options)
+        for setting in _left_out(deployment, model):
+            error_console().print(f"note: the simulation leaves out {setting}", style="yellow", highlight=False)
         engine = _engine(model, options)
         load = _load(options)
         simulation = _simulation(deployment, model, engine, load, options)
@@ -148,6 +150,18 @@ def _model(file: Path, options: Options) -> tuple[Deployment, ModelDeployment]:
             "many there are like the one described, with --replicas"
         )
     return deployment, model
+
+
+def _left_out(deployment: Deployment, model: ModelDeployment) -> list[str]:
+    """What the file asks for and would change the outcome, and the simulation does not do."""
+    asked = {
+        "tenants and their limits": deployment.tenants,
+        f"fallback of {model.name!r}": model.fallback,
+        "failover.hedge_seconds": model.failover.hedge_seconds,
+        f"the {len(deployment.models) - 1} other models of the file": len(deployment.models) > 1,
+        f"the {len(model.endpoints)} endpoints that run elsewhere": model.endpoints and model.num_engines,
+    }
+    return [what for what, is_there in asked.items() if is_there]
 
 
 def _engine(model: ModelDeployment, options: Options) -> Engine:
