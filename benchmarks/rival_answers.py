@@ -108,12 +108,15 @@ def failure(output: str) -> str:
     told = [
         line
         for line in COLOURS.sub("", output).splitlines()
-        if "[E]" in line or "error: " in line or re.match(r"\w*(Error|Exception): ", line)
+        if "[E]" in line
+        or "returned no results" in line
+        or "error: " in line
+        or re.match(r"\w*(Error|Exception): ", line)
     ]
     if not told:
         return ""
-    line = next((one for one in reversed(told) if "failed: " in one), told[-1])
-    for wrapping in (r"^.*?\[E\] \[[^]]*\] ", r"^.*?failed: ", r"^.*?[Ee]rror: "):
+    line = next((one for one in reversed(told) if "failed: " in one or "returned no results" in one), told[-1])
+    for wrapping in (r"^.*?\[[EW]\] \[[^]]*\] ", r"^.*?failed: ", r"^.*?[Ee]rror: "):
         line = re.sub(wrapping, "", line)
     return line.split(". ")[0].strip(" .")
 

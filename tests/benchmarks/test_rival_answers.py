@@ -71,6 +71,10 @@ def test_no_answer_has_its_reason():
     assert rival_answers.failure(TOO_LARGE) == told
     memory = "Traceback ...\nRuntimeError: OOM: the model 'x' does not fit in GPU memory. Try increasing tp_size."
     assert rival_answers.failure(memory) == "OOM: the model 'x' does not fit in GPU memory"
+    nothing = (
+        "20:03:27 [aiconfigurator] [W] [main.py:2173] Experiment disagg returned no results. Possible causes: (1) ..."
+    )
+    assert rival_answers.failure(nothing) == "Experiment disagg returned no results"
     usage = "usage: ...\naiconfigurator estimate: error: argument --backend: invalid choice: 'mlx'"
     assert rival_answers.failure(usage) == "argument --backend: invalid choice: 'mlx'"
     assert rival_answers.failure(ESTIMATE) == ""
