@@ -28,10 +28,9 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gateway.arrivals import Arrival, to_trace
-from gateway.compare import MOST_FOREIGN, say, table
+from gateway.compare import MOST_FOREIGN, Sample, say, table
 from gateway.routers import IN_TURN, PROGRAM, Router, RouterFailed, choose_cores, find_routers, mock_engines, running
 from machine import ForeignLoad, describe, tree_seconds, wait_until_quiet
 from report import spread
@@ -76,15 +75,6 @@ def make_trace(name: str, seed: int, rate: float, seconds: float) -> list[Arriva
         prompt, shared = TRACES[name](draw, number, long)
         arrivals.append(Arrival(at, prompt, lognormal(draw, 4, 0.8, 512), shared))
     return arrivals
-
-
-@dataclass(frozen=True)
-class Sample:
-    figures: dict[str, Any]
-    """gateway.load.Figures."""
-    cores: float
-    """That the router kept busy on average; NaN of the direct way."""
-    foreign: float
 
 
 @dataclass

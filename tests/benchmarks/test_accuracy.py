@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("shoal.plan.catalogue")
-
-from benchmarks import accuracy, accuracy_rows  # noqa: E402
+from benchmarks import accuracy, accuracy_rows
 
 ROW = {
     "row_id": "1",

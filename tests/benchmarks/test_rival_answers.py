@@ -2,9 +2,7 @@
 
 import pytest
 
-pytest.importorskip("shoal.plan.catalogue")
-
-from benchmarks import rival_answers  # noqa: E402
+from benchmarks import rival_answers
 
 # Of `cli default`, Llama-3.1-70B on eight H200; columns that are not read are left out.
 TOGETHER = """concurrency,request_rate,bs,ttft,tpot,seq/s,num_total_gpus,tp,dp,parallel,num_tokens

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.core.cost import collectives
+from shoal.plan import catalogue
 from tests.core.cost.engines import KIB, MIB, NDR, NVLINK, TCP, cluster
 
 UNMEASURED = msgspec.structs.replace(NVLINK, all_reduce={})
@@ -76,7 +77,6 @@ def measured() -> Path:
     [("nvlink3", "a100_sxm"), ("nvlink4", "h100_sxm"), ("nvlink4", "h200_sxm"), ("nvlink5", "b200_sxm")],
 )
 def test_the_catalogue_against_measured_all_reduces(link, system):
-    catalogue = pytest.importorskip("shoal.plan.catalogue")
     best: dict[tuple[int, int], float] = {}
     with measured().open(encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -103,11 +103,11 @@ def _warnings(d: Deployable) -> list[str]:
     found = list(d.notes)
     if any(pool.layout.cp > 1 for pool in d.pools):
         found.append("SGLang has context parallelism (--attn-cp-size) for a few models alone; check that this is one.")
-    if d.quantised:
-        pass  # SGLang reads how from the checkpoint
-    elif _WEIGHTS.get(d.dtype, ("", ""))[1] is None and d.dtype not in ("float32", "bfloat16", "float16"):
+    # How a checkpoint is quantised that is so already SGLang reads from it.
+    unknown = _WEIGHTS.get(d.dtype, ("", ""))[1] is None and d.dtype not in ("float32", "bfloat16", "float16")
+    if not d.quantised and unknown:
         found.append(f"{d.dtype} weights need a checkpoint that is quantised already: give it as the model.")
-    elif d.dtype == "float8":
+    elif not d.quantised and d.dtype == "float8":
         found.append(
             "--quantization fp8 is for a checkpoint in 16 bits; leave it out if the model is quantised already."
         )

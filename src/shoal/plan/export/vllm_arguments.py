@@ -76,11 +76,10 @@ def vllm_warnings(d: Deployable) -> list[str]:
     if any(pool.layout.cp > 1 for pool in d.pools):
         found.append("context parallelism is by --prefill- and --decode-context-parallel-size: not every backend "
                      "of vLLM has them.")  # fmt: skip
-    if d.quantised:
-        pass  # vLLM reads how from the checkpoint
-    elif d.dtype == "int4":
+    # How a checkpoint is quantised that is so already vLLM reads from it.
+    if not d.quantised and d.dtype == "int4":
         found.append("int4 weights need a checkpoint that is quantised already (AWQ, GPTQ): give it as the model.")
-    elif d.dtype not in ("float32", "bfloat16", "float16"):
+    elif not d.quantised and d.dtype not in ("float32", "bfloat16", "float16"):
         found.append("--quantization is for a checkpoint in 16 bits; leave it out if the model is quantised already.")
     left = sorted(set(d.engine) - _EXPRESSED)
     if left:
