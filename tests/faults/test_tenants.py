@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +31,8 @@ TENANTS = {
     "short": {"tokens_per_minute": 100},
     "single": {"concurrent_requests": 1},
 }
+LONG = 32768
+"""Tokens of the longest sequence: a minute of steps."""
 QUEUE = 16
 """Requests that may wait: a tenant alone has half of it."""
 KEYS: dict[str, tuple[str, tuple[Scope, ...]]] = {
@@ -74,10 +76,14 @@ class Tenanted:
         lines = self.operator.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("shoal:prefix_cache_hits_total"))
 
-    def waiting(self) -> int:
-        """Requests without an endpoint."""
-        count: int = self.fleet.model()["waiting"]
-        return count
+    def wait_for(self, running: int, waiting: int) -> None:
+        """Requests with and without an endpoint."""
+
+        def is_so() -> bool:
+            model = self.fleet.model()
+            return bool(model["running"] == running and model["waiting"] == waiting)
+
+        wait_until(is_so, 60, f"{running} requests to run and {waiting} to wait")
 
     @contextlib.contextmanager
     def stream(self, name: str, prompt: list[int], **fields: Any) -> Iterator[tuple[str, Iterator[str]]]:
@@ -106,10 +112,9 @@ def prompt_of(seed: int, length: int = 64) -> list[int]:
     return [8 + (seed * 7919 + position * (seed % 13 + 1)) % (VOCAB - 8) for position in range(length)]
 
 
-@pytest.fixture(scope="module")
-def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
-    folder = tmp_path_factory.mktemp("tenants")
-    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=4096)
+@contextlib.contextmanager
+def running_tenanted(folder: Path) -> Iterator[Tenanted]:
+    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=LONG)
     made = {name: new_key(tenant, scopes, utc_now()) for name, (tenant, scopes) in KEYS.items()}
     with editing(folder / "keys.json", create=True) as stored:
         stored += [key for key, _ in made.values()]
@@ -121,6 +126,19 @@ def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
     }
     with running_fleet(folder, deployment, headers=bearer(made["operator"][1])) as fleet:
         yield Tenanted(fleet, {name: text for name, (_, text) in made.items()})
+
+
+@pytest.fixture(scope="module")
+def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
+    with running_tenanted(tmp_path_factory.mktemp("tenants")) as tenanted:
+        yield tenanted
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Tenanted]:
+    """For one test, as others leave requests, and endpoints, behind."""
+    with running_tenanted(tmp_path) as tenanted:
+        yield tenanted
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -279,32 +297,43 @@ def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
 # --- a noisy tenant ---------------------------------------------------------------------------------------------------
 
 
-def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> None:
+def test_a_flood_of_one_tenant_leaves_room_for_another(alone: Tenanted) -> None:
     """Fault 34: all slots are taken and half of the queue, and still a request of another tenant is accepted, and goes
     before those that wait. Its control is the same request of the tenant that floods: refused."""
-    stop = threading.Event()
-    refused: dict[str, str] = {}
+    slots, share = ENGINE["max_sequences"] + 1, QUEUE // 2  # an engine is sent one ahead of its own slots
+    ends = [threading.Event() for _ in range(slots + share)]
 
-    def flood(number: int) -> None:
-        while not stop.is_set():
-            answer = tenanted.ask("a", prompt_of(800 + number), max_tokens=150)
-            if answer.status_code != 200:
-                refused[answer.headers["x-request-id"]] = refused_for(answer)
-                stop.wait(0.05)
+    def hold(number: int) -> None:
+        """A slot, or a place in the queue and then a slot, until its end is called."""
+        with alone.stream("a", prompt_of(800 + number), max_tokens=LONG - 100) as (_, lines):
+            for _ in lines:
+                if ends[number].is_set():
+                    return
 
-    with ThreadPoolExecutor(40) as threads:
-        floods: list[Future[None]] = [threads.submit(flood, number) for number in range(40)]
+    with ThreadPoolExecutor(slots + share + 1) as threads:
+        held: list[Future[None]] = []
         try:
-            wait_until(lambda: tenanted.waiting() >= QUEUE // 2 and bool(refused), 20, "the tenant's half to be full")
+            for number in range(slots + share):
+                held.append(threads.submit(hold, number))
+                alone.wait_for(min(number + 1, slots), max(number + 1 - slots, 0))
+            refused = [alone.ask("a", prompt_of(900 + number), max_tokens=2) for number in range(5)]
+            assert {refused_for(answer) for answer in refused} == {"tenant_share"}
             for number in range(3):
-                taken = tenanted.ask("b", prompt_of(900 + number), max_tokens=2)
-                assert taken.status_code == 200, taken.text
-                assert tenanted.waiting() > 0, "those who waited before it still wait"
+                waiting = share - 2 * number
+                taken = threads.submit(alone.ask, "b", prompt_of(900 + number), max_tokens=2)
+                alone.wait_for(slots, waiting + 1)
+                # Two slots: those who wait longer would keep them until their own ends are called.
+                ends[2 * number].set()
+                alone.wait_for(slots, waiting)
+                ends[2 * number + 1].set()
+                answer = taken.result(60)
+                assert answer.status_code == 200, answer.text
+                alone.wait_for(slots, waiting - 2)
         finally:
-            stop.set()
-    for one in floods:
+            for end in ends:
+                end.set()
+    for one in held:
         one.result()
-    assert set(refused.values()) == {"tenant_share"}
-    gone = [tenanted.clients["a"].get(f"/v1/streams/{request_id}").status_code for request_id in list(refused)[:5]]
+    gone = [alone.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
     assert set(gone) == {404}, "a flood of refused requests fills no journal"
-    assert json.loads(tenanted.operator.get("/fleet").text)["models"][0]["waiting"] == 0
+    alone.wait_for(0, 0)
