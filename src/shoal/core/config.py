@@ -98,8 +98,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prepare_grammars: bool = False
     """Be ready for grammars before the engine is. Else the first one makes the sequences beside it wait for a second;
     an engine of several always is, for requests of others may come to it at any time."""
-    ops: Literal["auto", "native", "torch"] = "auto"
-    """Arithmetic: native CPU kernels where they are built, or torch."""
+    ops: Literal["auto", "native", "triton", "torch"] = "auto"
+    """Arithmetic: native CPU kernels where they are built, Triton ones on a GPU where triton is, or torch."""
     step_log: str | None = None
     """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""
     check: bool = False

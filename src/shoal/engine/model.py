@@ -254,16 +254,17 @@ class Decoder:
         for number, layer in enumerate(layers):
             x_PH = self._attend(layer, number, self.tokens.gather(x_OH), positions_P, shares, batch, cache)
             x_OH = self.tokens.sum(x_PH)
-            if layer.post_attention_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_attention_norm_H, eps)
-            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps)
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps, layer.post_attention_norm_H)
             x_OH = layer.mlp.forward(x_OH)
-            if layer.post_mlp_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_mlp_norm_H, eps)
             if number + 1 < len(layers):
-                x_OH = ops.add_rms_norm_(x_OH, residual_OH, layers[number + 1].input_norm_H, eps)
+                next_norm_H = layers[number + 1].input_norm_H
+                x_OH = ops.add_rms_norm_(x_OH, residual_OH, next_norm_H, eps, layer.post_mlp_norm_H)
+        last_norm_H = layers[-1].post_mlp_norm_H
         if self.shard.is_last:
-            return shares.all(self.tokens.gather(ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps)))
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps, last_norm_H)
+            return shares.all(self.tokens.gather(x_OH))
+        if last_norm_H is not None:
+            x_OH = ops.rms_norm(x_OH, last_norm_H, eps)
         self.stages.send(residual_OH.add_(x_OH), self.stages.rank + 1)
         return None
 
@@ -304,13 +305,16 @@ class Decoder:
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_PA = self.ops.linear(x_PH, layer.qkv)
-        self.ops.rope_(qkv_PA, positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
-        heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
-        keys_TMD, values_TMD = heads_TAD[:, n : n + m], heads_TAD[:, n + m :]
-        if batch.kept_T is not None:
-            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
-        if len(keys_TMD):
-            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
+        turn = positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps
+        fused = self.ops.fused if self.context.size == 1 else None
+        pages = None if fused is None else cache.paged(number)
+        if fused is not None and pages is not None:
+            fused.rope_write_(qkv_PA, *turn, pages, batch.slot_mapping_T)
+            heads_TAD = qkv_PA.view(-1, n + 2 * m, d)
+        else:
+            self.ops.rope_(qkv_PA, *turn)
+            heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
+            self._write(heads_TAD[:, n : n + m], heads_TAD[:, n + m :], number, batch, cache)
         out_TND, lse_TN = self.attention.forward(
             cache,
             number,
@@ -322,6 +326,12 @@ class Decoder:
         )
         out_PND = shares.merge(out_TND, lse_TN)
         return self.ops.linear(out_PND.view(-1, n * d), layer.output)
+
+    def _write(self, keys_TMD: Tensor, values_TMD: Tensor, number: int, batch: AttentionBatch, cache: KVCache) -> None:
+        if batch.kept_T is not None:
+            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
+        if len(keys_TMD):
+            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
 
     def logits(self, hidden_SH: Tensor) -> Tensor | None:
         """(S, V) in float32 on the first of the ranks that split the vocabulary, who draws; None on the others."""

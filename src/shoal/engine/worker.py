@@ -30,13 +30,16 @@ from shoal.engine.comm.base import Comm
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
+from shoal.engine.graphs import CudaCapturer, GraphedModel
+from shoal.engine.graphs import unavailable_reason as graphs_unavailable_reason
+from shoal.engine.kernels import unavailable_reason as triton_unavailable_reason
 from shoal.engine.memory import available_memory, plan_blocks
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.read_ahead import ReadFigures
-from shoal.engine.runner import Runner
+from shoal.engine.runner import Model, Runner
 from shoal.engine.step_log import StepLog
 from shoal.engine.weights import open_weights
 
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     import xgrammar
 
 _WARM_UP_TOKENS = 32
+_GRAPHS_FRACTION = 0.5
+"""Of the device's memory that weights and cache leave free: the rest is for activations of prompts."""
 _REPORTED_FRACTION = 0.005
 """Of the weights, between two reports: for a model of thousands of tensors nobody needs one of each."""
 
@@ -153,10 +158,26 @@ class Worker:
             raise RuntimeError("allocate comes after load")
         laps = self._laps
         laps.resume(time.monotonic())  # between the two all ranks were waited for
-        cache = decoder.new_cache(agreed.num_blocks, config.block_size)
+        # What pads a graph's rows needs a block that is nobody's, behind those that the scheduler knows of.
+        is_captured = (
+            graphs_unavailable_reason(decoder.device, decoder.attention.capturable, config.layout.ranks) is None
+        )
+        cache = decoder.new_cache(agreed.num_blocks + is_captured, config.block_size)
         grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
+        model: Model = decoder
+        if is_captured:
+            model = GraphedModel(
+                decoder,
+                cache,
+                CudaCapturer(decoder.device),
+                null_block=agreed.num_blocks,
+                max_rows=config.max_sequences,
+                max_context=agreed.max_len,
+                limit_bytes=int(available_memory(decoder.device) * _GRAPHS_FRACTION),
+                device=decoder.device,
+            )
         self._runner = Runner(
-            decoder,
+            model,
             cache,
             num_slots=config.max_sequences,
             max_len=agreed.max_len,
@@ -284,19 +305,28 @@ def _device(name: str, local_rank: int) -> torch.device:
 def _arithmetic(
     config: EngineConfig, spec: ModelSpec, shard: Shard, device: torch.device, activations: torch.dtype, threads: int
 ) -> tuple[Ops, AttentionBackend]:
-    """Native kernels with the attention that goes with them where they can run this model, else torch."""
+    """Native kernels with the attention that goes with them where they can run this model, Triton's, or torch."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     reason = _native_unavailable(spec, device, config.block_size)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    triton_reason = triton_unavailable_reason(device)
+    if config.ops == "triton" and triton_reason is not None:
+        raise ValueError(f"ops is triton, but the Triton kernels are not available: {triton_reason}")
     group, heads = spec.num_heads // spec.num_kv_heads, shard.heads
     sharing = None if spec.mla is not None else HeadSharing(group, heads.query.start - heads.kv.start * group)
     # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
-    if config.ops == "torch" or reason is not None:
+    by_triton = config.ops == "triton" or (config.ops == "auto" and device.type == "cuda" and triton_reason is None)
+    if config.ops == "torch" or by_triton or reason is not None:
         torch.set_num_threads(threads)
-        portable = PortableAttention(sharing)
-        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", portable)
+        portable = cast("AttentionBackend", PortableAttention(sharing))
+        if by_triton:
+            # Its kernels are defined as it is imported, which takes triton.
+            from shoal.engine.triton_ops import TritonOps
+
+            return cast("Ops", TritonOps(device, activations)), portable
+        return cast("Ops", TorchOps(device, activations)), portable
     # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
     torch.set_num_threads(1)
     ops = NativeOps(threads=threads)

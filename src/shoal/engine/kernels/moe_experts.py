@@ -126,9 +126,7 @@ def _expert_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    y_ptr, weights_ptr, local_ptr, out_ptr, num_features, VISITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _combine_kernel(y_ptr, weights_ptr, local_ptr, out_ptr, num_features, VISITS: tl.constexpr, BLOCK: tl.constexpr):
     """A token's rows, each times its weight, added up in the order of its router. Experts elsewhere count as zeros."""
     token = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -4,40 +4,22 @@ One program takes some heads of one token, all of the same kind. Values of a cac
 (e4m3) or INT8 times a scale: one for each head, given, or one for each head of each token, found here.
 
 Shapes: T tokens, A fused query/key/value features, N query heads, M key/value heads, D head size, K blocks of the
-cache, B tokens of a block, P positions of the table.
+cache, P tokens of a block, L positions of the table.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.engine.attention.base import PagedKV
+
 _HEADS = 4
 """Of one program: with heads of 128 that is a warp's 16-byte load of each half."""
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *_LARGEST)
-
-
-@dataclass(frozen=True)
-class PagedKV:
-    """Keys and values of one layer, with any strides but 1 between the features of a head.
-
-    A quantised cache has scales, float32: stored * scale is the value. (M) are one for each head, given; (K, B, M)
-    one for each head of each token, written with it.
-    """
-
-    keys_KBMD: Tensor
-    values_KBMD: Tensor
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-
-    @property
-    def per_token_scales(self) -> bool:
-        return self.key_scale is not None and self.key_scale.dim() == 3
 
 
 @triton.jit
@@ -59,10 +41,10 @@ def _head_normed(low, high, weight_ptr, features, inside, eps, HALF: tl.constexp
 
 @triton.jit
 def _stored(x, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """A scaled value as it is stored: within range, integers to the nearest, halves away from zero."""
+    """A scaled value as it is stored: within range, integers to the nearest."""
     x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     if dtype == tl.int8:
-        x = tl.where(x < 0, tl.ceil(x - 0.5), tl.floor(x + 0.5))
+        x = tl.floor(x + 0.5)
     return x.to(dtype)
 
 
@@ -201,7 +183,7 @@ def _rope_kernel(
 def rope_(
     qkv_TA: Tensor,
     positions_T: Tensor,
-    cos_sin_PD: Tensor,
+    cos_sin_LD: Tensor,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -213,31 +195,38 @@ def rope_(
 ) -> None:
     """Norm (where weights are given) and rotate query and key heads of (T, (N + 2 M) D), pairs (i, i + D/2).
 
-    Without a cache in place. With one, queries are turned in place, keys and values go to their slots (block id * B +
+    Without a cache in place. With one, queries are turned in place, keys and values go to their slots (block id * P +
     offset; none below 0), and theirs in `qkv_TA` are left as they were.
     """
     if len(qkv_TA) == 0:
         return
-    _check(qkv_TA, positions_T, cos_sin_PD, num_heads + 2 * num_kv_heads, head_dim)
+    _check(qkv_TA, positions_T, cos_sin_LD, num_heads + 2 * num_kv_heads, head_dim)
     if (q_norm_D is None) != (k_norm_D is None):
         raise ValueError("norms of heads are of queries and keys both, or of neither")
     if cache is not None:
         _check_cache(cache, slots_T, len(qkv_TA), num_kv_heads, head_dim)
     parts = triton.cdiv(num_heads, _HEADS) + triton.cdiv(num_kv_heads, _HEADS) * (1 if cache is None else 2)
-    keys, values, scales, strides = None, None, (None, None), [0] * 9
+    keys = values = key_scale = value_scale = None
+    strides = [0] * 9
     if cache is not None:
-        keys, values, scales = cache.keys_KBMD, cache.values_KBMD, (cache.key_scale, cache.value_scale)
+        keys, values, key_scale, value_scale = (
+            cache.keys_KPMD,
+            cache.values_KPMD,
+            cache.key_scale,
+            cache.value_scale,
+        )
         strides = [*keys.stride()[:3], *values.stride()[:3], *_scale_strides(cache)]
     _rope_kernel[(len(qkv_TA), parts)](
         qkv_TA,
         positions_T,
-        cos_sin_PD,
+        cos_sin_LD,
         q_norm_D,
         k_norm_D,
         slots_T,
         keys,
         values,
-        *scales,
+        key_scale,
+        value_scale,
         qkv_TA.stride(0),
         *strides,
         1 if keys is None else keys.shape[1],
@@ -262,21 +251,21 @@ def _scale_strides(cache: PagedKV) -> list[int]:
     return list(cache.key_scale.stride()) if cache.per_token_scales else [0, 0, cache.key_scale.stride(0)]
 
 
-def _check(qkv_TA: Tensor, positions_T: Tensor, cos_sin_PD: Tensor, num_heads: int, head_dim: int) -> None:
+def _check(qkv_TA: Tensor, positions_T: Tensor, cos_sin_LD: Tensor, num_heads: int, head_dim: int) -> None:
     rows, features = qkv_TA.shape
-    if features != num_heads * head_dim or head_dim % 2 or cos_sin_PD.shape[1] != head_dim or qkv_TA.stride(1) != 1:
+    if features != num_heads * head_dim or head_dim % 2 or cos_sin_LD.shape[1] != head_dim or qkv_TA.stride(1) != 1:
         raise ValueError(
             f"{num_heads} heads of {head_dim}, an even size, are {num_heads * head_dim} adjacent features and "
-            f"{head_dim} cosines and sines; got {features} and {cos_sin_PD.shape[1]}"
+            f"{head_dim} cosines and sines; got {features} and {cos_sin_LD.shape[1]}"
         )
     if positions_T.shape != (rows,):
         raise ValueError(f"positions must be {rows}, got {tuple(positions_T.shape)}")
-    if cos_sin_PD.dtype != torch.float32 or not cos_sin_PD.is_contiguous():
+    if cos_sin_LD.dtype != torch.float32 or not cos_sin_LD.is_contiguous():
         raise ValueError("the table of angles must be contiguous float32")
 
 
 def _check_cache(cache: PagedKV, slots_T: Tensor | None, rows: int, num_kv_heads: int, head_dim: int) -> None:
-    keys, values = cache.keys_KBMD, cache.values_KBMD
+    keys, values = cache.keys_KPMD, cache.values_KPMD
     if slots_T is None or slots_T.shape != (rows,):
         raise ValueError(f"a slot is needed for each of {rows} tokens")
     if keys.shape[2:] != (num_kv_heads, head_dim) or values.shape != keys.shape:
@@ -290,9 +279,7 @@ def _check_cache(cache: PagedKV, slots_T: Tensor | None, rows: int, num_kv_heads
     if (keys.dtype in _LARGEST) != (cache.key_scale is not None and cache.value_scale is not None):
         raise ValueError(f"a cache of {keys.dtype} has {'' if keys.dtype in _LARGEST else 'no '}scales")
     for scale in (cache.key_scale, cache.value_scale):
-        if scale is not None and (
-            scale.dtype != torch.float32 or scale.shape not in ((num_kv_heads,), keys.shape[:3])
-        ):
+        if scale is not None and (scale.dtype != torch.float32 or scale.shape not in ((num_kv_heads,), keys.shape[:3])):
             raise ValueError(
                 f"scales must be float32 ({num_kv_heads},) or {tuple(keys.shape[:3])}, got {tuple(scale.shape)}"
             )

@@ -252,7 +252,8 @@ def _finish_kernel(
     peak, chunk = _peak(peaks_ptr, row, num_chunks, CHUNKS)
     token = tl.load(peak_ids_ptr + row * num_chunks + chunk)
     if DRAWS:
-        if tl.load(floats_ptr + slot * _NUM_FLOATS + _TEMPERATURE) >= _GREEDY_BELOW:
+        temperature = tl.load(floats_ptr + slot * _NUM_FLOATS + _TEMPERATURE)
+        if temperature >= _GREEDY_BELOW:
             chunks = tl.arange(0, CHUNKS)
             ratios = tl.load(ratios_ptr + row * num_chunks + chunks, mask=chunks < num_chunks, other=-2.0)
             best = tl.max(ratios, axis=0)
@@ -319,3 +320,34 @@ def sample(
         DRAWS=needs.draws, PENALISES=penalises, CHUNKS=chunks, num_warps=1,
     )  # fmt: skip
     return tokens_S, row_peaks_S
+
+
+def argmax(x_SV: Tensor) -> Tensor:
+    """Index of the largest element of each row, the lowest such index, int64 (S)."""
+    rows, vocab_size = x_SV.shape
+    settings = Settings(x_SV.new_zeros((1, len(FLOATS))), x_SV.new_zeros((1, len(WORDS)), dtype=torch.int64), None)
+    slots_S = x_SV.new_zeros(rows, dtype=torch.int64)
+    # Greedy and without penalties nothing is written over the logits.
+    return sample(x_SV, slots_S, slots_S, settings, Needs(draws=False, filters=False))[0]
+
+
+def draw(weights_SV: Tensor, seeds_S: Tensor, indices_S: Tensor, positions_S: Tensor) -> Tensor:
+    """A token of each row in proportion to its weights, float32 and not negative. The numbers are int64: (S)."""
+    rows, vocab_size = weights_SV.shape
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    device = weights_SV.device
+    ratios_SC = torch.empty((rows, num_chunks), dtype=torch.float64, device=device)
+    ids_SC = torch.empty((rows, num_chunks), dtype=torch.int32, device=device)
+    floats = torch.zeros((rows, len(FLOATS)), dtype=torch.float32, device=device)
+    floats[:, FLOATS.index("temperature")] = 1.0
+    words = torch.zeros((rows, len(WORDS)), dtype=torch.int64, device=device)
+    words[:, WORDS.index("seed")], words[:, WORDS.index("index")] = seeds_S, indices_S
+    slots_S = torch.arange(rows, device=device)
+    if rows:
+        _race_kernel[(rows, num_chunks)](
+            weights_SV, slots_S, positions_S, floats, words, floats, ratios_SC, ids_SC,
+            weights_SV.stride(0), vocab_size, num_chunks, FILTERS=False, CHUNK=CHUNK, num_warps=8,
+        )  # fmt: skip
+    # Of equal chunks the first.
+    best_S1 = (ratios_SC == ratios_SC.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
+    return ids_SC.gather(1, best_S1)[:, 0].long()
