@@ -1,7 +1,8 @@
 """Triton kernels on a CPU: its interpreter runs them, one program after the other, over numpy.
 
 Whether kernels are compiled or interpreted is settled as they are defined, so this comes before any of their modules.
-Three things the interpreter of Triton 3.6 does wrong are put right here, so that kernels need not be written around it.
+What the interpreter of Triton 3.6 does wrong with bfloat16, float8 and new numpy is put right here, so that kernels
+need not be written around it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ _TORCH = {
 
 
 def _repair(interpreter: Any) -> None:
-    convert, patch, dot = (
+    builder, handle_of, tl = interpreter.InterpreterBuilder, interpreter.TensorHandle, interpreter.tl
+    convert, patch, dot, cast = (
         interpreter._convert_float,
         interpreter._patch_lang_tensor,
-        interpreter.InterpreterBuilder.create_dot,
+        builder.create_dot,
+        builder.cast_impl,
     )
 
     def converted(data: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -40,15 +43,22 @@ def _repair(interpreter: Any) -> None:
         values = bits.view(from_type).to(to_type)
         return values.view(to_bits).numpy().view(to_numpy).reshape(data.shape)
 
-    def dotted(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        """bfloat16 is held as its bits, which the original multiplies as if they were integers."""
-        return dot(self, _widened(a), _widened(b), d, *rest)
-
-    def _widened(handle: Any) -> Any:
+    def widened(handle: Any) -> Any:
         if handle.dtype.scalar.name != "bf16":
             return handle
-        wide = converted(handle.data, handle.dtype.scalar, interpreter.tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+        return handle_of(converted(handle.data, handle.dtype.scalar, tl.float32, None).view(np.float32), tl.float32)
+
+    def dotted(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        """bfloat16 is held as its bits, which the original multiplies as if they were integers."""
+        return dot(self, widened(a), widened(b), d, *rest)
+
+    def casted(self: Any, handle: Any, target: Any) -> Any:
+        """Integers to bfloat16 and back, for the same reason by way of float32."""
+        if target.scalar.name == "bf16" and handle.dtype.scalar.is_int():
+            handle = cast(self, handle, tl.float32)
+        elif target.scalar.is_int():
+            handle = widened(handle)
+        return cast(self, handle, target)
 
     def patched(tensor: Any, scope: Any) -> None:
         """Loops with bounds from memory: since numpy 2.4 an array of one element is no integer."""
@@ -57,7 +67,8 @@ def _repair(interpreter: Any) -> None:
 
     interpreter._convert_float = converted
     interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = dotted
+    builder.create_dot = dotted
+    builder.cast_impl = casted
 
 
 def _numpy(bits: torch.dtype) -> Any:

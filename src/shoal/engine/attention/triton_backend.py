@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.engine.attention.base import AttentionBatch, HeadSharing
+from shoal.engine.attention.base import AttentionBatch, HeadSharing, PagedKV
 from shoal.engine.attention.triton_decode import attend_decode, decode_tiles, num_parts
 from shoal.engine.attention.triton_parts import Paged, Rows, empty_like_queries
 from shoal.engine.attention.triton_prefill import attend_prefill, prefill_tiles
@@ -32,6 +32,15 @@ class TritonCache:
         tensors = [t for page in pages for t in (page.keys_KMPD, page.values_KMPD, page.key_scales, page.value_scales)]
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    def paged(self, layer: int) -> PagedKV:
+        page = self.pages[layer]
+
+        def by_token(scales: Tensor | None) -> Tensor | None:
+            return scales if scales is None or scales.dim() == 1 else scales.transpose(1, 2)
+
+        keys, values = page.keys_KMPD.transpose(1, 2), page.values_KMPD.transpose(1, 2)
+        return PagedKV(keys, values, by_token(page.key_scales), by_token(page.value_scales))
+
     def set_scales(self, layer: int, keys_M: Tensor, values_M: Tensor) -> None:
         """What a float8 cache's numbers are multiplied by, as a checkpoint has it. Before anything is written."""
         page = self.pages[layer]
@@ -45,6 +54,8 @@ class TritonCache:
 
 class TritonAttention:
     name = "triton"
+    capturable = True
+    serves_latents = False
 
     def __init__(self, processors: int, sharing: HeadSharing | None = None, parts: int | None = None) -> None:
         """`processors` are the device's. `sharing` None: key/value heads are shared by equally many query heads each.
@@ -117,6 +128,7 @@ class TritonAttention:
         itemsize = cache.pages[layer].keys_KMPD.element_size()
         out_TND, lse_TN = empty_like_queries(q_TND, need_lse)
         if batch.max_query_len > 1:
+            rows_wanted = batch.max_query_len * sharing.group
             attend_prefill(
                 q_TND,
                 out_TND,
@@ -127,7 +139,7 @@ class TritonAttention:
                 skipped=sharing.skipped,
                 scale=scale,
                 soft_cap=soft_cap,
-                tiles=prefill_tiles(head_dim, itemsize, batch.max_query_len * sharing.group),
+                tiles=prefill_tiles(head_dim, max(itemsize, q_TND.element_size()), rows_wanted),
             )
         # Where all sequences have the most queries that one has, none has a single one.
         if batch.max_query_len == 1 or tokens < sequences * batch.max_query_len:

@@ -20,15 +20,17 @@ from shoal.engine.attention.triton_parts import LN_2, Paged, Rows, Tiles, attend
 
 MAX_PARTS = 128
 """Of one context. More would be merged for longer than they are read."""
-_PROGRAMS_PER_PROCESSOR = 2
-"""That are resident together: what 3 stages of 32 KiB leave of its shared memory is room for one more."""
+_PROGRAMS_PER_PROCESSOR = 3
+"""That are resident together: 168 registers a thread allow it. Each has 32 KiB of loads in flight."""
 _GOOD_ENOUGH = 0.9
 """Of the best that any number of parts does for how evenly the processors are used: fewer parts are merged faster."""
 
 
 def decode_tiles(head_dim: int, itemsize: int, group: int) -> Tiles:
     """For a head size, the bytes of a cached element, and the query heads that share a key/value head."""
-    positions = min(128, max(16, 16384 // (triton.next_power_of_2(head_dim) * itemsize)))
+    padded = triton.next_power_of_2(head_dim)
+    # Bytes to have enough of them on their way; fewer where what is converted would not fit in the registers.
+    positions = min(128, max(16, 16384 // (padded * max(itemsize, 2 if padded > 128 else 1))))
     return Tiles(max(16, triton.next_power_of_2(group)), positions, num_warps=4, num_stages=3)
 
 

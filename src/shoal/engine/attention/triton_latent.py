@@ -30,7 +30,7 @@ def latent_tiles(num_heads: int, latent_dim: int, itemsize: int) -> Tiles:
     """
     rows = min(64, max(16, triton.next_power_of_2(num_heads)))
     positions = min(64, max(16, 16384 // (triton.next_power_of_2(latent_dim) * itemsize) * 2))
-    return Tiles(rows, positions, num_warps=8 if rows == 64 else 4, num_stages=2)
+    return Tiles(rows, positions, num_warps=8 if rows >= 32 else 4, num_stages=2)
 
 
 @triton.jit
@@ -52,13 +52,27 @@ def _latent_tiles(
         row_G = (block_G * PAGE + at_G % PAGE) * (C + E)
         latent_GC = load_rows(latents, row_G, readable_G, dims_C, MASKED, C, C_PADDED).to(q_RC.dtype)
         key_GE = load_rows(latents + C, row_G, readable_G, dims_E, MASKED, E, E_PADDED).to(q_RC.dtype)
-        scores_RG = tl.dot(q_RC, tl.trans(latent_GC), input_precision="ieee")
-        scores_RG = tl.dot(q_RE, tl.trans(key_GE), scores_RG, input_precision="ieee") * (scale * LOG2_E)
+        scores_RG = tl.dot(q_RC, tl.trans(latent_GC), input_precision="tf32x3")
+        scores_RG = tl.dot(q_RE, tl.trans(key_GE), scores_RG, input_precision="tf32x3") * (scale * LOG2_E)
         if MASKED:
             scores_RG = tl.where(readable_G[None, :], scores_RG, float("-inf"))
         weights_RG, most_R, total_R, out_RC = update(scores_RG, most_R, total_R, out_RC)
-        out_RC = tl.dot(weights_RG.to(q_RC.dtype), latent_GC, out_RC, input_precision="ieee")
+        out_RC = tl.dot(weights_RG.to(q_RC.dtype), latent_GC, out_RC, input_precision="tf32x3")
     return most_R, total_R, out_RC
+
+
+@triton.jit
+def _sequence_of_token(starts, token, num_sequences):
+    """The last sequence that starts at or before it: of several with the same start that is the one with tokens."""
+    low = 0
+    high = num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) <= token:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_parts"])
@@ -90,15 +104,7 @@ def _latent_kernel(
     part = tl.program_id(2)
     head_R = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live_R = head_R < HEADS
-    low = 0
-    high = num_sequences
-    while low < high:  # the last sequence that starts at or before the token, of those that have tokens
-        middle = (low + high) // 2
-        if tl.load(starts + middle) <= token:
-            low = middle + 1
-        else:
-            high = middle
-    table = tables + (low - 1).to(tl.int64) * table_stride
+    table = tables + _sequence_of_token(starts, token, num_sequences).to(tl.int64) * table_stride
     dims_C = tl.arange(0, C_PADDED)
     dims_E = tl.arange(0, E_PADDED)
     q_R = token.to(tl.int64) * q_stride + head_R * (C + E)
@@ -136,6 +142,8 @@ class TritonLatentAttention:
     """What `LatentAttention` asks of a backend: attention over cached rows (K, P, 1, L). The cache is its own."""
 
     name = "triton"
+    capturable = True
+    serves_latents = True
 
     def __init__(self, latent_dim: int, processors: int, parts: int | None = None) -> None:
         """`latent_dim` is C. `parts` None: contexts are split as `processors`, those of the device, are used best."""

@@ -18,15 +18,17 @@ from shoal.engine.attention.triton_parts import Paged, Rows, Tiles, attend, fini
 
 
 def prefill_tiles(head_dim: int, itemsize: int, rows_wanted: int) -> Tiles:
-    """For a head size, the bytes of a cached element, and the rows that the longest chunk has.
+    """For a head size, the bytes of an element of queries or cache, the larger, and the rows of the longest chunk.
 
-    128 rows give two warp groups of Hopper their 64 each. A stage of keys and values takes 32 KiB of shared memory, so
-    that three of them and the queries fit in 227 KiB with room for what is converted on the way.
+    128 rows give two warp groups of Hopper their 64 each. Tiles of 64 keys of 128 are the largest with which quantised
+    ones do not spill registers, and stages of 32 KiB fit in shared memory three times.
     """
     padded = triton.next_power_of_2(head_dim)
-    rows = min(128, max(16, triton.next_power_of_2(rows_wanted)))
-    positions = min(128 if itemsize == 1 else 64, max(16, 16384 // (padded * itemsize)))
-    return Tiles(rows, positions, num_warps=8 if rows == 128 else 4, num_stages=2 if padded > 128 else 3)
+    # float32 takes three products and twice the memory: for tests and small models, so it need only fit.
+    most = 128 if itemsize <= 2 else 64 if padded <= 128 else 32
+    rows = min(most, max(16, triton.next_power_of_2(rows_wanted)))
+    positions = min(64, max(16, 16384 // (padded * max(2, itemsize))))
+    return Tiles(rows, positions, num_warps=8 if rows == 128 else 4, num_stages=2 if padded > 128 or itemsize > 2 else 3)
 
 
 @triton.jit
