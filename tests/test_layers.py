@@ -283,6 +283,6 @@ def test_dependencies_are_those_that_are_imported() -> None:
     used = (
         {name.split(".")[0] for tree in trees for _, name in imports(tree)} - set(sys.stdlib_module_names) - {"shoal"}
     )
-    # Kernels are written in triton's own names; its modules are imported where `kernels.unavailable_reason` is None.
+    # Triton comes with torch where torch is for a GPU; elsewhere its kernels are never imported.
     assert used - {"triton"} <= available
     assert available - used <= {"httptools"}, "only uvicorn's HTTP parser is needed without an import"

@@ -21,8 +21,7 @@ from torch import Tensor
 from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
-from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
-from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, kv_bytes_per_token
 from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import TokenShares
@@ -95,8 +94,8 @@ class Decoder:
         everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
         same sequences, `stages` those of a pipeline.
         """
-        if spec.mla is not None and not isinstance(attention, PortableAttention):
-            raise ValueError(f"latent attention is computed by portable attention, not by {attention.name}")
+        if spec.mla is not None and not attention.serves_latents:
+            raise ValueError(f"latent attention is computed by portable or triton attention, not by {attention.name}")
         self.spec = spec
         self.ops = ops
         self.attention = attention
@@ -182,8 +181,7 @@ class Decoder:
         if spec.mla is None:
             self._load_heads(reader, layer, prefix + "self_attn.")
         else:
-            portable = cast("PortableAttention", self.attention)
-            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, portable, cos_sin_PD)
+            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, self.attention, cos_sin_PD)
         mlp = load_mlp(reader, spec, number, self.shard, self.tensor)
         layer.mlp = Summed(mlp, self.tokens) if mlp.contributes else mlp
         if isinstance(mlp, MoEBlock):
@@ -235,8 +233,11 @@ class Decoder:
     def kv_bytes_per_token(self) -> int:
         """What this rank keeps of a token, in all its layers."""
         mla = self.spec.mla
-        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim if mla is None else mla.latent_dim
-        return len(self.shard.layers) * elements * self.kv_dtype.itemsize
+        if mla is None:
+            layer = kv_bytes_per_token(len(self.shard.heads.kv), self.spec.head_dim, self.kv_dtype)
+        else:
+            layer = mla.latent_dim * self.kv_dtype.itemsize
+        return len(self.shard.layers) * layer
 
     # --- compute ----------------------------------------------------------------------------------------------------
 

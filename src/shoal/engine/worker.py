@@ -24,8 +24,8 @@ from shoal.core.sharding import Shard, shard_of
 from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.attention.base import AttentionBackend, HeadSharing
+from shoal.engine.attention.choice import Need, choose, make
 from shoal.engine.attention.native import NativeAttention
-from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.comm.base import Comm
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 _WARM_UP_TOKENS = 32
 _GRAPHS_FRACTION = 0.5
 """Of the device's memory that weights and cache leave free: the rest is for activations of prompts."""
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 _REPORTED_FRACTION = 0.005
 """Of the weights, between two reports: for a model of thousands of tensors nobody needs one of each."""
 
@@ -120,9 +126,9 @@ class Worker:
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
-            kv_dtype = torch.float32 if config.kv_dtype == "float32" else torch.bfloat16
+            kv_dtype = _KV_DTYPES[config.kv_dtype]
         threads = max(1, _num_cores() // seat.ranks_on_host) if config.threads is None else config.threads
-        ops, attention = _arithmetic(config, spec, shard, device, activations, threads)
+        ops, attention = _arithmetic(config, spec, shard, device, activations, kv_dtype, threads)
         self._ops = ops
         self._decoder = decoder = Decoder(
             spec,
@@ -303,7 +309,13 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 
 def _arithmetic(
-    config: EngineConfig, spec: ModelSpec, shard: Shard, device: torch.device, activations: torch.dtype, threads: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    shard: Shard,
+    device: torch.device,
+    activations: torch.dtype,
+    kv_dtype: torch.dtype,
+    threads: int,
 ) -> tuple[Ops, AttentionBackend]:
     """Native kernels with the attention that goes with them where they can run this model, Triton's, or torch."""
     if threads < 1:
@@ -316,23 +328,35 @@ def _arithmetic(
         raise ValueError(f"ops is triton, but the Triton kernels are not available: {triton_reason}")
     group, heads = spec.num_heads // spec.num_kv_heads, shard.heads
     sharing = None if spec.mla is not None else HeadSharing(group, heads.query.start - heads.kv.start * group)
-    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
     by_triton = config.ops == "triton" or (config.ops == "auto" and device.type == "cuda" and triton_reason is None)
-    if config.ops == "torch" or by_triton or reason is not None:
-        torch.set_num_threads(threads)
-        portable = cast("AttentionBackend", PortableAttention(sharing))
-        if by_triton:
-            # Its kernels are defined as it is imported, which takes triton.
-            from shoal.engine.triton_ops import TritonOps
+    use_native = config.ops in ("auto", "native") and reason is None
+    native = NativeOps(threads=threads) if use_native else None
+    need = Need(
+        device=device,
+        kv_dtype=kv_dtype,
+        block_size=config.block_size,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.latent_dim,
+        window=spec.window is not None,
+        latents=spec.mla is not None,
+        shared_context=config.layout.cp > 1,
+        cut_groups=sharing is not None and bool(sharing.skipped or len(heads.query) != len(heads.kv) * group),
+    )
+    latent_dim = None if spec.mla is None else spec.mla.kv_lora_rank
+    try:
+        attention = make(choose(config.attention, need, native), device, native, sharing, latent_dim)
+    except ValueError:
+        if native is not None:
+            native.close()
+        raise
+    # Torch is left with small operations beside native kernels. Its own threads would spin on the cores they need.
+    torch.set_num_threads(threads if native is None else 1)
+    # Ops take only the weights that they packed themselves, which a protocol cannot say: the cast.
+    if by_triton:
+        # Its kernels are defined as it is imported, which takes triton.
+        from shoal.engine.triton_ops import TritonOps
 
-            return cast("Ops", TritonOps(device, activations)), portable
-        return cast("Ops", TorchOps(device, activations)), portable
-    # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
-    torch.set_num_threads(1)
-    ops = NativeOps(threads=threads)
-    # There are no kernels for attention to latents: it is torch's, between the kernels' linear layers.
-    attention = NativeAttention(ops, sharing) if spec.mla is None else PortableAttention()
-    return cast("Ops", ops), cast("AttentionBackend", attention)
+        return cast("Ops", TritonOps(device, activations)), attention
+    return cast("Ops", TorchOps(device, activations) if native is None else native), attention
 
 
 def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:

@@ -106,6 +106,8 @@ class AttentionBackend(Protocol):
     name: str
     capturable: bool
     """Launches depend on sizes alone and nothing is read back, so that a CUDA graph can hold them."""
+    serves_latents: bool
+    """Whether its `forward` takes a cache of latents, keys and values at once."""
 
     def allocate(
         self,
@@ -139,3 +141,9 @@ class AttentionBackend(Protocol):
         context, gets 0 and a log-sum-exp of minus infinity. q, k and v may be strided views of one fused tensor: the
         last two dimensions are contiguous, the first has any stride.
         """
+
+
+def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Of one layer, keys and values; of int8 with the float32 scale that each token and head has."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * num_kv_heads * (head_dim * dtype.itemsize + scale)

@@ -42,6 +42,7 @@ class NativeCache:
 class NativeAttention:
     name = "native"
     capturable = False
+    serves_latents = False
 
     def __init__(self, ops: NativeOps, sharing: HeadSharing | None = None) -> None:
         """`sharing` None: key/value heads are shared by equally many query heads each."""

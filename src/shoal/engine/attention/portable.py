@@ -48,6 +48,7 @@ class _Group:
 class PortableAttention:
     name = "portable"
     capturable = False
+    serves_latents = True
 
     def __init__(self, sharing: HeadSharing | None = None) -> None:
         """`sharing` None: key/value heads are shared by equally many query heads each."""
