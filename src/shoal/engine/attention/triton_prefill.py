@@ -28,7 +28,9 @@ def prefill_tiles(head_dim: int, itemsize: int, rows_wanted: int) -> Tiles:
     most = 128 if itemsize <= 2 else 64 if padded <= 128 else 32
     rows = min(most, max(16, triton.next_power_of_2(rows_wanted)))
     positions = min(64, max(16, 16384 // (padded * max(2, itemsize))))
-    return Tiles(rows, positions, num_warps=8 if rows == 128 else 4, num_stages=2 if padded > 128 or itemsize > 2 else 3)
+    return Tiles(
+        rows, positions, num_warps=8 if rows == 128 else 4, num_stages=2 if padded > 128 or itemsize > 2 else 3
+    )
 
 
 @triton.jit
