@@ -47,7 +47,8 @@ class RowSampler(Protocol):
     def sample(self, logits_SV: Tensor, slots_S: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (S), int64, and the largest logit of each row once penalised (S): not finite where none can be drawn.
 
-        Logits, float32, are overwritten. Slots, none twice, and positions are int64 on the device.
+        Logits, float32, are overwritten. Slots and positions are int64, on the device or the host; a slot that is
+        penalised may not occur twice.
         """
 
 

@@ -236,8 +236,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Greedy rows and random rows of one batch. Tokens (S) and the largest logit of each row (S)."""
         if self._rows is not None:
-            slots, positions = (torch.from_numpy(array).to(logits_SV.device) for array in (slots_S, positions_S))
-            return self._rows.sample(logits_SV, slots, positions)
+            return self._rows.sample(logits_SV, torch.from_numpy(slots_S), torch.from_numpy(positions_S))
         if greedy_S.all():
             return self._greedy(logits_SV)
         if not greedy_S.any():

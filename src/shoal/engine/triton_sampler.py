@@ -96,7 +96,7 @@ class TritonSampler:
         is_penalised = any(slot is not None for slot in self._rows)
         settings = Settings(self._floats, self._words, self._counts_PV if is_penalised else None)
         needs = Needs(draws=bool(is_random.any()), filters=bool((is_random & filters).any()))
-        return sample(logits_SV, slots_S, positions_S, settings, needs)
+        return sample(logits_SV, self._sent(slots_S), self._sent(positions_S), settings, needs)
 
     def _column(self, name: str) -> np.ndarray:
         return self._host_floats[:, FLOATS.index(name)]
@@ -111,7 +111,7 @@ class TritonSampler:
         self._words.index_copy_(0, at, self._sent(torch.from_numpy(self._host_words[slots])))
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cpu":
+        if tensor.device.type == self._device.type:
             return tensor
         # From pinned memory the copy overlaps with what the device runs; torch keeps the buffer until it is done.
         return tensor.pin_memory().to(self._device, non_blocking=True)

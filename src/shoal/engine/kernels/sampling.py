@@ -276,7 +276,7 @@ def sample(
     """Tokens (S), int64, and the largest penalised logit of each row (S), float32: not finite where none can be drawn.
 
     Logits are float32 and are overwritten; slots and positions int64, all on one device. Penalised sequences have the
-    token counted. No slot may occur twice.
+    token counted, and may occur but once.
     """
     rows, vocab_size = logits_SV.shape
     if logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1:
