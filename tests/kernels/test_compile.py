@@ -13,6 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 
+@pytest.mark.timeout(600)  # nothing is in the compiler's cache on a fresh machine
 @pytest.mark.parametrize("capability", [90])
 def test_kernels_compile(capability: int) -> None:
     """In a process of its own: here the interpreter took the compiler's place."""
