@@ -123,6 +123,7 @@ class Worker:
         placed = placements(spec, config.layout.ep, self._expert_rows, config.redundant_experts)
         shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
         device = _device(config.device, seat.local_rank)
+        _make_current(device)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
@@ -241,6 +242,8 @@ class Worker:
             return WorkerFailure(plan.plan_id, self._failure or "")
         began, waited = time.monotonic(), self._waited_seconds
         try:
+            if self._decoder is not None:
+                _make_current(self._decoder.device)
             result = self._runner.step(plan)
         except Exception as error:
             # Slots and KV are now in an unknown state; every later step would compute from it.
@@ -306,6 +309,12 @@ def _device(name: str, local_rank: int) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _make_current(device: torch.device) -> None:
+    """For this thread, steps may run in another than the one that loads: Triton launches on the current device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _arithmetic(

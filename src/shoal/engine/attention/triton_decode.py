@@ -52,7 +52,7 @@ def num_parts(programs: int, longest: int, tile: int, processors: int) -> int:
     return next(i for i, value in enumerate(uses, 1) if value >= _GOOD_ENOUGH * max(uses))
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts", "table_stride"])
 def _decode_kernel(
     q,
     out,

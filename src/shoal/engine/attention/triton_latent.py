@@ -75,7 +75,7 @@ def _sequence_of_token(starts, token, num_sequences):
     return low - 1
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_parts"])
+@triton.jit(do_not_specialize=["num_sequences", "num_parts", "table_stride"])
 def _latent_kernel(
     q,
     out,

@@ -66,7 +66,7 @@ def empty_like_queries(q_TND: Tensor, need_lse: bool) -> tuple[Tensor, Tensor | 
 @triton.jit
 def soft_capped(scores_RL, cap):
     """tanh(scores / cap) * cap. There is no tanh outside of the device's own library, which has no interpreter."""
-    return cap * (1.0 - 2.0 / (tl.exp2((2.0 * LOG2_E / cap) * scores_RL) + 1.0))
+    return cap * (1.0 - 2.0 / (tl.exp2(scores_RL * (2.0 / cap) * LOG2_E) + 1.0))
 
 
 @triton.jit

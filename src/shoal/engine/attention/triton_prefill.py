@@ -50,7 +50,7 @@ def sequence_of_tile(starts, tile, num_sequences, QUERIES: tl.constexpr):
     return low - 1
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
 def _prefill_kernel(
     q,
     out,
