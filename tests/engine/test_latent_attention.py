@@ -155,7 +155,7 @@ def test_attention_that_keeps_keys_and_values_is_refused(checkpoint: Path) -> No
     if (reason := unavailable_reason()) is not None:
         pytest.skip(reason)
     ops = NativeOps()
-    with pytest.raises(ValueError, match="portable attention, not by native"):
+    with pytest.raises(ValueError, match="portable or triton attention, not by native"):
         Decoder(spec_of(checkpoint), ops, NativeAttention(ops), "float32", device=CPU)
 
 

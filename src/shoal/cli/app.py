@@ -53,6 +53,7 @@ ENGINE_FLAGS = {
     "block_size": "block_size",
     "kv_cache_memory": "kv_cache_bytes",
     "kv_cache_dtype": "kv_dtype",
+    "attention_backend": "attention",
     "prefix_caching": "prefix_caching",
     "depth": "depth",
     "warm_spares": "warm_spares",
@@ -132,8 +133,12 @@ KVCacheMemory = Annotated[
     int | None,
     typer.Option(parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE),
 ]
+AttentionBackend = Annotated[
+    Literal["auto", "native", "triton", "varlen", "portable"] | None,
+    typer.Option(help="auto is the best that serves the model on the device. [default: auto]", rich_help_panel=_ENGINE),
+]
 KVCacheDtype = Annotated[
-    Literal["auto", "float32", "bfloat16"] | None,
+    Literal["auto", "float32", "bfloat16", "float8", "int8"] | None,
     typer.Option(help="auto is float32 with float32 weights, else bfloat16. [default: auto]", rich_help_panel=_ENGINE),
 ]
 PrefixCaching = Annotated[
@@ -300,6 +305,7 @@ def serve(
     block_size: BlockSize = None,
     kv_cache_memory: KVCacheMemory = None,
     kv_cache_dtype: KVCacheDtype = None,
+    attention_backend: AttentionBackend = None,
     prefix_caching: PrefixCaching = None,
     depth: Depth = None,
     tensor_parallel_size: TensorParallelSize = None,

@@ -67,8 +67,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Path of a checkpoint directory or a .gguf file."""
     dtype: WeightPrecision = "float32"
     """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
+    """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
+    are for GPUs, by Triton attention."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_len: int | None = None
@@ -98,8 +99,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prepare_grammars: bool = False
     """Be ready for grammars before the engine is. Else the first one makes the sequences beside it wait for a second;
     an engine of several always is, for requests of others may come to it at any time."""
-    ops: Literal["auto", "native", "torch"] = "auto"
-    """Arithmetic: native CPU kernels where they are built, or torch."""
+    ops: Literal["auto", "native", "triton", "torch"] = "auto"
+    """Arithmetic: native CPU kernels where they are built, Triton ones on a GPU where triton is, or torch."""
+    attention: Literal["auto", "native", "triton", "varlen", "portable"] = "auto"
+    """Attention backend: auto is the first of native, triton and portable that serves the model on the device."""
     step_log: str | None = None
     """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""
     check: bool = False

@@ -4,7 +4,7 @@ The latent, and beside it a rotated key that all heads share, is what the cache 
 expanded: what would expand a head's keys is applied to its queries, what would expand its values to its output, which
 is the same product in another order. What remains in between is attention with one key/value head, whose keys are the
 cached rows and whose values are those rows again, less their rotated part. Portable attention computes it in torch, on
-any device, so results are the same in every batch up to rounding, not bit for bit.
+any device, and Triton attention on a GPU, so results are the same in every batch up to rounding, not bit for bit.
 
 Shapes: T tokens, P of this rank's share of them, H hidden, N query heads of this rank, Q size of a head's part without
 position, D of its rotated part, A = Q + D, V of a head's values, C of the latent, L = C + D, K blocks of the cache, B
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from shoal.core.model_spec import MLASpec, ModelSpec
 from shoal.core.sharding import Shard
-from shoal.engine.attention.base import AttentionBatch
-from shoal.engine.attention.portable import PortableAttention, PortableCache
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch
+from shoal.engine.attention.portable import PortableCache
 from shoal.engine.context_parallel import TokenShares
 from shoal.engine.ops import PackedLinear
 from shoal.engine.weight_reader import NamedRows, WeightReader
@@ -64,7 +64,7 @@ class LatentAttention:
         mla: MLASpec,
         number: int,
         shard: Shard,
-        attention: PortableAttention,
+        attention: AttentionBackend,
         cos_sin_PD: Tensor,
     ) -> None:
         """Read the weights of layer `number`. `cos_sin_PD` holds [cos | sin] of each position's D/2 angles."""

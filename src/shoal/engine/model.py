@@ -21,8 +21,7 @@ from torch import Tensor
 from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
-from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
-from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, kv_bytes_per_token
 from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import TokenShares
@@ -95,8 +94,8 @@ class Decoder:
         everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
         same sequences, `stages` those of a pipeline.
         """
-        if spec.mla is not None and not isinstance(attention, PortableAttention):
-            raise ValueError(f"latent attention is computed by portable attention, not by {attention.name}")
+        if spec.mla is not None and not attention.serves_latents:
+            raise ValueError(f"latent attention is computed by portable or triton attention, not by {attention.name}")
         self.spec = spec
         self.ops = ops
         self.attention = attention
@@ -182,8 +181,7 @@ class Decoder:
         if spec.mla is None:
             self._load_heads(reader, layer, prefix + "self_attn.")
         else:
-            portable = cast("PortableAttention", self.attention)
-            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, portable, cos_sin_PD)
+            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, self.attention, cos_sin_PD)
         mlp = load_mlp(reader, spec, number, self.shard, self.tensor)
         layer.mlp = Summed(mlp, self.tokens) if mlp.contributes else mlp
         if isinstance(mlp, MoEBlock):
@@ -235,8 +233,11 @@ class Decoder:
     def kv_bytes_per_token(self) -> int:
         """What this rank keeps of a token, in all its layers."""
         mla = self.spec.mla
-        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim if mla is None else mla.latent_dim
-        return len(self.shard.layers) * elements * self.kv_dtype.itemsize
+        if mla is None:
+            layer = kv_bytes_per_token(len(self.shard.heads.kv), self.spec.head_dim, self.kv_dtype)
+        else:
+            layer = mla.latent_dim * self.kv_dtype.itemsize
+        return len(self.shard.layers) * layer
 
     # --- compute ----------------------------------------------------------------------------------------------------
 
@@ -254,16 +255,17 @@ class Decoder:
         for number, layer in enumerate(layers):
             x_PH = self._attend(layer, number, self.tokens.gather(x_OH), positions_P, shares, batch, cache)
             x_OH = self.tokens.sum(x_PH)
-            if layer.post_attention_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_attention_norm_H, eps)
-            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps)
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps, layer.post_attention_norm_H)
             x_OH = layer.mlp.forward(x_OH)
-            if layer.post_mlp_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_mlp_norm_H, eps)
             if number + 1 < len(layers):
-                x_OH = ops.add_rms_norm_(x_OH, residual_OH, layers[number + 1].input_norm_H, eps)
+                next_norm_H = layers[number + 1].input_norm_H
+                x_OH = ops.add_rms_norm_(x_OH, residual_OH, next_norm_H, eps, layer.post_mlp_norm_H)
+        last_norm_H = layers[-1].post_mlp_norm_H
         if self.shard.is_last:
-            return shares.all(self.tokens.gather(ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps)))
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps, last_norm_H)
+            return shares.all(self.tokens.gather(x_OH))
+        if last_norm_H is not None:
+            x_OH = ops.rms_norm(x_OH, last_norm_H, eps)
         self.stages.send(residual_OH.add_(x_OH), self.stages.rank + 1)
         return None
 
@@ -304,13 +306,16 @@ class Decoder:
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_PA = self.ops.linear(x_PH, layer.qkv)
-        self.ops.rope_(qkv_PA, positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
-        heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
-        keys_TMD, values_TMD = heads_TAD[:, n : n + m], heads_TAD[:, n + m :]
-        if batch.kept_T is not None:
-            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
-        if len(keys_TMD):
-            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
+        turn = positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps
+        fused = self.ops.fused if self.context.size == 1 else None
+        pages = None if fused is None else cache.paged(number)
+        if fused is not None and pages is not None:
+            fused.rope_write_(qkv_PA, *turn, pages, batch.slot_mapping_T)
+            heads_TAD = qkv_PA.view(-1, n + 2 * m, d)
+        else:
+            self.ops.rope_(qkv_PA, *turn)
+            heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
+            self._write(heads_TAD[:, n : n + m], heads_TAD[:, n + m :], number, batch, cache)
         out_TND, lse_TN = self.attention.forward(
             cache,
             number,
@@ -322,6 +327,12 @@ class Decoder:
         )
         out_PND = shares.merge(out_TND, lse_TN)
         return self.ops.linear(out_PND.view(-1, n * d), layer.output)
+
+    def _write(self, keys_TMD: Tensor, values_TMD: Tensor, number: int, batch: AttentionBatch, cache: KVCache) -> None:
+        if batch.kept_T is not None:
+            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
+        if len(keys_TMD):
+            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
 
     def logits(self, hidden_SH: Tensor) -> Tensor | None:
         """(S, V) in float32 on the first of the ranks that split the vocabulary, who draws; None on the others."""

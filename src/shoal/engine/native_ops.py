@@ -70,6 +70,7 @@ class NativeOps:
     """
 
     name = "native"
+    fused = None
 
     def __init__(self, threads: int = 1, variant: str | None = None) -> None:
         reason = unavailable_reason()
@@ -186,7 +187,11 @@ class NativeOps:
             self.fail("the input does not fit the norm")
         return y_TH
 
-    def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def add_rms_norm_(
+        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, first_H: Tensor | None = None
+    ) -> Tensor:
+        if first_H is not None:
+            x_TH = self.rms_norm(x_TH, first_H, eps)
         rows, n = x_TH.shape
         if not (x_TH.is_contiguous() and residual_TH.is_contiguous()) or residual_TH.shape != x_TH.shape:
             raise ValueError("add_rms_norm_ takes two contiguous tensors of one shape")

@@ -55,6 +55,7 @@ class _NoOps:
     """Packs nothing and computes nothing."""
 
     name = "none"
+    fused = None
 
     def pack(self, weights: Sequence[Tensor], bias_N: Tensor | None, precision: WeightPrecision) -> _Unpacked:
         return _Unpacked(sum(len(matrix) for matrix in weights), weights[0].shape[1])

@@ -24,19 +24,22 @@ from shoal.core.sharding import Shard, shard_of
 from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.attention.base import AttentionBackend, HeadSharing
+from shoal.engine.attention.choice import Need, choose, make
 from shoal.engine.attention.native import NativeAttention
-from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.comm.base import Comm
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
+from shoal.engine.graphs import CudaCapturer, GraphedModel
+from shoal.engine.graphs import unavailable_reason as graphs_unavailable_reason
+from shoal.engine.kernels import unavailable_reason as triton_unavailable_reason
 from shoal.engine.memory import available_memory, plan_blocks
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.read_ahead import ReadFigures
-from shoal.engine.runner import Runner
+from shoal.engine.runner import Model, Runner
 from shoal.engine.step_log import StepLog
 from shoal.engine.weights import open_weights
 
@@ -44,6 +47,14 @@ if TYPE_CHECKING:
     import xgrammar
 
 _WARM_UP_TOKENS = 32
+_GRAPHS_FRACTION = 0.5
+"""Of the device's memory that weights and cache leave free: the rest is for activations of prompts."""
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 _REPORTED_FRACTION = 0.005
 """Of the weights, between two reports: for a model of thousands of tensors nobody needs one of each."""
 
@@ -112,12 +123,13 @@ class Worker:
         placed = placements(spec, config.layout.ep, self._expert_rows, config.redundant_experts)
         shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
         device = _device(config.device, seat.local_rank)
+        _make_current(device)
         activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
-            kv_dtype = torch.float32 if config.kv_dtype == "float32" else torch.bfloat16
+            kv_dtype = _KV_DTYPES[config.kv_dtype]
         threads = max(1, _num_cores() // seat.ranks_on_host) if config.threads is None else config.threads
-        ops, attention = _arithmetic(config, spec, shard, device, activations, threads)
+        ops, attention = _arithmetic(config, spec, shard, device, activations, kv_dtype, threads)
         self._ops = ops
         self._decoder = decoder = Decoder(
             spec,
@@ -153,10 +165,26 @@ class Worker:
             raise RuntimeError("allocate comes after load")
         laps = self._laps
         laps.resume(time.monotonic())  # between the two all ranks were waited for
-        cache = decoder.new_cache(agreed.num_blocks, config.block_size)
+        # What pads a graph's rows needs a block that is nobody's, behind those that the scheduler knows of.
+        is_captured = (
+            graphs_unavailable_reason(decoder.device, decoder.attention.capturable, config.layout.ranks) is None
+        )
+        cache = decoder.new_cache(agreed.num_blocks + is_captured, config.block_size)
         grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
+        model: Model = decoder
+        if is_captured:
+            model = GraphedModel(
+                decoder,
+                cache,
+                CudaCapturer(decoder.device),
+                null_block=agreed.num_blocks,
+                max_rows=config.max_sequences,
+                max_context=agreed.max_len,
+                limit_bytes=int(available_memory(decoder.device) * _GRAPHS_FRACTION),
+                device=decoder.device,
+            )
         self._runner = Runner(
-            decoder,
+            model,
             cache,
             num_slots=config.max_sequences,
             max_len=agreed.max_len,
@@ -214,6 +242,8 @@ class Worker:
             return WorkerFailure(plan.plan_id, self._failure or "")
         began, waited = time.monotonic(), self._waited_seconds
         try:
+            if self._decoder is not None:
+                _make_current(self._decoder.device)
             result = self._runner.step(plan)
         except Exception as error:
             # Slots and KV are now in an unknown state; every later step would compute from it.
@@ -281,28 +311,61 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def _make_current(device: torch.device) -> None:
+    """For this thread, steps may run in another than the one that loads: Triton launches on the current device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _arithmetic(
-    config: EngineConfig, spec: ModelSpec, shard: Shard, device: torch.device, activations: torch.dtype, threads: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    shard: Shard,
+    device: torch.device,
+    activations: torch.dtype,
+    kv_dtype: torch.dtype,
+    threads: int,
 ) -> tuple[Ops, AttentionBackend]:
-    """Native kernels with the attention that goes with them where they can run this model, else torch."""
+    """Native kernels with the attention that goes with them where they can run this model, Triton's, or torch."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     reason = _native_unavailable(spec, device, config.block_size)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    triton_reason = triton_unavailable_reason(device)
+    if config.ops == "triton" and triton_reason is not None:
+        raise ValueError(f"ops is triton, but the Triton kernels are not available: {triton_reason}")
     group, heads = spec.num_heads // spec.num_kv_heads, shard.heads
     sharing = None if spec.mla is not None else HeadSharing(group, heads.query.start - heads.kv.start * group)
-    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
-    if config.ops == "torch" or reason is not None:
-        torch.set_num_threads(threads)
-        portable = PortableAttention(sharing)
-        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", portable)
-    # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
-    torch.set_num_threads(1)
-    ops = NativeOps(threads=threads)
-    # There are no kernels for attention to latents: it is torch's, between the kernels' linear layers.
-    attention = NativeAttention(ops, sharing) if spec.mla is None else PortableAttention()
-    return cast("Ops", ops), cast("AttentionBackend", attention)
+    by_triton = config.ops == "triton" or (config.ops == "auto" and device.type == "cuda" and triton_reason is None)
+    use_native = config.ops in ("auto", "native") and reason is None
+    native = NativeOps(threads=threads) if use_native else None
+    need = Need(
+        device=device,
+        kv_dtype=kv_dtype,
+        block_size=config.block_size,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.latent_dim,
+        window=spec.window is not None,
+        latents=spec.mla is not None,
+        shared_context=config.layout.cp > 1,
+        cut_groups=sharing is not None and bool(sharing.skipped or len(heads.query) != len(heads.kv) * group),
+    )
+    latent_dim = None if spec.mla is None else spec.mla.kv_lora_rank
+    try:
+        attention = make(choose(config.attention, need, native), device, native, sharing, latent_dim)
+    except ValueError:
+        if native is not None:
+            native.close()
+        raise
+    # Torch is left with small operations beside native kernels. Its own threads would spin on the cores they need.
+    torch.set_num_threads(threads if native is None else 1)
+    # Ops take only the weights that they packed themselves, which a protocol cannot say: the cast.
+    if by_triton:
+        # Its kernels are defined as it is imported, which takes triton.
+        from shoal.engine.triton_ops import TritonOps
+
+        return cast("Ops", TritonOps(device, activations)), attention
+    return cast("Ops", TorchOps(device, activations) if native is None else native), attention
 
 
 def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:

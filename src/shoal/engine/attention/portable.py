@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from shoal.engine.attention.base import AttentionBatch, HeadSharing
+from shoal.engine.attention.base import AttentionBatch, HeadSharing, PagedKV
 
 _MAX_ELEMENTS = 1 << 25
 """Of one temporary tensor, gathered keys or scores: 128 MiB in float32. Longer work is cut into several."""
@@ -27,6 +27,9 @@ class PortableCache:
         self.values_KPMD = values
         self.num_blocks, self.block_size = keys[0].shape[:2]
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
+
+    def paged(self, layer: int) -> PagedKV | None:
+        return PagedKV(self.keys_KPMD[layer], self.values_KPMD[layer])
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class _Group:
 
 class PortableAttention:
     name = "portable"
+    capturable = False
+    serves_latents = True
 
     def __init__(self, sharing: HeadSharing | None = None) -> None:
         """`sharing` None: key/value heads are shared by equally many query heads each."""

@@ -1,0 +1,124 @@
+"""Ops on a GPU: dense products by torch, everything between them by Triton kernels that do several parts in one pass.
+
+Shapes: T tokens, H hidden, N output features, K input features, V vocabulary, D head size, A fused q/k/v features,
+E experts of the model, L experts that are here, R rows on their way to an expert, S rows of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.core.model_spec import MoESpec
+from shoal.engine.attention.base import PagedKV
+from shoal.engine.kernels import activation as gates
+from shoal.engine.kernels import moe_experts, moe_routing, norm, rope, sampling, unavailable_reason
+from shoal.engine.ops import Activation, FusedOps, RowSampler, TorchLinear, TorchOps
+from shoal.engine.random_stream import UInt64Array
+from shoal.engine.triton_sampler import TritonSampler
+
+
+class _Experts(NamedTuple):
+    weights: moe_experts.ExpertWeights
+    nbytes: int
+
+
+class TritonOps(TorchOps):
+    """As TorchOps, of which it keeps weights and dense products. Activations are `dtype`, sums float32."""
+
+    name = "triton"
+    fused: FusedOps | None
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        reason = unavailable_reason(device)
+        if reason is not None:
+            raise RuntimeError(f"the Triton kernels are not available: {reason}")
+        super().__init__(device, dtype)
+        self.fused = self
+
+    def gated(self, x_TK: Tensor, packed: TorchLinear, activation: Activation) -> Tensor:
+        return gates.gate(self.linear(x_TK, packed), activation)
+
+    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(x_TH, weight_H, eps)
+
+    def add_rms_norm_(
+        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, first_H: Tensor | None = None
+    ) -> Tensor:
+        return norm.rms_norm(x_TH, weight_H, eps, residual_TH=residual_TH, first_weight_H=first_H)
+
+    def rope_(
+        self,
+        qkv_TA: Tensor,
+        positions_T: Tensor,
+        cos_sin_PD: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+    ) -> None:
+        rope.rope_(qkv_TA, positions_T, cos_sin_PD, num_heads, num_kv_heads, head_dim, q_norm_D, k_norm_D, eps)
+
+    def rope_write_(
+        self,
+        qkv_TA: Tensor,
+        positions_T: Tensor,
+        cos_sin_PD: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        pages: PagedKV,
+        slots_T: Tensor,
+    ) -> None:
+        norms = q_norm_D, k_norm_D, eps
+        rope.rope_(qkv_TA, positions_T, cos_sin_PD, num_heads, num_kv_heads, head_dim, *norms, pages, slots_T)
+
+    # --- experts ----------------------------------------------------------------------------------------------------
+
+    def route(self, logits_TE: Tensor, spec: MoESpec, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        return moe_routing.route(logits_TE, spec, correction_E)
+
+    def pack_experts(self, mlps: Sequence[tuple[TorchLinear, TorchLinear]]) -> _Experts | None:
+        kinds = {(type(half), half.weight_NK.dtype, half.scale_N is None) for mlp in mlps for half in mlp}
+        if len(kinds) != 1 or any(half.bias_N is not None for mlp in mlps for half in mlp):
+            return None  # of several forms, or of one with no kernel: each by itself
+        weights, scales = [], []
+        for place in (0, 1):
+            halves = [mlp[place] for mlp in mlps]
+            weights.append(torch.stack([half.weight_NK for half in halves]))
+            found = [half.scale_N.float() for half in halves if half.scale_N is not None]
+            scales.append(torch.stack(found) if found else None)
+        kept = [tensor for tensor in (*weights, *scales) if tensor is not None]
+        return _Experts(moe_experts.ExpertWeights(*weights, *scales), sum(tensor.nbytes for tensor in kept))
+
+    def experts(
+        self, x_TH: Tensor, local_R: Tensor, packed: _Experts, activation: Activation, visits: int
+    ) -> tuple[Tensor, Tensor]:
+        y_RH, starts_L1 = moe_experts.run_experts(x_TH, local_R, packed.weights, activation, visits)
+        return y_RH, starts_L1.diff()
+
+    def combine(self, y_RH: Tensor, local_R: Tensor, weights_TK: Tensor) -> Tensor:
+        return moe_experts.combine(y_RH, local_R, weights_TK)
+
+    # --- tokens -----------------------------------------------------------------------------------------------------
+
+    def argmax(self, x_SV: Tensor) -> Tensor:
+        """The lowest index among equals, which torch does not promise on a GPU."""
+        return sampling.argmax(x_SV)
+
+    def draw(
+        self, weights_SV: Tensor, seeds_S: UInt64Array, indices_S: UInt64Array, positions_S: UInt64Array
+    ) -> Tensor:
+        words = [torch.from_numpy(w.view("int64").copy()).to(self.device) for w in (seeds_S, indices_S, positions_S)]
+        return sampling.draw(weights_SV, *words)
+
+    def row_sampler(self, num_slots: int, vocab_size: int) -> RowSampler:
+        return TritonSampler(num_slots, vocab_size, self.device)
