@@ -57,3 +57,20 @@ def at_load(weights: Quantization) -> QuantScheme:
     if weights == "int4":
         return QuantScheme(weights=weights, form="at_load", group=AT_LOAD_GROUP, symmetric=False, ignored=_KEPT)
     return QuantScheme(weights=weights, form="at_load", activations="token", ignored=_KEPT)
+
+
+def require_storable(dtype: str, quantize: Quantization | None, stored: QuantScheme | None) -> Quantization | None:
+    """What the matrices will be stored as; None for floats. `stored` is how the checkpoint has them.
+
+    Raises ValueError for wishes that exclude each other.
+    """
+    if quantize is not None and dtype == "int8" and quantize != "int8":
+        raise ValueError(f"quantize is {quantize} and dtype is int8: leave out one of them")
+    if stored is not None:
+        if quantize is not None:
+            raise ValueError(
+                f"quantize is {quantize}, and the checkpoint is quantised already ({stored.weights}, {stored.form}): "
+                "leave out quantize, or take the float checkpoint"
+            )
+        return stored.weights
+    return "int8" if dtype == "int8" else quantize

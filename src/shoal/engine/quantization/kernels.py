@@ -1,8 +1,8 @@
 """Triton kernels: products with weights of few bits, dequantised inside, and the rounding of activations.
 
 Weights are the first operand of every product, tokens the second: the matrix units take 64 rows of the first at once
-and as few as 8 columns of the second, so a batch of one wastes little. Sums are float32 (int32 for int8). Where a batch is
-too small to fill a card, the input features are split over programs, whose partial sums one more kernel adds up, in
+and as few as 8 columns of the second, so a batch of one wastes little. Sums are float32 (int32 for int8). Where a batch
+is too small to fill a card, the input features are split over programs, whose partial sums one more kernel adds up, in
 order: results do not depend on which program ends first.
 
 Needs triton: import it through `linear.py`, which says what is missing.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from types import ModuleType
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
@@ -60,6 +61,7 @@ class ScaledLinear:
         self._weight = weight = moved(weight, device)
         self._bias_N = None if bias_N is None else bias_N.to(device)
         self.out_features, self.in_features = weight.out_features, weight.in_features
+        self._num_rows = weight.out_features
         self.nbytes = num_bytes(weight, self._bias_N)
         self._fp8 = weight.values_NK.dtype == FP8
         by_channel = weight.rows == 1 and weight.scales_RG.shape[1] == 1
@@ -70,9 +72,9 @@ class ScaledLinear:
     def multiply(self, x_TK: Tensor) -> Tensor:
         weight, kernels = self._weight, _kernels()
         if not len(x_TK):
-            return x_TK.new_empty((0, self.out_features))
+            return x_TK.new_empty((0, self._num_rows))
         if self._fp8 and len(x_TK) <= _FEW_ROWS:
-            return kernels.weight_product(
+            return kernels.weight_product(  # type: ignore[no-any-return]
                 x_TK, weight.values_NK, weight.scales_RG, None, self._bias_N, rows=weight.rows, group=weight.group
             )
         scheme = weight.scheme
@@ -86,7 +88,7 @@ class ScaledLinear:
         )
         if self._by_torch and x_TK.dtype == torch.bfloat16:
             return scaled_by_torch(values_TK, scales, weight, self._bias_N)
-        return kernels.scaled_product(
+        return kernels.scaled_product(  # type: ignore[no-any-return]
             values_TK,
             scales,
             weight.values_NK,
@@ -104,6 +106,7 @@ class WeightOnlyLinear:
     def __init__(self, weight: QuantizedWeight, bias_N: Tensor | None, device: torch.device) -> None:
         kernels = _kernels()
         self.out_features, self.in_features = weight.out_features, weight.in_features
+        self._num_rows = weight.out_features
         self._rows, self._group = weight.rows, weight.group
         self._zeros_NG = None if weight.zeros_NG is None else weight.zeros_NG.to(device).contiguous()
         self._scales_RG = weight.scales_RG.to(device).contiguous()
@@ -117,8 +120,8 @@ class WeightOnlyLinear:
 
     def multiply(self, x_TK: Tensor) -> Tensor:
         if not len(x_TK):
-            return x_TK.new_empty((0, self.out_features))
-        return _kernels().weight_product(
+            return x_TK.new_empty((0, self._num_rows))
+        return _kernels().weight_product(  # type: ignore[no-any-return]
             x_TK, self._values, self._scales_RG, self._zeros_NG, self._bias_N, rows=self._rows, group=self._group
         )
 
@@ -186,14 +189,12 @@ def num_bytes(weight: QuantizedWeight, bias_N: Tensor | None) -> int:
 def triton_missing() -> str | None:
     """Why the kernels cannot be had; None if they can."""
     if find_spec("triton") is None:
-        return (
-            "triton is not installed (`pip install triton`): quantised layers run on torch's own operations"
-        )
+        return "triton is not installed (`pip install triton`): quantised layers run on torch's own operations"
     return None
 
 
 @cache
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     """The module, imported when first needed: triton takes a second and is not everywhere."""
     missing = triton_missing()
     if missing is not None:

@@ -9,6 +9,7 @@ Shapes: N output features, K input features, G groups of them, R groups of outpu
 
 from __future__ import annotations
 
+from collections.abc import Container
 from math import ceil
 from typing import NamedTuple, Protocol
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import Span
-from shoal.engine.quantization.weight import QuantizedWeight, scales_of
-from shoal.engine.weights import Part
+from shoal.engine.quantization.weight import QuantizedWeight, quantized, scales_of
+from shoal.engine.weights import FLOATS, Part
 
 _NIBBLES = 8
 """4-bit numbers in an int32."""
@@ -42,7 +43,20 @@ class StoredMatrix(Protocol):
 
     shape: tuple[int, int]
 
-    def weight(self) -> QuantizedWeight: ...
+    def weight(self, device: torch.device) -> QuantizedWeight:
+        """Made on `device`, in memory of its own."""
+
+
+class FloatMatrix:
+    """A matrix of floats, to be quantised."""
+
+    def __init__(self, scheme: QuantScheme, matrix_NK: Tensor) -> None:
+        self.shape = (matrix_NK.shape[0], matrix_NK.shape[1])
+        self._scheme = scheme
+        self._matrix_NK = matrix_NK
+
+    def weight(self, device: torch.device) -> QuantizedWeight:
+        return quantized(self._matrix_NK.to(device), self._scheme)
 
 
 class FileMatrix:
@@ -90,14 +104,14 @@ class FileMatrix:
             found.append(Part(names.scales, blocks.rows if self.scheme.rows else None))
         return [*found, Part(names.input_scale)] if self.scheme.activations == "tensor" else found
 
-    def weight(self) -> QuantizedWeight:
+    def weight(self, device: torch.device) -> QuantizedWeight:
+        tensors = [tensor.to(device) for tensor in self.tensors]
         if self.scheme.form in ("gptq", "awq"):
-            return self._transposed()
-        return self._nibbles() if self.scheme.weights == "int4" else self._bytes()
+            return self._transposed(*tensors)
+        return self._nibbles(*tensors) if self.scheme.weights == "int4" else self._bytes(*tensors)
 
-    def _bytes(self) -> QuantizedWeight:
+    def _bytes(self, values_NK: Tensor, stored: Tensor, *rest: Tensor) -> QuantizedWeight:
         """FP8 or int8."""
-        values_NK, stored, *rest = self.tensors
         blocks, (unit_n, unit_k) = self._blocks(), self._units
         # One number may have no dimension, or a channel's scales only one.
         stored = stored.float().reshape(len(blocks.rows), len(blocks.columns))
@@ -108,15 +122,17 @@ class FileMatrix:
             self.scheme, values_NK.clone(), scales.clone(), rows=rows, group=group, input_scale=input_scale
         )
 
-    def _nibbles(self) -> QuantizedWeight:
-        packed, stored, *rest = self.tensors
+    def _nibbles(self, packed: Tensor, stored: Tensor, *rest: Tensor) -> QuantizedWeight:
         (rows, columns), blocks, unit = self._part, self._blocks(), self._units[1]
         values_NK = _unpacked(packed, 1)[:, _within(columns, _NIBBLES)]
-        zeros_NG = _unpacked(rest[0], 0)[_within(rows, _NIBBLES)] if rest else torch.full(stored.shape, 8)
+        zeros_NG = (
+            _unpacked(rest[0], 0)[_within(rows, _NIBBLES)]
+            if rest
+            else torch.full(stored.shape, 8, device=stored.device)
+        )
         return self._grouped(values_NK, stored, zeros_NG, blocks, unit)
 
-    def _transposed(self) -> QuantizedWeight:
-        packed, stored, packed_zeros = self.tensors
+    def _transposed(self, packed: Tensor, stored: Tensor, packed_zeros: Tensor) -> QuantizedWeight:
         (rows, columns), blocks, unit = self._part, self._blocks(), self._units[1]
         if self.scheme.form == "gptq":
             values_KN = _unpacked(packed, 0)[_within(columns, _NIBBLES)]
@@ -157,7 +173,7 @@ def _within(span: Span, unit: int) -> slice:
 
 def _unpacked(packed: Tensor, dim: int, order: tuple[int, ...] = tuple(range(_NIBBLES))) -> Tensor:
     """Eight numbers of 0 to 15, int32, along `dim` for each int32."""
-    shifts = torch.tensor(order, dtype=torch.int32) * 4
+    shifts = torch.tensor(order, dtype=torch.int32, device=packed.device) * 4
     nibbles = (packed.unsqueeze(-1) >> shifts) & 15
     return nibbles.flatten(1) if dim == 1 else nibbles.transpose(1, 2).flatten(0, 1)
 
@@ -186,13 +202,29 @@ IGNORED_TENSORS = (".g_idx", ".weight_shape", ".weight_zero_point", ".k_scale", 
 """The order of features where it is plain, sizes said elsewhere, zero points that are all 0, scales of a KV cache."""
 
 
-def is_quantized(source_names: dict[str, None], scheme: QuantScheme, module: str) -> bool:
+def is_quantized(names: Container[str], scheme: QuantScheme | None, module: str) -> bool:
     """What the file has is what counts: lists of exceptions in configurations are by many rules."""
-    return tensor_names(scheme, module).scales in source_names
+    return scheme is not None and tensor_names(scheme, module).scales in names and module != "model.embed_tokens"
+
+
+def matrix_size(scheme: QuantScheme, stored: tuple[int, ...]) -> tuple[int, int]:
+    """(N, K) of a matrix whose values have this shape in the file."""
+    if scheme.form == "gptq":
+        return stored[1], stored[0] * _NIBBLES
+    if scheme.form == "awq":
+        return stored[1] * _NIBBLES, stored[0]
+    return stored[0], stored[1] * (_NIBBLES if scheme.weights == "int4" else 1)
+
+
+def stored_kinds(scheme: QuantScheme, name: str) -> tuple[str, ...]:
+    """Element types that a tensor of a quantised matrix may have."""
+    if name.endswith((".weight_packed", ".qweight", ".qzeros", ".weight_zero_point")):
+        return ("I32",)
+    return FLOATS if not name.endswith(".weight") else ("F8_E4M3",) if scheme.weights == "fp8" else ("I8",)
 
 
 def stored_shapes(scheme: QuantScheme, module: str, size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Tensors of a quantised matrix (N, K), each with the shapes that it may have."""
+    """Tensors of a quantised matrix (N, K), each with the shapes that it may have. 4 bits come in words of eight."""
     n, k = size
     names = tensor_names(scheme, module)
     groups, words_n, words_k = -(-k // (scheme.group or k)), -(-n // _NIBBLES), -(-k // _NIBBLES)
