@@ -86,10 +86,17 @@ def split_evenly(size: int, parts: int, alignment: int = 1) -> list[Span]:
     return [Span(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
+_GROUPS_A_RANK = 8
+"""One group more or less is then an eighth of a rank's work at most."""
+
+
 def _split_features(spec: ModelSpec, size: int, ranks: int) -> list[Span]:
-    """An MLP's, between groups that share a scale where each rank can have a whole one."""
+    """An MLP's, between groups that share a scale where that leaves ranks nearly equal.
+
+    Elsewhere a group may be cut, and its scale is on both ranks.
+    """
     alignment = ALIGNMENT if spec.quantization is None else lcm(ALIGNMENT, spec.quantization.alignment)
-    return split_evenly(size, ranks, alignment if size >= alignment * ranks else ALIGNMENT)
+    return split_evenly(size, ranks, alignment if size >= _GROUPS_A_RANK * alignment * ranks else ALIGNMENT)
 
 
 def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[Heads]:
