@@ -276,5 +276,6 @@ def test_dependencies_are_those_that_are_imported() -> None:
     used = (
         {name.split(".")[0] for tree in trees for _, name in imports(tree)} - set(sys.stdlib_module_names) - {"shoal"}
     )
-    assert used <= available
+    # Triton comes with torch where torch is for a GPU; elsewhere its kernels are never imported.
+    assert used - {"triton"} <= available
     assert available - used <= {"httptools"}, "only uvicorn's HTTP parser is needed without an import"

@@ -1,7 +1,8 @@
 """Triton kernels on a CPU: its interpreter runs them, one program after the other, over numpy.
 
 Whether kernels are compiled or interpreted is settled as they are defined, so this comes before any of their modules.
-What the interpreter of Triton 3.6 does wrong with bfloat16, float8 and new numpy is put right here, so that kernels need not be written around it.
+What the interpreter of Triton 3.6 does wrong with bfloat16, float8 and new numpy is put right here, so that kernels
+need not be written around it.
 """
 
 from __future__ import annotations
