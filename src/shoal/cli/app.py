@@ -45,6 +45,7 @@ _PARALLEL = "Parallelism"
 ENGINE_FLAGS = {
     "model": "model",
     "dtype": "dtype",
+    "quantize": "quantize",
     "device": "device",
     "threads": "threads",
     "max_model_len": "max_len",
@@ -112,6 +113,10 @@ Model = Annotated[
 Dtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,
     typer.Option(help="Precision of the weights. [default: float32]", rich_help_panel=_ENGINE),
+]
+Quantize = Annotated[
+    Literal["fp8", "int8", "int4"] | None,
+    typer.Option(help="Make the matrices of a float checkpoint this at load.", rich_help_panel=_ENGINE),
 ]
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [default: auto]", rich_help_panel=_ENGINE)
@@ -297,6 +302,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Write that as JSON.", rich_help_panel=_SERVER)
     ] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -363,6 +369,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For requests that do not say. [default: random]")] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -400,6 +407,7 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int | None, typer.Option(help="For the same answers every time.")] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,

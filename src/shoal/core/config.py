@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from shoal.core.layout import Layout
+from shoal.core.quantization import Quantization
 
 WeightPrecision = Literal["float32", "bfloat16", "int8"]
 ExpertDispatchKind = Literal["replicate", "all_gather", "all_to_all"]
@@ -66,7 +67,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     """Path of a checkpoint directory or a .gguf file."""
     dtype: WeightPrecision = "float32"
-    """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
+    """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32 and
+    nothing is quantised. int8 is quantize int8, by another name."""
+    quantize: Quantization | None = None
+    """What the matrices of a float checkpoint are made at load: fp8, int8 or int4. dtype is then of the others."""
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
     """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
     are for GPUs, by Triton attention."""

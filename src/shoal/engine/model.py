@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec
+from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
 from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, kv_bytes_per_token
 from shoal.engine.checkpoint_shapes import check_shapes
@@ -87,8 +88,10 @@ class Decoder:
         tensor: Comm | None = None,
         context: Comm | None = None,
         stages: Comm | None = None,
+        quantize: QuantScheme | None = None,
     ) -> None:
-        """`dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
+        """`precision` is of the weights that are stored in floats and stay so, `quantize` what is made of the others.
+        `dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
 
         `max_len` bounds the positions that rotary tables are made for. `shard` is what this rank holds, None
         everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
@@ -100,6 +103,7 @@ class Decoder:
         self.ops = ops
         self.attention = attention
         self.precision = precision
+        self.quantize = quantize
         self.device = device
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
@@ -153,7 +157,15 @@ class Decoder:
     def _reader(self, source: WeightSource, ops: Ops, device: torch.device, fetch: Fetch) -> WeightReader:
         plus_one = self.spec.norm_plus_one
         return WeightReader(
-            source, ops, self.precision, device=device, dtype=self.dtype, norm_plus_one=plus_one, fetch=fetch
+            source,
+            ops,
+            self.precision,
+            device=device,
+            dtype=self.dtype,
+            norm_plus_one=plus_one,
+            fetch=fetch,
+            stored=self.spec.quantization,
+            quantize=self.quantize,
         )
 
     def _build(self, reader: WeightReader, tables: dict[int | None, Tensor]) -> None:

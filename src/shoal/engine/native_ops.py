@@ -6,6 +6,7 @@ Shapes: T tokens, H hidden, N output features, K input features, V vocabulary, D
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from shoal.core.config import WeightPrecision
 from shoal.engine.native import Packed, load_library, unavailable_reason, variants
 from shoal.engine.ops import Activation, Matrices
+from shoal.engine.quantization.stored import StoredMatrix
 from shoal.engine.random_stream import UInt64Array
 
 __all__ = ["NativeLinear", "NativeOps", "unavailable_reason"]
@@ -133,6 +135,13 @@ class NativeOps:
         self._fill(packed, gate_NK, 0)
         self._fill(packed, up_NK, 1)
         return packed
+
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> NativeLinear:
+        """Kernels have a form of their own for each precision: the weights are made floats, and then that."""
+        floats = [matrix.weight(torch.device("cpu")).dequantized() for matrix in matrices]
+        return self.pack_gated(floats[0], floats[1], precision) if gated else self.pack(floats, bias_N, precision)
 
     def _fill(self, packed: NativeLinear, weight_NK: Tensor, half: int, row: int = 0) -> None:
         """From the packed matrix's `row` on."""

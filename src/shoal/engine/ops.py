@@ -20,6 +20,9 @@ from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import MoESpec
 from shoal.core.types import Sampling
 from shoal.engine.attention.base import PagedKV
+from shoal.engine.quantization.linear import QuantizedLinear, make_linear
+from shoal.engine.quantization.stored import StoredMatrix
+from shoal.engine.quantization.weight import stacked
 from shoal.engine.random_stream import UInt64Array, exponentials
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -112,6 +115,14 @@ class Ops(Protocol):
     def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> PackedLinear:
         """Pack both halves of a gated MLP for `gated`. out_features is N."""
 
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> PackedLinear:
+        """Take over matrices of few bits, one below the other; `gated`: a gate and its up half, as `pack_gated` does.
+
+        Who cannot compute with them stores them in `precision`.
+        """
+
     def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
         """x W^T + b, shape (T, N)."""
 
@@ -198,7 +209,18 @@ class TorchOps:
         packed.out_features //= 2
         return packed
 
-    def linear(self, x_TK: Tensor, packed: TorchLinear) -> Tensor:
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> QuantizedLinear:
+        bias = None if bias_N is None else bias_N.to(self.device, self.dtype)
+        packed = make_linear(stacked([matrix.weight(self.device) for matrix in matrices]), bias, self.device)
+        if gated:
+            packed.out_features //= 2
+        return packed
+
+    def linear(self, x_TK: Tensor, packed: TorchLinear | QuantizedLinear) -> Tensor:
+        if not isinstance(packed, TorchLinear):
+            return packed.multiply(x_TK)
         weight_NK = packed.weight_NK
         if weight_NK.dtype != x_TK.dtype:
             weight_NK = weight_NK.to(x_TK.dtype)
@@ -209,7 +231,7 @@ class TorchOps:
             y_TN += packed.bias_N
         return y_TN
 
-    def gated(self, x_TK: Tensor, packed: TorchLinear, activation: Activation) -> Tensor:
+    def gated(self, x_TK: Tensor, packed: TorchLinear | QuantizedLinear, activation: Activation) -> Tensor:
         gate_TN, up_TN = self.linear(x_TK, packed).chunk(2, dim=1)
         activated = F.silu(gate_TN) if activation == "silu" else F.gelu(gate_TN, approximate="tanh")
         return activated * up_TN

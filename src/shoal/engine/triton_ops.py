@@ -17,6 +17,7 @@ from shoal.engine.attention.base import PagedKV
 from shoal.engine.kernels import activation as gates
 from shoal.engine.kernels import moe_experts, moe_routing, norm, rope, sampling, unavailable_reason
 from shoal.engine.ops import Activation, FusedOps, RowSampler, TorchLinear, TorchOps
+from shoal.engine.quantization.linear import QuantizedLinear
 from shoal.engine.random_stream import UInt64Array
 from shoal.engine.triton_sampler import TritonSampler
 
@@ -39,7 +40,7 @@ class TritonOps(TorchOps):
         super().__init__(device, dtype)
         self.fused = self
 
-    def gated(self, x_TK: Tensor, packed: TorchLinear, activation: Activation) -> Tensor:
+    def gated(self, x_TK: Tensor, packed: TorchLinear | QuantizedLinear, activation: Activation) -> Tensor:
         return gates.gate(self.linear(x_TK, packed), activation)
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -86,13 +87,15 @@ class TritonOps(TorchOps):
     def route(self, logits_TE: Tensor, spec: MoESpec, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
         return moe_routing.route(logits_TE, spec, correction_E)
 
-    def pack_experts(self, mlps: Sequence[tuple[TorchLinear, TorchLinear]]) -> _Experts | None:
-        kinds = {(type(half), half.weight_NK.dtype, half.scale_N is None) for mlp in mlps for half in mlp}
-        if len(kinds) != 1 or any(half.bias_N is not None for mlp in mlps for half in mlp):
+    def pack_experts(
+        self, mlps: Sequence[tuple[TorchLinear | QuantizedLinear, TorchLinear | QuantizedLinear]]
+    ) -> _Experts | None:
+        plain = [half for mlp in mlps for half in mlp if isinstance(half, TorchLinear) and half.bias_N is None]
+        kinds = {(half.weight_NK.dtype, half.scale_N is None) for half in plain}
+        if len(kinds) != 1 or len(plain) != 2 * len(mlps):
             return None  # of several forms, or of one with no kernel: each by itself
         weights, scales = [], []
-        for place in (0, 1):
-            halves = [mlp[place] for mlp in mlps]
+        for halves in (plain[0::2], plain[1::2]):
             weights.append(torch.stack([half.weight_NK for half in halves]))
             found = [half.scale_N.float() for half in halves if half.scale_N is not None]
             scales.append(torch.stack(found) if found else None)

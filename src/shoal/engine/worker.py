@@ -16,10 +16,11 @@ import msgspec
 import torch
 
 from shoal.checkpoint.resolve import load_spec, resolve
-from shoal.core.config import EngineConfig
+from shoal.core.config import EngineConfig, WeightPrecision
 from shoal.core.expert_load import HeldRows, placements
 from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
+from shoal.core.quantization import QuantScheme, at_load, require_storable
 from shoal.core.sharding import Shard, shard_of
 from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
@@ -124,18 +125,21 @@ class Worker:
         shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
         device = _device(config.device, seat.local_rank)
         _make_current(device)
-        activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
+        quantized = require_storable(config.dtype, config.quantize, spec.quantization) is not None
+        wide = device.type == "cpu" or (config.dtype == "float32" and not quantized)
+        activations = torch.float32 if wide else torch.bfloat16
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
             kv_dtype = _KV_DTYPES[config.kv_dtype]
         threads = max(1, _num_cores() // seat.ranks_on_host) if config.threads is None else config.threads
         ops, attention = _arithmetic(config, spec, shard, device, activations, kv_dtype, threads)
         self._ops = ops
+        precision, quantize = _storage(config, spec, ops, device)
         self._decoder = decoder = Decoder(
             spec,
             ops,
             attention,
-            config.dtype,
+            precision,
             device=device,
             dtype=activations,
             kv_dtype=kv_dtype,
@@ -144,6 +148,7 @@ class Worker:
             tensor=self._comms.get("tensor"),
             context=self._comms.get("context"),
             stages=self._comms.get("pipeline"),
+            quantize=quantize,
         )
         laps.end("open", time.monotonic())
         self._figures = _load(decoder, self._path, report)
@@ -219,9 +224,16 @@ class Worker:
             device=str(decoder.device),
             ops=decoder.ops.name,
             attention=decoder.attention.name,
-            dtype=config.dtype,
+            dtype=self._stored_as(decoder),
             start=laps.report([self._rank_load()]),
         )
+
+    def _stored_as(self, decoder: Decoder) -> str:
+        """What most weights are kept in here."""
+        scheme = decoder.quantize or decoder.spec.quantization
+        if scheme is None or isinstance(decoder.ops, NativeOps):
+            return decoder.precision
+        return scheme.weights
 
     def _rank_load(self) -> RankLoad:
         figures = self._figures
@@ -329,7 +341,7 @@ def _arithmetic(
     """Native kernels with the attention that goes with them where they can run this model, Triton's, or torch."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    reason = _native_unavailable(spec, device, config.block_size)
+    reason = _native_unavailable(spec, device, config)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
     triton_reason = triton_unavailable_reason(device)
@@ -368,14 +380,34 @@ def _arithmetic(
     return cast("Ops", TorchOps(device, activations) if native is None else native), attention
 
 
-def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:
+def _storage(
+    config: EngineConfig, spec: ModelSpec, ops: Ops, device: torch.device
+) -> tuple[WeightPrecision, QuantScheme | None]:
+    """The precision of weights that stay floats, and what is made of the other ones of a float checkpoint.
+
+    Native kernels have int8 as a precision, embedding and head included.
+    """
+    wanted = require_storable(config.dtype, config.quantize, spec.quantization)
+    if isinstance(ops, NativeOps):
+        return ("int8" if config.quantize == "int8" else config.dtype), None
+    if config.quantize is None and device.type == "cpu":
+        return config.dtype, None
+    plain: WeightPrecision = "float32" if config.dtype == "float32" and device.type == "cpu" else "bfloat16"
+    if wanted is None:
+        return config.dtype, None
+    return plain, None if spec.quantization is not None else at_load(wanted)
+
+
+def _native_unavailable(spec: ModelSpec, device: torch.device, config: EngineConfig) -> str | None:
     """Why the native kernels cannot run this model here; None if they can."""
     if device.type != "cpu":
         return f"they are for CPUs, and the device is {device}"
+    if config.quantize not in (None, "int8"):
+        return f"they store int8, not {config.quantize}: take quantize int8"
     reason = unavailable_reason()
     if reason is not None or spec.mla is not None:
         return reason
-    return NativeAttention.unsupported_reason(spec.head_dim, block_size)
+    return NativeAttention.unsupported_reason(spec.head_dim, config.block_size)
 
 
 def _num_cores() -> int:
