@@ -69,6 +69,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16."""
+    load_format: Literal["auto", "random"] = "auto"
+    """Where weights come from. auto: the checkpoint's files; random: nowhere, for benchmarks and profiles: of the
+    checkpoint only config.json is read."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_len: int | None = None

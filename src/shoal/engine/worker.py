@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -35,10 +36,11 @@ from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
+from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadFigures
 from shoal.engine.runner import Runner
 from shoal.engine.step_log import StepLog
-from shoal.engine.weights import open_weights
+from shoal.engine.weights import WeightSource, open_weights
 
 if TYPE_CHECKING:
     import xgrammar
@@ -134,7 +136,7 @@ class Worker:
             stages=self._comms.get("pipeline"),
         )
         laps.end("open", time.monotonic())
-        self._figures = _load(decoder, self._path, report)
+        self._figures = _load(decoder, self._path, config.load_format == "random", report)
         laps.end_two("read", self._figures.waited_seconds, "convert", time.monotonic())
         on_cpu = device.type == "cpu"
         num_blocks = plan_blocks(
@@ -233,6 +235,19 @@ class Worker:
         decoder = self._decoder
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
 
+    @property
+    def device(self) -> torch.device | None:
+        """None until it is loaded."""
+        return None if self._decoder is None else self._decoder.device
+
+    def in_ranges(self) -> AbstractContextManager[None]:
+        """While this lasts, what a profiler records of steps says which part of the step it is."""
+        if self._decoder is None or self._runner is None:
+            raise RuntimeError("a worker that does not run has nothing to profile")
+        from shoal.engine.profile_ranges import ranges
+
+        return ranges(self._decoder, self._runner)
+
     def expert_rows(self) -> list[HeldRows]:
         """Rows of this rank's experts since warm-up. Of the `tp` ranks with slices of them the first counts."""
         place = self._config.layout.place(self._seat.rank)
@@ -320,7 +335,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
+def _load(decoder: Decoder, path: Path, is_random: bool, report: Progress) -> ReadFigures:
     reported = -1.0
 
     def progress(done: int, total: int) -> None:
@@ -329,7 +344,9 @@ def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
             reported = done / total
             report(StartProgress("loading the weights", reported, done, total))
 
-    source = open_weights(path)
+    source: WeightSource = (
+        RandomWeights(path, decoder.spec, decoder.device, decoder.dtype) if is_random else open_weights(path)
+    )
     try:
         return decoder.load(source, progress)
     finally:
