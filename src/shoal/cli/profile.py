@@ -43,7 +43,7 @@ def profile(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> int:
-    """Trace steps of the real engine: what each part took, what it had to move and compute, how near that is to the limit.
+    """Trace steps of the real engine: what each part took, moved and computed, and how near it is to its limit.
 
     The engine is of this process alone: no gateway and no server. Limits are of the device as the catalogue has it, or
     with --measure as it is; a part at 100% of its limit moves its bytes at the full bandwidth of the memory, or

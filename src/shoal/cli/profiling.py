@@ -1,4 +1,4 @@
-"""`shoal profile`: runs steps of one shape under a profiler, and shows each part beside what it must do at the least."""
+"""`shoal profile`: runs steps of one shape under a profiler, and shows each part beside the least that it must do."""
 
 from __future__ import annotations
 

@@ -236,8 +236,12 @@ class Worker:
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
 
     @property
+    def decoder(self) -> Decoder | None:
+        """For who looks at its parts, and not at its steps. None until it is loaded, and once it is closed."""
+        return self._decoder
+
+    @property
     def device(self) -> torch.device | None:
-        """None until it is loaded."""
         return None if self._decoder is None else self._decoder.device
 
     def in_ranges(self) -> AbstractContextManager[None]:
