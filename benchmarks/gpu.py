@@ -29,6 +29,11 @@ for place in (ROOT / "src", ROOT / "benchmarks"):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
+try:
+    import msgspec  # noqa: F401  (the one package of shoal's that a machine with torch may lack)
+except ImportError:
+    sys.exit("benchmarks/gpu.py needs msgspec beside torch: pip install msgspec")
+
 from gpu_report import Row, as_json, describe, markdown  # noqa: E402  (the lines above say where it is)
 
 SECONDS = {"quick": 400.0, "full": 470.0}
@@ -68,7 +73,7 @@ def _measure(asked: argparse.Namespace) -> int:
         status = _tests(TEST_SECONDS)
         budget = CHECK_SECONDS - (time.monotonic() - began)
     rows, notes = _sections(asked, names, device, time.monotonic() + budget)
-    rows += comparisons(rows)
+    rows += comparisons(rows, has_targets=not asked.tiny)
     command = shlex.join(["python", *sys.argv])
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     notes.append(f"{time.monotonic() - began:.0f} s in all.")
@@ -94,7 +99,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="most that it may take")
     parser.add_argument("--depth", type=int, default=2, help="steps planned ahead; 1 is synchronous")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--in-process", action="store_true", help="sections in this process, as with --tiny on a CPU")
+    parser.add_argument("--isolated", action="store_true", help="sections in processes of their own on a CPU too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.device == "cpu" and not asked.tiny and asked.child is None:
@@ -129,7 +134,7 @@ def _sections(asked: argparse.Namespace, names: list[str], device: str, deadline
     """The card's own figures, then section after section while time suffices."""
     from gpu_sections import ESTIMATES
 
-    alone = asked.in_process or (asked.tiny and device == "cpu")
+    alone = device == "cpu" and not asked.isolated
     rows: list[Row] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="shoal-gpu-") as folder:
@@ -224,7 +229,7 @@ def rows_of(job: dict[str, Any]) -> Any:
 # --- across sections --------------------------------------------------------------------------------------------------
 
 
-def comparisons(rows: list[Row]) -> list[Row]:
+def comparisons(rows: list[Row], *, has_targets: bool) -> list[Row]:
     """Ratios of rows of different sections: precisions, and the rival."""
     found: list[Row] = []
     values = {(row.section, row.what): row.value for row in rows if row.value}
@@ -244,6 +249,8 @@ def comparisons(rows: list[Row]) -> list[Row]:
         found.append(
             Row("Comparisons", "mixed load, shoal beside transformers", rates["shoal"] / rival, unit="×", target=5.0)
         )
+    if not has_targets:
+        found = [dataclasses.replace(row, target=None) for row in found]
     return found
 
 
