@@ -8,7 +8,7 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from rich.console import Console
@@ -33,11 +33,15 @@ from shoal.core.model_spec import ModelSpec
 from shoal.engine.device_timing import Question, device_name
 from shoal.engine.device_timing import measure as measure_device
 from shoal.engine.executor import WorkerInfo
-from shoal.engine.profiling import ProfiledExecutor
 from shoal.plan import catalogue
+
+if TYPE_CHECKING:
+    from shoal.engine.profiling import ProfiledExecutor
 
 WARM_UP = 3
 """Steps before those that count: they build what is made on first use."""
+MEASURE_SECONDS = 0.1
+"""Of each of a handful of measurements of the device."""
 WIDE = 140
 """Columns of output that is piped."""
 LONGEST = 12
@@ -83,6 +87,8 @@ def run_profile(wanted: Wanted, trace: Path | None, calibration: Path | None, *,
     config = engine_config(wanted, str(files.path), spec, point)
     # Before the engine starts: its threads would wait for the cores that these kernels are timed on.
     measured = _measured(wanted) if wanted.measure else None
+    from shoal.engine.profiling import ProfiledExecutor  # brings torch, which no refusal above needs
+
     executor = ProfiledExecutor(config)
     try:
         with StartBar(files.name, console) as bar:
@@ -166,7 +172,9 @@ def _measured(wanted: Wanted) -> DeviceSpec:
     name, cores = _torch_device(wanted.device), _num_cores()
     threads = cores if wanted.threads is None else wanted.threads
     try:
-        figures = measure_device(Question(device=name, threads=threads, dtypes=(wanted.dtype,)))
+        figures = measure_device(
+            Question(device=name, threads=threads, dtypes=(wanted.dtype,), seconds=MEASURE_SECONDS)
+        )
     except RuntimeError as error:
         raise CommandError(str(error)) from None
     date = datetime.now(UTC).date().isoformat()
