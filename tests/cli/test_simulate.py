@@ -67,6 +67,14 @@ def test_for_people(fleet: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "    failover: {hedge_seconds: 1}\ntenants: {default: {concurrent_requests: 2}}\n"
+    for text, notes in ((FLEET, 0), (FLEET.rstrip("\n") + "\n" + more, 2)):
+        arguments = ["simulate", written(tmp_path, text), "--on", "8xH100", "--rate", "1/s", "--requests", "3"]
+        assert main([*arguments, "--input", "100", "--output", "4"]) == 0
+        assert capsys.readouterr().err.count("the simulation leaves out") == notes
+
+
 def test_fewer_bits_are_faster_and_leave_more_room(fleet: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [fleet, "--on", "8xH100", *LOAD]
     wide = report(capsys, *arguments)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from shoal.plan.units import UnitError, duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,10 +30,13 @@ _COLOURS = {"healthy": "green", "idle": "green", "found": "yellow", "cannot tell
 def _duration(text: str | None, flag: str) -> float | None:
     if text is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*", text)
-    if match is None or not float(match[1]):
-        raise typer.BadParameter(f"{text!r} is not a duration: write 500ms or 0.5s", param_hint=flag)
-    return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)
+    try:
+        seconds = duration(text)
+    except UnitError as error:
+        raise typer.BadParameter(str(error), param_hint=flag) from None
+    if not seconds:
+        raise typer.BadParameter(f"{text!r} is no time; write 500ms or 0.5s", param_hint=flag)
+    return seconds
 
 
 def diagnose(

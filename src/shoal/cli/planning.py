@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal import __version__
+from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError
 from shoal.cli.terminal import error_console, format_bytes, print_json
-from shoal.core.cost.calibration import Calibration
-from shoal.core.cost.calibration import decode as decode_calibration
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
@@ -93,7 +92,9 @@ def run_plan(request: Request, *, everything: bool, html: Path | None, write: Pa
             budget=request.budget,
             survive=request.survive,
         )
-        made = make_plan(shape, goal, _options(request, precision), _calibration(request.calibration))
+        made = make_plan(
+            shape, goal, _options(request, precision), read_calibration(request.calibration, cluster.device)
+        )
     except (GoalError, TraceError) as error:
         raise CommandError(str(error)) from None
     if write is not None:
@@ -124,7 +125,7 @@ def run_explain(asked: Explained, *, as_json: bool) -> None:
         max_batch_tokens=asked.chunk,
         memory_share=asked.memory_share or 0.9,
     )
-    cost = CostModel(engine, _calibration(asked.calibration))
+    cost = CostModel(engine, read_calibration(asked.calibration, cluster.device))
     found = explain(cost, batch=asked.batch, context=asked.context, prompt=asked.prompt)
     if as_json:
         print_json(found)
@@ -229,15 +230,6 @@ def _options(request: Request, precision: WeightPrecision) -> Options:
         attention_dp=request.attention_dp,
     )
     return given if request.memory_share is None else msgspec.structs.replace(given, memory_share=request.memory_share)
-
-
-def _calibration(file: Path | None) -> Calibration | None:
-    if file is None:
-        return None
-    try:
-        return decode_calibration(file.read_bytes())
-    except ValueError as error:
-        raise CommandError(f"{file}: {error}") from None
 
 
 _AXES = {"tp": "tp", "pp": "pp", "ep": "ep", "cp": "cp", "attention-dp": "attention_dp", "adp": "attention_dp"}

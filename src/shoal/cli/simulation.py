@@ -12,6 +12,7 @@ from typing import TypeVar, get_args
 import msgspec
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
+from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError
 from shoal.cli.simulation_report import Result, Setup, print_result, write_requests
 from shoal.cli.terminal import error_console, format_bytes, passing_bar, print_json
@@ -107,6 +108,8 @@ def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: 
             e2e=_duration("--e2e", options.e2e),
         )
         deployment, model = _model(file, options)
+        for setting in _left_out(deployment, model):
+            error_console().print(f"note: the simulation leaves out {setting}", style="yellow", highlight=False)
         engine = _engine(model, options)
         load = _load(options)
         simulation = _simulation(deployment, model, engine, load, options)
@@ -149,6 +152,18 @@ def _model(file: Path, options: Options) -> tuple[Deployment, ModelDeployment]:
     return deployment, model
 
 
+def _left_out(deployment: Deployment, model: ModelDeployment) -> list[str]:
+    """What the file asks for and would change the outcome, and the simulation does not do."""
+    asked = {
+        "tenants and their limits": deployment.tenants,
+        f"fallback of {model.name!r}": model.fallback,
+        "failover.hedge_seconds": model.failover.hedge_seconds,
+        f"the {len(deployment.models) - 1} other models of the file": len(deployment.models) > 1,
+        f"the {len(model.endpoints)} endpoints that run elsewhere": model.endpoints and model.num_engines,
+    }
+    return [what for what, is_there in asked.items() if is_there]
+
+
 def _engine(model: ModelDeployment, options: Options) -> Engine:
     cluster = catalogue.cluster(options.on)
     shape = EngineShape(
@@ -167,7 +182,7 @@ def _engine(model: ModelDeployment, options: Options) -> Engine:
             f"a replica in {shape.layout} needs {shape.num_devices} devices, and --on {options.on} has "
             f"{cluster.num_devices}"
         )
-    calibration = None if options.calibration is None else _read_calibration(options.calibration)
+    calibration = read_calibration(options.calibration, cluster.device)
     try:
         cost = CostModel(shape, calibration)
     except ValueError as error:
@@ -219,15 +234,6 @@ def _one_of(flag: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise CommandError(f"{flag}: {value!r} is none of {', '.join(known)}")
     return value
-
-
-def _read_calibration(file: Path) -> Calibration:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Calibration)
-    except OSError as error:
-        raise CommandError(f"{file}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise CommandError(f"{file}: is not a calibration: {error}") from None
 
 
 def _slower(link: LinkSpec, factor: float) -> LinkSpec:

@@ -12,10 +12,10 @@ from shoal.plan.setups import Interval, Prediction
 from shoal.plan.steady_state import Distribution, interval, open_loop
 from shoal.plan.workload import Workload
 
-REQUESTS = 300
+REQUESTS = 1600
 """Of one run of the event loop."""
-FEWEST = 60
-STEPS = 20_000
+FEWEST = 400
+STEPS = 100_000
 """Steps with prompts in them that a run may have; prompts of many pieces get fewer requests."""
 
 
