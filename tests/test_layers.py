@@ -33,6 +33,7 @@ RINGS: dict[str, tuple[str, ...]] = {
         "engine.executor",
         "engine.memory",
         "engine.launch",
+        "engine.profiling",
         "serve",
         "bench",
         "plan",

@@ -16,6 +16,7 @@ from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
 from shoal.cli.plan_commands import explain, plan
+from shoal.cli.profile import profile
 from shoal.cli.simulate import simulate
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
@@ -32,6 +33,7 @@ app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(simulate)
 app.command()(calibrate)
+app.command()(profile)
 app.command()(export)
 app.command()(diagnose)
 app.command()(topology)

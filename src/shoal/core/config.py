@@ -74,6 +74,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
     """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
     are for GPUs, by Triton attention."""
+    load_format: Literal["auto", "random"] = "auto"
+    """Where weights come from. auto: the checkpoint's files; random: nowhere, for benchmarks and profiles: of the
+    checkpoint only config.json is read."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_len: int | None = None

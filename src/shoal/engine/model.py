@@ -29,6 +29,7 @@ from shoal.engine.context_parallel import TokenShares
 from shoal.engine.latent_attention import LatentAttention, LatentCache
 from shoal.engine.moe import MLP, Experts, MoEBlock, Summed, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
+from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadAhead, ReadFigures
 from shoal.engine.rope import cos_sin_table
 from shoal.engine.token_split import token_split
@@ -129,8 +130,13 @@ class Decoder:
         anything is read.
         """
         check_shapes(source, self.spec)
-        plan = WeightPlan(source)
         tables = self._angles()
+        if isinstance(source, RandomWeights):  # made where they are wanted: there is nothing to read ahead
+            made = self._reader(source, self.ops, self.device, source.fetch)
+            self._build(made, tables)
+            self.num_weight_bytes = made.num_bytes
+            return ReadFigures(0, 0.0, 0.0)
+        plan = WeightPlan(source)
         self._build(self._reader(source, cast("Ops", plan.ops), torch.device("meta"), plan.fetch), tables)
         extents = [[source.extent(part) for part in parts] for parts in plan.groups]
         with ReadAhead(extents, progress=progress) as ahead:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -39,10 +40,11 @@ from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
+from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadFigures
 from shoal.engine.runner import Model, Runner
 from shoal.engine.step_log import StepLog
-from shoal.engine.weights import open_weights
+from shoal.engine.weights import WeightSource, open_weights
 
 if TYPE_CHECKING:
     import xgrammar
@@ -117,6 +119,11 @@ class Worker:
         report(StartProgress("reading the checkpoint", 0.0))
         self._path = resolve(config.model, download=False).path
         spec = load_spec(self._path)
+        if config.load_format == "random" and spec.quantization is not None:
+            raise ValueError(
+                f"load_format is random, and {self._path} asks for quantised weights: take quantization_config out of "
+                "config.json and set quantize (fp8, int8 or int4), which quantises what was made"
+            )
         max_len = config.max_len or spec.max_len
         if max_len > spec.max_len:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
@@ -151,7 +158,7 @@ class Worker:
             quantize=quantize,
         )
         laps.end("open", time.monotonic())
-        self._figures = _load(decoder, self._path, report)
+        self._figures = _load(decoder, self._path, config.load_format == "random", report)
         laps.end_two("read", self._figures.waited_seconds, "convert", time.monotonic())
         on_cpu = device.type == "cpu"
         num_blocks = plan_blocks(
@@ -274,6 +281,23 @@ class Worker:
         """Whether this rank's results are the engine's: it draws the tokens."""
         decoder = self._decoder
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """For who looks at its parts, and not at its steps. None until it is loaded, and once it is closed."""
+        return self._decoder
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self._decoder is None else self._decoder.device
+
+    def in_ranges(self) -> AbstractContextManager[None]:
+        """While this lasts, what a profiler records of steps says which part of the step it is."""
+        if self._decoder is None or self._runner is None:
+            raise RuntimeError("a worker that does not run has nothing to profile")
+        from shoal.engine.profile_ranges import ranges
+
+        return ranges(self._decoder, self._runner)
 
     def expert_rows(self) -> list[HeldRows]:
         """Rows of this rank's experts since warm-up. Of the `tp` ranks with slices of them the first counts."""
@@ -415,7 +439,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
+def _load(decoder: Decoder, path: Path, is_random: bool, report: Progress) -> ReadFigures:
     reported = -1.0
 
     def progress(done: int, total: int) -> None:
@@ -424,7 +448,9 @@ def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
             reported = done / total
             report(StartProgress("loading the weights", reported, done, total))
 
-    source = open_weights(path)
+    source: WeightSource = (
+        RandomWeights(path, decoder.spec, decoder.device, decoder.dtype) if is_random else open_weights(path)
+    )
     try:
         return decoder.load(source, progress)
     finally:

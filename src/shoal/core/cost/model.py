@@ -202,13 +202,14 @@ class CostModel:
         moved = operations = 0.0
         groups = self._c.groups
         for kind in self._c.attention:
-            context = float(shape.decode_context + shape.prefill_context)
+            decode, prefill = float(shape.decode_context), float(shape.prefill_context)
             pairs = shape.prefill_pairs
             if kind.window:
-                context = min(context, float((shape.rows) * kind.window) + shape.prefill_tokens)
+                decode = min(decode, float(shape.decode_rows * kind.window))
+                prefill = min(prefill, float(shape.prefill_rows * kind.window) + shape.prefill_tokens)
                 pairs = min(pairs, float(shape.prefill_tokens) * kind.window)
-            moved += kind.count * (context * kind.bytes + shape.rows * kind.row_bytes) / groups
-            operations += kind.count * (pairs * kind.pair_operations + context * kind.context_operations) / groups
+            moved += kind.count * ((decode + prefill) * kind.bytes + shape.rows * kind.row_bytes) / groups
+            operations += kind.count * (pairs * kind.pair_operations + decode * kind.context_operations) / groups
         return moved, operations
 
     def _bound(self, name: str, shape: StepShape) -> Bound:
