@@ -62,8 +62,10 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, where time passes only when all of the program waits for it. time.monotonic() is that time too, for
-    whoever calls it by this name. Not for programs that talk with other processes: those have the real clock."""
+    """`asyncio.run`, where time passes only when all of the program waits for it, time.monotonic() by that name too.
+
+    Not for programs that talk with other processes: those have the real clock.
+    """
     with asyncio.Runner(loop_factory=_Loop) as runner:
         loop = runner.get_loop()
         with mock.patch.object(time, "monotonic", loop.time):

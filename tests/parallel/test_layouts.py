@@ -11,7 +11,7 @@ import pytest
 
 from shoal.checkpoint.builtin import pull
 from shoal.checkpoint.resolve import resolve
-from shoal.core.config import EngineConfig, LaunchConfig
+from shoal.core.config import EngineConfig
 from shoal.core.layout import Layout, LayoutError
 from shoal.core.types import Output, Request
 from shoal.engine.executor import open_executor
@@ -22,7 +22,7 @@ from shoal.serve.metrics import own_engines
 from shoal.serve.pool import Pool
 from shoal.serve.session import open_session, single
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.parallel.engines import Counts, Tokens, requests, run_layout
+from tests.parallel.engines import LAUNCH, Counts, Tokens, requests, run_layout
 
 LAYOUTS = [
     Layout(tp=2),
@@ -35,6 +35,7 @@ LAYOUTS = [
     Layout(tp=2, cp=2),
     Layout(cp=2, pp=2),
 ]
+GLOO = msgspec.structs.replace(LAUNCH, comm="gloo")
 SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
 TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
 
@@ -60,8 +61,8 @@ def test_smollm2_nine_heads_and_three_kv_heads(smollm2: Path, expected: Tokens, 
         (Layout(tp=2), {"depth": 2}),
         (Layout(pp=2), {"depth": 4}),
         (Layout(tp=2, pp=2), {"max_batch_tokens": 64, "ops": "torch"}),
-        (Layout(tp=2), {"launch": LaunchConfig(comm="gloo")}),
-        (Layout(pp=2), {"launch": LaunchConfig(comm="gloo")}),
+        (Layout(tp=2), {"launch": GLOO}),
+        (Layout(pp=2), {"launch": GLOO}),
     ],
     ids=str,
 )
@@ -130,7 +131,9 @@ def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path
 
 
 def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2: Path, expected: Tokens) -> None:
-    config = EngineConfig(model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512)
+    config = EngineConfig(
+        model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512, launch=LAUNCH
+    )
     files = resolve(str(smollm2))
 
     class Collected:

@@ -23,7 +23,7 @@ from tests.serve.openai_fleet import (
     undisturbed,
 )
 from tests.serve.openai_server import Fault, OpenAIServer
-from tests.serve.running import RunningServer
+from tests.serve.running import RunningServer, until
 
 # --- going on elsewhere ---------------------------------------------------------------------------------------------
 
@@ -139,9 +139,7 @@ def test_a_real_server_generates(server: RunningServer) -> None:
             )
             assert stopped.tokens[0] == first.tokens[0][: first.tokens[0].index(stop) + 1]
             assert stopped.finished[0].stop_token == stop
-            async with asyncio.timeout(5):
-                while not any(report.num_running is not None for report in fleet.reports):
-                    await asyncio.sleep(0.05)
+            await until(lambda: any(report.num_running is not None for report in fleet.reports), "a report")
             refused = await result(endpoint, request(id="long", prompt=[1] * 9000))
             assert isinstance(refused.reason, Rejected) and refused.reason.field == "prompt"
 

@@ -21,9 +21,13 @@ Body = Callable[..., Any]
 """Takes the rank's Comm, and what it was started with."""
 SECONDS = 60
 """After which a test fails because ranks say nothing."""
+PATIENT = 1000.0
+"""Timeout of a group in which nobody is to give up, however long the machine stands still."""
+IMPATIENT = 5.0
+"""Timeout of a group that is to give up: what ranks are stopped for by chance is shorter."""
 
 
-def shared_memory(path: Path, size: int, *, timeout: float = 20.0, buffer_bytes: int = 1 << 16) -> Open:
+def shared_memory(path: Path, size: int, *, timeout: float = PATIENT, buffer_bytes: int = 1 << 16) -> Open:
     """A new group; its file is at `path`."""
     SharedMemoryComm.create(str(path), size, buffer_bytes)
     return functools.partial(open_shared_memory, str(path), size, timeout)
@@ -33,7 +37,7 @@ def open_shared_memory(path: str, size: int, timeout: float, rank: int) -> Comm:
     return SharedMemoryComm(path, rank, size, timeout=timeout)
 
 
-def gloo(path: Path, size: int, *, timeout: float = 20.0, name: str = "test") -> Open:
+def gloo(path: Path, size: int, *, timeout: float = PATIENT, name: str = "test") -> Open:
     """A new group, whose ranks find each other through a file at `path`."""
     return functools.partial(open_gloo, str(path), size, timeout, name)
 

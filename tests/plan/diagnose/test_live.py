@@ -28,6 +28,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
+def held(server: RunningServer, places: int, more: int) -> Iterator[None]:
+    """Streams that take all places of the batch, and more that wait for one, until the block ends."""
+    body = {"prompt": [3, 4, 5], "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
+    with contextlib.ExitStack() as streams:
+        for _ in range(places + more):
+            connection = streams.enter_context(socket.create_connection(server.address))
+            connection.sendall(wire_bytes(server.client, "/v1/completions", body))
+        server.wait_for_metric("shoal:num_requests_running", places)
+        wait_until(lambda: server.metric("shoal:fleet_requests_waiting") > 0, "the gateway to hold some back")
+        yield
+    server.wait_for_metric("shoal:num_requests_running", 0)
+
+
+@contextlib.contextmanager
 def load(server: RunningServer, clients: int, tokens: int) -> Iterator[None]:
     """So many clients that ask again as soon as they are answered, until the block ends."""
     stop = threading.Event()
@@ -45,7 +59,7 @@ def load(server: RunningServer, clients: int, tokens: int) -> Iterator[None]:
     ended = 'shoal:request_success_total{finished_reason="length"}'
     before = server.metric(ended)
     try:
-        wait_until(lambda: server.metric(ended) >= before + 2, 30, "answers")
+        wait_until(lambda: server.metric(ended) >= before + 2, "answers")
         yield
     finally:
         stop.set()
