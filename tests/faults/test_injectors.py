@@ -22,7 +22,7 @@ from shoal.bench.processes import Process, descendants, find, open_files, reside
 from tests.serve.running import until, wait_until
 
 SLEEP = "import time; print(flush=True); time.sleep(600)"
-CHILD = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+CHILD = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=-3)"
 PARENT = f"import subprocess, sys, time; {CHILD}; print(flush=True); time.sleep(600)"
 
 
@@ -42,7 +42,9 @@ def processes(program: str = SLEEP, count: int = 2) -> Iterator[list[Process]]:
                 with contextlib.suppress(ProcessLookupError):
                     subprocess.run(["kill", "-9", str(child.pid)], check=False)
             one.kill()
-            one.communicate()
+            one.wait()
+            assert one.stdout is not None
+            one.stdout.close()
 
 
 async def prove(fault: Fault, is_seen: Callable[[Any], object] = lambda fault: True) -> str:
@@ -246,7 +248,7 @@ def test_a_partition_holds_new_connections_too(proxies: tuple[ProxyThread, Proxy
 
 
 def test_slow_connections_need_someone_to_connect_to(server: int) -> None:
-    assert "16 connections" in asyncio.run(prove(SlowLoris(f"http://127.0.0.1:{server}")))
+    assert "16 connections" in asyncio.run(prove(SlowLoris(f"http://127.0.0.1:{server}"), lambda fault: fault._sent >= 16))
     with pytest.raises(NotInjected):
         asyncio.run(prove(SlowLoris("http://127.0.0.1:9")))
 

@@ -100,7 +100,7 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(server: RunningServer,
 
 
 def test_bad_input_costs_less_than_a_step(server: RunningServer) -> None:
-    """Relative to a good request of hundreds of steps: the shortest of five bad ones is less, however busy the machine."""
+    """Relative to a good request of hundreds of steps: the shortest of five bad ones is less on any machine."""
 
     def seconds(content: bytes, status: int) -> float:
         times = []

@@ -73,10 +73,12 @@ def _serve(open_comm: Open, rank: int, connection: Connection) -> None:
 
 
 class Ranks:
-    """One process a rank; `only` some of them are started."""
+    """One process a rank; `only` some of them are started. They are forked from one that has imported torch: that takes
+    longer than most tests."""
 
     def __init__(self, open_comm: Open, size: int, only: Iterable[int] | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tests.engine.comm.operations", __name__])
         self.size = size
         self._connections: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}

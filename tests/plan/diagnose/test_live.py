@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from shoal.cli import main
 from shoal.plan.diagnose.dialects import QUANTITIES, SHOAL
 from shoal.plan.diagnose.prometheus_text import parse
 from tests.checkpoints import make_checkpoint
-from tests.serve.running import RunningServer, running, wait_until
+from tests.serve.running import RunningServer, running, wait_until, wire_bytes
 
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 16
 """Layers, keys and values, heads, their size, bytes of a float32, tokens a block: of the tiny checkpoint."""
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def held(server: RunningServer, places: int, more: int) -> Iterator[None]:
     """Streams that take all places of the batch, and more that wait for one, until the block ends."""
-    body = {"prompt": [3, 4, 5], "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
+    body = {"prompt": [3, 4, 5], "max_tokens": 20_000, "ignore_eos": True, "stream": True}
     with contextlib.ExitStack() as streams:
         for _ in range(places + more):
             connection = streams.enter_context(socket.create_connection(server.address))
