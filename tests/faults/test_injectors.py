@@ -248,7 +248,9 @@ def test_a_partition_holds_new_connections_too(proxies: tuple[ProxyThread, Proxy
 
 
 def test_slow_connections_need_someone_to_connect_to(server: int) -> None:
-    assert "16 connections" in asyncio.run(prove(SlowLoris(f"http://127.0.0.1:{server}"), lambda fault: fault._sent >= 16))
+    assert "16 connections" in asyncio.run(
+        prove(SlowLoris(f"http://127.0.0.1:{server}"), lambda fault: fault._sent >= 16)
+    )
     with pytest.raises(NotInjected):
         asyncio.run(prove(SlowLoris("http://127.0.0.1:9")))
 

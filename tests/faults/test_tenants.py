@@ -303,13 +303,14 @@ def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> No
         refused = [tenanted.ask("a", prompt_of(850 + number)) for number in range(5)]
         assert {refused_for(answer) for answer in refused} == {"tenant_share"}
         with ThreadPoolExecutor(1) as thread:
-            for waiting in range(half, half - 3, -1):
+            for waiting in range(half, half - 6, -2):
                 wait_until(lambda: tenanted.waiting() == waiting, "the free place to be taken")  # noqa: B023
                 taken = thread.submit(tenanted.ask, "b", prompt_of(900 + waiting), max_tokens=2)
                 wait_until(lambda: tenanted.waiting() == waiting + 1, "the other tenant's to wait too")  # noqa: B023
-                held.pop(0).close()  # one of those that run
+                for _ in range(2):  # of those that run: the engine has one more than it has places for
+                    held.pop(0).close()
                 assert taken.result().status_code == 200, taken.result().text
-                assert tenanted.waiting() >= waiting - 1, "those who waited before it still wait"
+                assert tenanted.waiting() >= waiting - 2, "those who waited before it still wait"
     gone = [tenanted.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
     assert set(gone) == {404}, "a flood of refused requests fills no journal"
     wait_until(lambda: sum(tenanted.load()) == 0, "the flood to be over")
