@@ -84,6 +84,25 @@ PRECISIONS: dict[str, WeightPrecision] = {
     "": "bfloat16",
 }
 HOST_DEVICES = 8
+QUEUED = {
+    ("128", "128"): 30000,
+    ("128", "2048"): 3000,
+    ("128", "4096"): 1500,
+    ("500", "2000"): 3000,
+    ("1000", "1000"): 3000,
+    ("1000", "2000"): 1500,
+    ("1024", "1024"): 3000,
+    ("1024", "8192"): 1500,
+    ("1024", "32768"): 1000,
+    ("2048", "128"): 3000,
+    ("2048", "2048"): 1500,
+    ("5000", "500"): 1500,
+    ("8192", "1024"): 1500,
+    ("20000", "2000"): 1000,
+    ("32768", "1024"): 1000,
+}
+"""Requests that TensorRT-LLM's performance pages queue, by input and output: of so few the batch often is all, and the
+rate that they print is from the first request to the last answer."""
 
 
 def read(row: Row) -> Question:
@@ -149,7 +168,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         batch = int(row["concurrency"] or 1)
         return static_batch(cost, work.inputs.high, work.outputs.high, batch), False
     if load.startswith("offline"):
-        return offline(cost, work), False
+        queued = QUEUED.get((row["isl"], row["osl"])) if row["source"].startswith("TensorRT-LLM perf-overview") else None
+        return closed_loop(cost, work, queued, requests=queued) if queued else offline(cost, work), False
     if load.startswith("open-loop"):
         few = row["stat"].endswith("of 300 requests")
         return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else None), True
@@ -243,9 +263,11 @@ def number(text: str) -> int:
 
 def layout_of(row: Row, shape: ModelShape, device: str) -> tuple[Layout, int]:
     """Layout and attention_dp."""
-    if not row["tp"]:
-        return fewest(row, shape, device), 1
     tp, pp, ep, groups = (number(row[name]) for name in ("tp", "pp", "ep", "attn_dp"))
+    if shape.is_mixture and "MoE rows used attention DP" in row["note"]:
+        return Layout(pp=pp), tp
+    if not row["tp"]:
+        return (Layout(pp=pp), groups) if groups > 1 else (fewest(row, shape, device), 1)
     if row["source"].startswith("AIC") and groups > 1:
         # One device a group: recorded as tp = groups = the devices (vLLM), or as ep, and the groups times ep.
         return Layout(), tp if tp > 1 else ep
@@ -323,6 +345,8 @@ def model_of(
 
 def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     stated = row["kv"].split(" ")[0].lower()
+    if "gpt-oss" in row["model"].lower() and "uniform" not in row["len_note"] and device.startswith(("H100", "H200")):
+        return "bfloat16"
     if stated in ("fp8", "fp16", "bf16"):
         return "float8" if stated == "fp8" else "bfloat16"
     if stated == "auto" or row["weights"] in ("", "bf16", "fp16"):
