@@ -162,7 +162,7 @@ def _attention(attention: AttentionShape) -> str:
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-_COUNTS = ("parameters", "vectors", "norms", "other_parameters", "state_elements", "beside")
+_COUNTS = ("parameters", "whole", "vectors", "norms", "other_parameters", "state_elements", "beside")
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,14 @@ from collections.abc import Callable
 import msgspec
 
 from shoal.core.cost import collectives
-from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
+from shoal.core.cost.memory import (
+    attention_parameters,
+    attention_precision,
+    expert_ranks,
+    local_cache_elements,
+    local_heads,
+    stage_share,
+)
 from shoal.core.cost.operators import (
     ATTENTION_KERNELS,
     BYTES,
@@ -105,8 +112,6 @@ class Coefficients(msgspec.Struct, kw_only=True):
     token_seconds: float
 
 
-INDEX_HEADS = 64
-"""Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
 SCAN = 40.0
 """Operations a token and element of the state of linear attention, at the rate of attention: four products of chunks,
@@ -168,13 +173,16 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients
 
 def _products(engine: EngineShape) -> dict[WeightPrecision, float]:
     """Parameters of a stage's matrices on one device, without experts, by precision."""
-    model, share = engine.model, stage_share(engine) / engine.layout.tensor_ranks
+    model, share, ranks = engine.model, stage_share(engine), engine.layout.tensor_ranks
     found: dict[WeightPrecision, float] = {}
     for layer in model.layers:
         features = layer.mlp.shared_size if layer.mlp.num_experts else layer.mlp.intermediate_size
-        inner = (3 if layer.mlp.gated else 2) * model.hidden_size * features
+        inner = (3 if layer.mlp.gated else 2) * model.hidden_size * features / ranks
         for precision, count in (
-            (attention_precision(model, engine.weights), layer.attention.parameters),
+            (
+                attention_precision(model, engine.weights),
+                attention_parameters(model.hidden_size, layer.attention, ranks),
+            ),
             (engine.weights, inner),
         ):
             if count:
@@ -225,7 +233,7 @@ def _attention(
     a = layer.attention
     ranks = engine.layout.tensor_ranks
     per = CACHE_BYTES[engine.cache]
-    heads = max(1.0, a.num_heads / ranks)
+    heads = local_heads(a, ranks)[0]
     value = a.value_dim or a.head_dim
     bandwidth, rate = reached.attention_bandwidth(engine.cache), reached.attention_rate()
     if engine.cache in ("float8", "int8"):
@@ -235,6 +243,8 @@ def _attention(
     pair = 2 * heads * (a.head_dim + value)
     # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
     context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair
+    if a.kind == "sparse":
+        pair = context  # every query has tokens of its own, which are not expanded for it
     state = token = 0.0
     if a.kind == "linear":
         moved = pair = context = 0.0
@@ -251,7 +261,7 @@ def _attention(
         decode_compute=context / rate / split,
         prefill_compute=pair / rate / split,
         index_stream=index / bandwidth / split,
-        index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
+        index_compute=2 * a.index_dim * a.index_heads / rate / split,
         row_stream=state / reached.copy(),
         token_compute=token / rate,
         launch=ATTENTION_KERNELS[a.kind] * kernel,
