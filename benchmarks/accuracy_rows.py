@@ -3,10 +3,13 @@
 What a row leaves unsaid is filled in by rules, each with its source, the same for all rows:
 
 - InferenceX (its scripts, github.com/SemiAnalysisAI/InferenceX): lengths uniform in [0.8 L, L]; 10 requests a client,
-  all clients at once; the engine takes 0.9 of memory (SGLang 0.82 to 0.85), batches as large as the concurrency; FP8 KV
+  all clients at once; the engine takes 0.9 of memory (SGLang 0.82 to 0.85, TensorRT-LLM 0.9 of what its weights leave,
+  which is what its flag means), batches as large as the concurrency; FP8 KV
   in TensorRT-LLM, in vLLM but for MLA, and in SGLang on Blackwell, else 16 bits; chunks of 8,192 tokens, in SGLang on
   Blackwell 16,384 or more; TensorRT-LLM as many as a sequence may be long. Where aggregated rows claim more devices
   than a host has, their tp was multiplied by ep on the way into the sample: they ran on one host.
+- TensorRT-LLM's performance pages (docs/source, of the commits that rows name): the requests of QUEUED are queued at
+  once; mixtures run with attention_dp over all devices; gpt-oss on Hopper keeps its cache in 16 bits.
 - MLPerf: lengths of the datasets by the means that submitters' reports and the reference implementation state.
 - A layout that is not stated is the fewest devices that hold the weights and as much again of cache as a quarter.
 """
@@ -19,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.core.cost.calibration import Calibration
+from shoal.core.cost.memory import weight_bytes
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
@@ -168,7 +172,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         batch = int(row["concurrency"] or 1)
         return static_batch(cost, work.inputs.high, work.outputs.high, batch), False
     if load.startswith("offline"):
-        queued = QUEUED.get((row["isl"], row["osl"])) if row["source"].startswith("TensorRT-LLM perf-overview") else None
+        is_page = row["source"].startswith("TensorRT-LLM perf-overview")
+        queued = QUEUED.get((row["isl"], row["osl"])) if is_page else None
         return closed_loop(cost, work, queued, requests=queued) if queued else offline(cost, work), False
     if load.startswith("open-loop"):
         few = row["stat"].endswith("of 300 requests")
@@ -326,26 +331,27 @@ def model_of(
         sequences = max(1, sequences - 1)
     if limits:
         sequences, chunk = int(limits.group(1)), int(limits.group(2))
-    return CostModel(
-        EngineShape(
-            model=shape,
-            cluster=cluster,
-            layout=layout,
-            attention_dp=groups,
-            weights=weights,
-            cache=cache_of(row, shape, device),
-            profile=engine,
-            max_batch_tokens=chunk,
-            max_sequences=sequences,
-            memory_share=0.85 if engine == "sglang" else 0.9,
-        ),
-        calibration,
+    shaped = EngineShape(
+        model=shape,
+        cluster=cluster,
+        layout=layout,
+        attention_dp=groups,
+        weights=weights,
+        cache=cache_of(row, shape, device),
+        profile=engine,
+        max_batch_tokens=chunk,
+        max_sequences=sequences,
+        memory_share=0.85 if engine == "sglang" else 0.9,
     )
+    if engine == "tensorrt-llm":
+        free = max(0.0, 1 - weight_bytes(shaped) / cluster.device.memory_bytes)
+        shaped = msgspec.structs.replace(shaped, memory_share=1 - 0.1 * free)
+    return CostModel(shaped, calibration)
 
 
 def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     stated = row["kv"].split(" ")[0].lower()
-    if "gpt-oss" in row["model"].lower() and "uniform" not in row["len_note"] and device.startswith(("H100", "H200")):
+    if "gpt-oss" in row["model"] and row["source"].startswith("TensorRT-LLM") and device.startswith(("H100", "H200")):
         return "bfloat16"
     if stated in ("fp8", "fp16", "bf16"):
         return "float8" if stated == "fp8" else "bfloat16"

@@ -32,6 +32,7 @@ from shoal.core.cost.operators import (
 )
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
+from shoal.core.hardware import LinkSpec
 from shoal.core.model_shape import LayerShape
 
 
@@ -61,6 +62,8 @@ class AttentionCoefficients(msgspec.Struct, kw_only=True):
     """0: none."""
     bytes: float
     """Of cache, of one token, on one device."""
+    index_bytes: float
+    """The same, of an indexer's keys, which a query reads all of."""
     row_bytes: float
     pair_operations: float
     context_operations: float
@@ -103,9 +106,12 @@ class Coefficients(msgspec.Struct, kw_only=True):
     hidden_bytes: float
     exchange_ranks: int
     exchange_bytes: float
-    """That one device sends for one of its tokens, all layers."""
+    """That one device sends for one of its group's tokens, all layers."""
     collectives: Callable[[float], float]
+    sends: tuple[LinkSpec, ...]
+    """From each stage to the next."""
     send_latency: float
+    """Of all of them."""
     send_per_token: float
     step_seconds: float
     row_seconds: float
@@ -130,12 +136,12 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients
     layers = model.num_layers * share
     head = model.vocab_size * model.hidden_size / ranks
     hidden_bytes = model.hidden_size * BYTES[plain]
-    link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
+    sends = _sends(engine)
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
     chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
     copies = distinct_experts(exchange_ranks, 1, chosen)
-    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 / ranks if exchange_ranks > 1 else 0.0
     return Coefficients(
         groups=engine.attention_dp,
         context_ranks=layout.cp,
@@ -163,11 +169,23 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients
         exchange_ranks=exchange_ranks,
         exchange_bytes=exchange_bytes,
         collectives=_collectives(engine, profile, layers, expert_layers, hidden_bytes, exchange_ranks),
-        send_latency=link.latency if link else 0.0,
-        send_per_token=hidden_bytes / (link.bandwidth * link.reached) if link else 0.0,
+        sends=sends,
+        send_latency=sum(link.latency for link in sends),
+        send_per_token=sum(hidden_bytes / (link.bandwidth * link.reached) for link in sends),
         step_seconds=profile.step_seconds,
         row_seconds=profile.row_seconds,
         token_seconds=profile.token_seconds,
+    )
+
+
+def _sends(engine: EngineShape) -> tuple[LinkSpec, ...]:
+    """Links from each pipeline stage to the next: the network's where one of its ranks sends to another node."""
+    cluster, each = engine.cluster, engine.layout.ranks // engine.layout.pp
+    return tuple(
+        cluster.scale_up
+        if (stage - 1) * each // cluster.devices_per_node == ((stage + 1) * each - 1) // cluster.devices_per_node
+        else cluster.link(engine.layout.ranks)
+        for stage in range(1, engine.layout.pp)
     )
 
 
@@ -254,6 +272,7 @@ def _attention(
         count=layer.count * stage_share(engine),
         window=(a.window or 0) if a.kind in ("windowed", "sparse") else 0,
         bytes=moved,
+        index_bytes=index,
         row_bytes=state,
         pair_operations=pair,
         context_operations=context,
@@ -318,12 +337,17 @@ def context_exchange(engine: EngineShape, tokens: float) -> float:
     link = engine.cluster.link(context, ranks)
     total = 0.0
     for layer in engine.model.layers:
-        attention = layer.attention
-        if attention.kind == "linear":
-            continue
-        queries = attention.num_heads * attention.head_dim / ranks
-        gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
-        parts = 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)
+        gathered, parts = context_bytes(layer, tokens, ranks)
         there = collectives.all_gather(link, context, gathered)
         total += layer.count * (there + collectives.reduce_scatter(link, context, parts * context))
     return total
+
+
+def context_bytes(layer: LayerShape, tokens: float, ranks: int) -> tuple[float, float]:
+    """What is gathered in all, and one rank's parts of what is summed."""
+    attention = layer.attention
+    if attention.kind == "linear":
+        return 0.0, 0.0
+    queries = attention.num_heads * attention.head_dim / ranks
+    gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
+    return gathered, 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)

@@ -23,7 +23,8 @@ def local_cache_elements(attention: AttentionShape, ranks: int) -> float:
         return 0.0
     if attention.latent_dim:
         return attention.latent_dim + attention.index_dim
-    return local_heads(attention, ranks)[1] * (attention.head_dim + (attention.value_dim or attention.head_dim)) + attention.index_dim
+    each = attention.head_dim + (attention.value_dim or attention.head_dim)
+    return local_heads(attention, ranks)[1] * each + attention.index_dim
 
 
 @lru_cache(maxsize=1024)
