@@ -5,7 +5,8 @@
 
 The error is predicted / measured - 1. The constants of `core/cost` were chosen by hand with these rows in view, so the
 first tables are in-sample; the last one leaves a GPU, a model, an engine or one setup of them out of what is fitted by
-program: each engine's middle ratio of measured and predicted, and the interval around it. See accuracy_rows.py for how a row becomes a question.
+program: each engine's middle ratio of measured and predicted, and the interval around it.
+See accuracy_rows.py for how a row becomes a question.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def show(name: str, metric: str, line: dict[str, float]) -> None:
     )
 
 
-HELD_OUT = {
+HELD_OUT: dict[str, Callable[[Question], object]] = {
     "GPU": lambda question: question.device,
     "model": lambda question: question.model,
     "engine": lambda question: question.engine,
