@@ -258,7 +258,7 @@ def _attention(
         bandwidth *= profile.float8_attention
     index = a.index_dim * per
     moved = local_cache_elements(a, ranks) * per - index
-    pair = 2 * heads * (a.head_dim + value)
+    pair: float = 2 * heads * (a.head_dim + value)
     # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
     context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair
     if a.kind == "sparse":
