@@ -97,7 +97,7 @@ def test_what_leads_down_to_a_latent_is_whole_on_every_rank():
 
 
 def test_a_key_value_head_is_on_every_rank_that_reads_it():
-    """Llama-3.1-70B over 16 ranks: each of 8 heads twice. 32 query and 8 heads over 5 ranks: one in the middle has 3."""
+    """Llama-3.1-70B over 16 ranks: each of 8 heads twice. 32 and 8 heads over 5: one in the middle has 3."""
     attention = LLAMA_70B.layers[0].attention
     of_a_head = 8192 * 128
     assert memory.attention_parameters(8192, attention, 16) == of_a_head * (2 * 64 / 16 + 2)
