@@ -81,6 +81,12 @@ PRECISIONS: dict[str, WeightPrecision] = {
     "fp4": "float4",
     "int4": "int4",
     "int8": "int8",
+    "nvfp4": "float4",
+    "mxfp4": "float4",
+    "w8a8": "int8",
+    "w4a16": "int4",
+    "awq": "int4",
+    "gptq": "int4",
     "": "bfloat16",
 }
 HOST_DEVICES = 8
@@ -125,10 +131,17 @@ def engine_name(row: Row) -> str:
 def answer(row: Row, calibration: Calibration | None = None) -> Answer:
     """Raises CannotAnswer with the reason."""
     try:
-        shape = models.model_shape(row["model"])
-        device = catalogue.device(device_name(row["gpu"])).name
+        return _answer_row(row, calibration)
     except (models.ModelError, CatalogueError) as error:
         raise CannotAnswer(str(error)) from error
+    except (ValueError, ZeroDivisionError) as error:
+        # What is missing in a row, or is written as no other row has it, is that row's matter.
+        raise CannotAnswer(f"the row does not say enough: {error}") from error
+
+
+def _answer_row(row: Row, calibration: Calibration | None) -> Answer:
+    shape = models.model_shape(row["model"])
+    device = catalogue.device(device_name(row["gpu"])).name
     if row["mode"] == "disagg":
         return answer_disaggregated(row, shape, device, calibration)
     layout, groups = layout_of(row, shape, device)
@@ -286,7 +299,9 @@ def model_of(
         own = cluster.device
         slow = msgspec.structs.replace(own, rates={name: rate * 0.5**0.5 for name, rate in own.rates.items()})
         cluster = msgspec.structs.replace(cluster, device=slow)
-    weights = PRECISIONS[row["weights"].lower()]
+    weights = PRECISIONS.get(row["weights"].lower())
+    if weights is None:
+        raise CannotAnswer(f"weights {row['weights']!r} are of no precision that is known")
     if "gpt-oss" in row["model"].lower():
         weights = "float4"  # What its only checkpoint is stored in; rows name the operands.
     inputs, outputs = (int(row[name]) if row[name].isdigit() else 0 for name in ("isl", "osl"))
