@@ -7,6 +7,7 @@ why nothing here asks the driver's library (NVML) for the card that it is on.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -88,7 +89,7 @@ def device_of_rank(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def slices_hint(environment: os._Environ[str] | dict[str, str]) -> str:
+def slices_hint(environment: Mapping[str, str]) -> str:
     """What is to be known where MIG slices were named, of which CUDA shows a process only the first."""
     slices = [
         name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip().startswith("MIG-")
@@ -96,8 +97,8 @@ def slices_hint(environment: os._Environ[str] | dict[str, str]) -> str:
     if not slices:
         return ""
     return (
-        f". CUDA_VISIBLE_DEVICES names {len(slices)} MIG slices, and CUDA shows a process one at a time: start an engine "
-        "of one rank for each of them, or take the whole card"
+        f". CUDA_VISIBLE_DEVICES names {len(slices)} MIG slices, and CUDA shows a process one at a time: start an "
+        "engine of one rank for each of them, or take the whole card"
     )
 
 

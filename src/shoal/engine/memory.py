@@ -1,6 +1,7 @@
 """How many KV blocks an engine gets: what was asked for, or what the machine has room for.
 
-What a GPU has room for is measured (`sizing.py`). Sizes are bytes. On a CPU the cache is allocated but not touched: pages that no sequence ever uses cost nothing.
+What a GPU has room for is measured (`sizing.py`). Sizes are bytes. On a CPU the cache is allocated but not touched:
+pages that no sequence ever uses cost nothing.
 """
 
 from __future__ import annotations

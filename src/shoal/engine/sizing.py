@@ -34,9 +34,13 @@ _LONGEST_CONTEXT = 8192
 _ESTIMATE_MARGIN = 1.05
 """Weights are refused before they are read only if they are larger than what is free by more than the estimate errs."""
 _QUANTIZED: dict[Quantization, WeightPrecision] = {"fp8": "float8", "int8": "int8", "int4": "int4"}
-_TENSOR_RANKS = (1, 2, 4, 8, 16, 32)
-
-
+_SMALLER: tuple[tuple[str, WeightPrecision], ...] = (
+    ("dtype bfloat16", "bfloat16"),
+    ("quantize fp8", "float8"),
+    ("quantize int8", "int8"),
+    ("quantize int4", "int4"),
+)
+_TENSOR_RANKS = (2, 4, 8, 16, 32)
 Loaded = TypeVar("Loaded")
 
 
@@ -145,28 +149,21 @@ class WeightNeed:
         )
 
     def _options(self, free: int) -> list[str]:
-        """A precision on as many ranks, more ranks in this precision, or both."""
-        found = [
-            f"quantize {name} ({format_bytes(self._bytes(self._layout, precision))})"
-            for name, precision in self._smaller()
-            if self._fits(self._layout, precision, free)
-        ][:1]
-        more = self._fewest_ranks(self._stored_as, free)
-        if more is not None:
-            found.append(f"tp {more.tp} ({format_bytes(self._bytes(more, self._stored_as))} each)")
-        for name, precision in [] if found else self._smaller():
-            both = self._fewest_ranks(precision, free)
-            if both is not None:
-                found.append(f"quantize {name} on tp {both.tp} ({format_bytes(self._bytes(both, precision))} each)")
-                break
-        return found
+        """A precision on as many ranks, more ranks in this precision; or, where neither fits, both."""
+        own, smaller = self._stored_as, self._smaller()
+        found = [(name, self._layout, kind) for name, kind in smaller if self._fits(self._layout, kind, free)][:1]
+        more = self._fewest_ranks(own, free)
+        found += [] if more is None else [(f"tp {more.tp}", more, own)]
+        if not found:
+            both = [(name, self._fewest_ranks(kind, free), kind) for name, kind in smaller]
+            found = [(f"{name} on tp {wide.tp}", wide, kind) for name, wide, kind in both if wide is not None][:1]
+        return [f"{name} ({format_bytes(self._bytes(layout, kind))} a rank)" for name, layout, kind in found]
 
-    def _smaller(self) -> list[tuple[Quantization, WeightPrecision]]:
+    def _smaller(self) -> list[tuple[str, WeightPrecision]]:
         """Of those that a float checkpoint can be made at load; one that is quantised already stays as it is."""
-        if self._spec.quantization is not None:
-            return []
         now = self.bytes()
-        return [pair for pair in _QUANTIZED.items() if self._bytes(self._layout, pair[1]) < now]
+        is_float = self._spec.quantization is None
+        return [named for named in _SMALLER if is_float and self._bytes(self._layout, named[1]) < now]
 
     def _fewest_ranks(self, precision: WeightPrecision, free: int) -> Layout | None:
         layout = self._layout

@@ -12,8 +12,8 @@ Shapes: R ranks.
 
 from __future__ import annotations
 
-import functools
 import importlib
+import logging
 import socket
 from collections.abc import Callable
 from itertools import permutations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shoal.engine.devices import can_reach
 
+_log = logging.getLogger(__name__)
 SumInto = Callable[[Tensor, Tensor], None]
 """Of a view of the shared buffer and a rank's part, both 1-dimensional: the sum of all parts to where the part is."""
 Close = Callable[[], None]
@@ -86,7 +87,17 @@ def default_limit(size: int) -> int:
     return _LIMITS.get(size, _LIMIT_OF_MORE)
 
 
-def open_sums(group: Group, limit_bytes: int | None = None, share: Share | None = None) -> OneShotSums | str:
+def open_sums(group: Group, limit_bytes: int | None = None, share: Share | None = None) -> OneShotSums | None:
+    """As `try_sums`; that there is none one rank writes to the log, with the reason."""
+    found = try_sums(group, limit_bytes, share)
+    if isinstance(found, OneShotSums):
+        return found
+    if group.rank == 0:
+        _log.warning("small sums go through NCCL as all others do: %s", found)
+    return None
+
+
+def try_sums(group: Group, limit_bytes: int | None = None, share: Share | None = None) -> OneShotSums | str:
     """Or why there is none, on all ranks alike. Every rank of the group calls it; `share` None is torch's way."""
     store: Any = torch.distributed.PrefixStore(f"{group.name}/one-shot", group.store)  # type: ignore[attr-defined]
     group = group._replace(store=store, name=f"{group.name}/one-shot")
@@ -153,7 +164,13 @@ def register(group: Group) -> Close:
     found._set_default_backend(kind)
     found._set_group_name(group.name)
     c10d._register_process_group(group.name, found)
-    return functools.partial(c10d._unregister_process_group, group.name)
+    held = [found]  # the registry itself does not
+
+    def close() -> None:
+        c10d._unregister_process_group(group.name)
+        held.clear()
+
+    return close
 
 
 def _symmetric(group: Group, limit_bytes: int) -> tuple[Tensor, SumInto, Close]:
@@ -161,8 +178,12 @@ def _symmetric(group: Group, limit_bytes: int) -> tuple[Tensor, SumInto, Close]:
     ops: Any = torch.ops.symm_mem
     copy_and_read, multicast = ops.one_shot_all_reduce_copy_out.default, ops.multimem_one_shot_all_reduce_out.default
     close = register(group)
-    buffer = memory.empty(limit_bytes, dtype=torch.uint8, device=group.device)
-    handle = memory.rendezvous(buffer, group.name)
+    try:
+        buffer = memory.empty(limit_bytes, dtype=torch.uint8, device=group.device)
+        handle = memory.rendezvous(buffer, group.name)
+    except BaseException:
+        close()
+        raise
 
     def read_all(shared: Tensor, own: Tensor) -> None:
         copy_and_read(shared, own, "sum", group.name, own)

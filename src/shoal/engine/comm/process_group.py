@@ -11,7 +11,6 @@ Shapes: R ranks of the group, X the shape of one tensor.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -33,7 +32,6 @@ from shoal.engine.comm.base import (
 )
 from shoal.engine.comm.one_shot import Group, OneShotSums, open_sums
 
-_log = logging.getLogger(__name__)
 c10d: Any = torch.distributed
 """Its type stubs leave out what is not torch.distributed's public face."""
 PATIENT = timedelta(days=1)
@@ -69,11 +67,7 @@ def open_group(
     group = make_group(backend, rank, size, store, name=name, host=host, timeout=timeout)
     small: OneShotSums | None = None
     if backend == "nccl" and device is not None and one_shot_bytes != 0:
-        found = open_sums(Group(group, store, name, rank, size, device), one_shot_bytes)
-        if isinstance(found, OneShotSums):
-            small = found
-        elif rank == 0:
-            _log.warning("all sums go through NCCL, small ones too: %s", found)
+        small = open_sums(Group(group, store, name, rank, size, device), one_shot_bytes)
     return ProcessGroupComm(group, backend, timeout=timeout, deterministic=backend == "gloo", small=small)
 
 
