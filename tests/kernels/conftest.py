@@ -60,23 +60,22 @@ def _repair(interpreter: Any) -> None:
             handle = widened(handle)
         return cast(self, handle, target)
 
-    def loaded(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        return load(self, pointers, boolean(mask), *rest)
-
-    def stored(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(self, pointers, value, boolean(mask), *rest)
-
-    def boolean(mask: Any) -> Any:
-        """What `&` makes of a block and a single truth is held as integers by Triton 3.9, which then refuses them."""
-        return handle_of(mask.data.astype(bool), mask.dtype)
-
     def patched(tensor: Any, scope: Any) -> None:
         """Loops with bounds from memory: since numpy 2.4 an array of one element is no integer."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    load, store = builder.create_masked_load, builder.create_masked_store
-    builder.create_masked_load, builder.create_masked_store = loaded, stored
+    def with_mask(access: Any, place: int) -> Any:
+        """Triton 3.9 makes int32 of a boolean that is spread over a block, and then does not take it for a mask."""
+
+        def accessed(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return access(self, *args)
+
+        return accessed
+
+    builder.create_masked_load = with_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_mask(builder.create_masked_store, 2)
     interpreter._convert_float = converted
     interpreter._patch_lang_tensor = patched
     builder.create_dot = dotted
