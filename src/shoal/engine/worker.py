@@ -33,7 +33,7 @@ from shoal.engine.devices import DeviceMemory, device_memory, device_of_rank, ma
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
-from shoal.engine.graphs import CudaCapturer, GraphedModel
+from shoal.engine.graphs import CudaCapturer, GraphBook, GraphedModel
 from shoal.engine.graphs import unavailable_reason as graphs_unavailable_reason
 from shoal.engine.kernels import unavailable_reason as triton_unavailable_reason
 from shoal.engine.memory import available_memory, plan_blocks, room_on_host
@@ -106,6 +106,8 @@ class Worker:
         self._memory = memory
         self._max_len = 0
         self._graphs_bytes = 0
+        self.graphs: GraphBook | None = None
+        """Which steps are captured, and why others are not. None where none are."""
         self._laps = laps or Laps(f"rank {self._seat.rank}", time.monotonic())
         self._figures = ReadFigures(0, 0.0, 0.0)
         self._step_log = None if config.step_log is None else StepLog(config.step_log, f"rank-{self._seat.rank}")
@@ -213,7 +215,7 @@ class Worker:
         grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
         model: Model = decoder
         if is_captured:
-            model = GraphedModel(
+            model = graphed = GraphedModel(
                 decoder,
                 cache,
                 CudaCapturer(decoder.device),
@@ -225,6 +227,7 @@ class Worker:
                 device=decoder.device,
                 peers=decoder.tensor,
             )
+            self.graphs = graphed.book
         self._runner = self._runner_of(decoder, cache, agreed.max_len, grammars, model)
         laps.end("allocate", time.monotonic())
         if progress is not None:
