@@ -143,6 +143,7 @@ def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
 
 
 def test_a_lost_engine_is_started_anew_and_its_streams_go_on(checkpoint: Path) -> None:
+    # Seconds of steps: it is not at its end when the engine is killed.
     asked = {"max_tokens": 1500, "temperature": 0.8, "seed": 7}
     with running(checkpoint, engine=ROOM) as server:
         undisturbed = text_of(Stream(server, **asked))
