@@ -16,12 +16,14 @@ from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError
 from shoal.cli.simulation_report import Result, Setup, print_result, write_requests
 from shoal.cli.terminal import error_console, format_bytes, passing_bar, print_json
+from shoal.cli.trace_file import read_trace
 from shoal.config import ConfigError, load_config
 from shoal.core.config import SchedulerConfig
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, StepShape, WeightPrecision
 from shoal.core.hardware import Cluster, LinkSpec
+from shoal.core.request_trace import TraceError
 from shoal.core.router import Router
 from shoal.plan import catalogue, units
 from shoal.plan.models import ModelError, model_shape
@@ -33,7 +35,7 @@ from shoal.sim.gateway import Rules
 from shoal.sim.law import StepLaw, remembered
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
-from shoal.sim.traces import TraceError, arrivals, read, synthetic
+from shoal.sim.traces import arrivals, synthetic
 
 VOCABULARY = 1 << 31
 """Token ids of a simulation are names, one a prompt or a block of it: they need not be the model's."""
@@ -59,7 +61,7 @@ class Options:
     duration: str | None = None
     prefix: str | None = None
     repeat: int = 1
-    longest_pause: str = "10min"
+    longest_pause: str | None = None
     seed: int = 0
     model: str = ""
     replicas: int | None = None
@@ -256,7 +258,7 @@ def _load(options: Options) -> list[Arrival]:
         if options.input_tokens or options.output_tokens:
             raise CommandError("--input and --output are of a load without a trace; leave them, or --trace")
         pause = _duration("--longest-pause", options.longest_pause)
-        rows = read(options.trace, longest_pause=pause or 0.0)[: options.requests]
+        rows = read_trace(options.trace, longest_pause=pause)[: options.requests]
     else:
         if rate is None or options.input_tokens is None or options.output_tokens is None:
             raise CommandError("give a --trace, or --rate with --input and --output")
