@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.core.admission import AdmissionConfig
 from shoal.core.config import SchedulerConfig
+from shoal.core.failover import FailoverConfig
 from shoal.core.router import Router, RoutingConfig
 from shoal.plan.units import duration
 from shoal.sim.faults import Fault, FaultError, parse, schedule
@@ -56,7 +57,7 @@ def run(
     for replica in simulation.replicas.values():
         replica.core.check()
     router.check()
-    simulation.gateway.queue.check()
+    simulation.gateway.dispatch.queue.check()
     return simulation
 
 
@@ -100,7 +101,7 @@ def test_killed_alone_it_is_waited_for() -> None:
         [Fault(kind="kill", at=2.0, replica=0, seconds=500.0)],
         replicas=1,
         requests=load(40),
-        rules=Rules(wait_seconds=10.0),
+        rules=Rules(failover=FailoverConfig(wait_seconds=10.0)),
     )
     failed = [outcome for outcome in late.outcomes.values() if outcome.status == "failed"]
     assert failed and {outcome.reason for outcome in failed} == {"no endpoint was available"}
@@ -167,7 +168,7 @@ def test_whatever_happens_every_request_ends_once(faults: list[Fault]) -> None:
     assert len(simulation.outcomes) == 40
     assert {outcome.status for outcome in simulation.outcomes.values()} <= {"done", "failed"}
     assert simulation.gateway.generated_tokens >= tokens(simulation)
-    assert not simulation.gateway.flights and not simulation.gateway.moving
+    assert not simulation.gateway.flights and not simulation.gateway.dispatch.moving
     for member in simulation.members.values():
         assert not member.attempts and not member.replica.core.has_work()
 

@@ -303,7 +303,7 @@ def _simulation(
         )
     if not load:
         raise CommandError("no request comes: the trace begins after --duration")
-    failover, front = model.failover, engine.cost.profile
+    front = engine.cost.profile
     simulation = FleetSimulation(
         Router(model.routing),
         load,
@@ -314,11 +314,8 @@ def _simulation(
         rules=Rules(
             admission=model.admission,
             health=deployment.health,
+            failover=model.failover,
             retry_ratio=deployment.retry_ratio,
-            most_retries=failover.most_retries,
-            most_lost=failover.most_lost,
-            again_seconds=failover.again_seconds,
-            wait_seconds=failover.wait_seconds,
             hung_seconds=deployment.supervision.hung_seconds,
         ),
         spares=model.spares,

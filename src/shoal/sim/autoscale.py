@@ -83,8 +83,7 @@ class Autoscaler:
         gateway = self._simulation.gateway
         loads = [m.replica.core.load() for m in gateway.members.values() if m.state != "down"]
         if self.policy.measure == "queue":
-            queued = len(gateway.queue) + len(gateway.moving)
-            return (queued + sum(load.num_waiting for load in loads)) / max(count, 1)
+            return (gateway.dispatch.num_waiting + sum(load.num_waiting for load in loads)) / max(count, 1)
         config = self._simulation.config
         slots = len(loads) * config.max_sequences
         if self.policy.measure == "running":

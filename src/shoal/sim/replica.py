@@ -69,12 +69,16 @@ class Replica:
         self.core.abort(request_id, self._clock.now)
         self.core.take_outputs()
 
+    @property
+    def is_frozen(self) -> bool:
+        return self._clock.now < self._frozen_until
+
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> None:
         """As many plans as the core will have out; the first of them is computed at once."""
         now, plans, depth = self._clock.now, self.plans, self.config.depth
-        if now < self._frozen_until:
+        if self.is_frozen:
             return
         while len(plans) < depth and (plan := self.core.plan(now)) is not None:
             shape = shape_of_plan(plan)
