@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from shoal.cli.simulation import REPORT_SECONDS
 from shoal.cli.trace_file import read_trace
 from shoal.core.config import SchedulerConfig
 from shoal.core.cost.model import CostModel
@@ -81,7 +82,7 @@ def simulation(scene: Scene, arrivals: list[Arrival]) -> FleetSimulation:
         config,
         remembered(cost.seconds),
         rules=Rules(),
-        report_interval=0.1,
+        report_interval=REPORT_SECONDS,
         sample_interval=10.0,
     )
 

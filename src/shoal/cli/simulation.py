@@ -40,7 +40,7 @@ from shoal.sim.traces import arrivals, synthetic
 VOCABULARY = 1 << 31
 """Token ids of a simulation are names, one a prompt or a block of it: they need not be the model's."""
 Number = TypeVar("Number", int, float)
-REPORT_SECONDS = 0.1
+REPORT_SECONDS = 1.0
 """Live, an engine reports its load with every step. It tells a router what other gateways sent, and here are none."""
 _DEFAULT_SECONDS = 600.0
 _TYPICAL_STEP = StepShape(decode_rows=1, decode_context=1, sampled=1)

@@ -77,10 +77,10 @@ class Replica:
 
     def plan(self) -> None:
         """As many plans as the core will have out; the first of them is computed at once."""
-        now, plans, depth = self._clock.now, self.plans, self.config.depth
-        if self.is_frozen:
+        now, plans, core = self._clock.now, self.plans, self.core
+        if now < self._frozen_until:
             return
-        while len(plans) < depth and (plan := self.core.plan(now)) is not None:
+        while len(plans) < self.config.depth and (plan := core.plan(now)) is not None:
             shape = shape_of_plan(plan)
             seconds = self.law(shape) * self.slowness
             before = self._ends if self._ends > now else now
@@ -91,7 +91,7 @@ class Replica:
                 self._ends = max(now + seconds, before + kept) if plans else now + seconds
                 seconds = kept
             self.busy_seconds += seconds
-            held = self.core.scheduler.pool.num_held
+            held = core.scheduler.pool.num_held
             self.block_seconds += held * seconds
             if held > self.most_blocks:
                 self.most_blocks = held
