@@ -16,7 +16,7 @@ from shoal.plan.units import duration
 from shoal.sim.faults import Fault, FaultError, parse, schedule
 from shoal.sim.fleet_simulation import FleetSimulation
 from shoal.sim.gateway import Rules
-from shoal.sim.law import StepTime
+from shoal.sim.law import Laws, StepTime
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
 
@@ -36,6 +36,10 @@ def load(count: int = 120, rate: float = 12.0, seed: int = 0) -> list[Arrival]:
     return made
 
 
+def slower(factor: float) -> Laws:
+    return Laws(lambda shape: LAW(shape) * factor)
+
+
 def run(
     faults: list[Fault], replicas: int = 3, requests: list[Arrival] | None = None, **more: object
 ) -> FleetSimulation:
@@ -52,12 +56,13 @@ def run(
         start_seconds=5.0,
         **more,  # type: ignore[arg-type]
     )
-    schedule(faults, simulation, lambda factor: lambda shape: LAW(shape) * factor, rank_seconds=2.0)
+    schedule(faults, simulation, slower, rank_seconds=2.0)
     simulation.run()
     for replica in simulation.replicas.values():
         replica.core.check()
     router.check()
     simulation.gateway.dispatch.queue.check()
+    assert sum(outcome.generated for outcome in simulation.outcomes.values()) == simulation.gateway.generated_tokens
     return simulation
 
 

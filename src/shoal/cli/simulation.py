@@ -32,7 +32,7 @@ from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, Measu
 from shoal.sim.faults import Fault, FaultError, parse, schedule
 from shoal.sim.fleet_simulation import FleetSimulation, FrontEnd
 from shoal.sim.gateway import Rules
-from shoal.sim.law import StepLaw, remembered
+from shoal.sim.law import Laws, remembered
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
 from shoal.sim.traces import arrivals, synthetic
@@ -93,12 +93,16 @@ class Engine:
     scheduler: SchedulerConfig
     calibration: Calibration | None
 
-    def slower_link(self, factor: float) -> StepLaw:
-        """The law of steps where links have 1/factor of their bandwidth."""
+    def slower_link(self, factor: float) -> Laws:
+        """Where links have 1/factor of their bandwidth."""
         cluster = self.shape.cluster
         network = None if cluster.network is None else _slower(cluster.network, factor)
         slow = msgspec.structs.replace(cluster, scale_up=_slower(cluster.scale_up, factor), network=network)
-        return CostModel(msgspec.structs.replace(self.shape, cluster=slow), self.calibration).seconds
+        return _laws(CostModel(msgspec.structs.replace(self.shape, cluster=slow), self.calibration))
+
+
+def _laws(cost: CostModel) -> Laws:
+    return Laws(remembered(cost.seconds), cost.stage_seconds if cost.engine.layout.pp > 1 else None)
 
 
 def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: Path | None, as_json: bool) -> None:
@@ -115,6 +119,8 @@ def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: 
         engine = _engine(model, options)
         load = _load(options)
         simulation = _simulation(deployment, model, engine, load, options)
+        if requests_csv is not None:
+            requests_csv.touch()  # before the minutes that a run may take
         seconds = _run(simulation, len(load))
     except (TraceError, FaultError, AutoscalingError, ModelError, catalogue.CatalogueError) as error:
         raise CommandError(str(error)) from None
@@ -294,7 +300,7 @@ def _simulation(
 ) -> FleetSimulation:
     replicas = options.replicas or model.num_engines
     room = engine.shape.cluster.num_devices // engine.shape.num_devices
-    scaling = _scaling(options, room)
+    scaling = _scaling(options, room - model.spares)
     if replicas + model.spares > room:
         raise CommandError(
             f"{replicas + model.spares} replicas of {engine.shape.num_devices} devices need "
@@ -302,15 +308,15 @@ def _simulation(
             f"{engine.shape.cluster.num_devices}: room for {room}"
         )
     if not load:
-        raise CommandError("no request comes: the trace begins after --duration")
-    front = engine.cost.profile
+        raise CommandError(f"no request comes within --duration {options.duration}")
+    front, laws = engine.cost.profile, _laws(engine.cost)
     simulation = FleetSimulation(
         Router(model.routing),
         load,
         replicas,
         engine.scheduler,
-        remembered(engine.cost.seconds),
-        stage_law=engine.cost.stage_seconds if model.layout.pp > 1 else None,
+        laws.step,
+        stage_law=laws.stage,
         rules=Rules(
             admission=model.admission,
             health=deployment.health,
@@ -356,9 +362,16 @@ def _scaling(options: Options, room: int) -> Autoscaling | None:
 def _faults(options: Options) -> list[Fault]:
     texts = list(options.faults)
     if options.faults_file is not None:
-        lines = options.faults_file.read_text(encoding="utf-8").splitlines()
+        lines = _lines(options.faults_file)
         texts += [line for line in (line.partition("#")[0].strip() for line in lines) if line]
     return [parse(text, units.duration) for text in texts]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--faults: {file} is not UTF-8 text (byte {error.start:,})") from None
 
 
 def _run(simulation: FleetSimulation, count: int) -> float:

@@ -18,7 +18,7 @@ from shoal.sim.clock import Action, Clock
 from shoal.sim.flight import Flight, Member
 from shoal.sim.gateway import OPEN, TICK_SECONDS, Chooser, Gateway, Rules
 from shoal.sim.histogram import Histogram
-from shoal.sim.law import StepLaw
+from shoal.sim.law import Laws, StepLaw
 from shoal.sim.replica import Replica
 from shoal.sim.requests import Arrival, Outcome
 
@@ -87,11 +87,11 @@ class FleetSimulation:
         until: float = float("inf"),
         on_tick: Callable[[FleetSimulation], None] | None = None,
     ) -> None:
-        """`start_seconds`: of an engine that is started while the simulation runs. `on_tick`: ten
+        """`stage_law`: see Laws. `start_seconds`: of an engine that is started meanwhile. `on_tick`: ten
         times a second of virtual time."""
         self.chooser = chooser
         self.config = config
-        self.law = law
+        self.laws = Laws(law, stage_law)
         self.start_seconds = start_seconds
         self.until = until
         self.clock = Clock()
@@ -116,7 +116,6 @@ class FleetSimulation:
         self._arrivals = (front or FrontEnd()).passed(arrivals)
         """With when the gateway sees each."""
         self._to_come = len(self._arrivals)
-        self._stage_law = stage_law
         self._router_block_size = router_block_size
         self._interval = sample_interval
         self.on_tick = on_tick
@@ -157,13 +156,18 @@ class FleetSimulation:
     def add(self, name: str, *, after: float = 0.0, spare: bool = False) -> Replica:
         """A further engine, of use once it was started."""
         self._created[name] = self.now
-        replica = Replica(name, self.config, self.law, self.clock, self.gateway.stepped, self._stage_law)
+        replica = Replica(name, self.config, self.laws, self.clock, self.gateway.stepped)
         rules = self.gateway.rules
         member = Member(replica, rules.health, self.now, queue=rules.queue, spare=spare)
         self.replicas[name], self.members[name] = replica, member
         self._start(member, after)
-        self.most_replicas = max(self.most_replicas, len(self.members) - len(self._removed))
+        self.most_replicas = max(self.most_replicas, self.num_replicas)
         return replica
+
+    @property
+    def num_replicas(self) -> int:
+        """That hold devices: also while they start, are down, or end what they have."""
+        return len(self.members) - len(self._removed)
 
     def kill(self, name: str, reason: str, *, back_after: float | None = None) -> None:
         """Its process dies, and is started anew; None: that takes `start_seconds`."""
@@ -190,6 +194,13 @@ class FleetSimulation:
             self.gateway.lost_sequences(member, member.replica.lose_workers("a rank was lost", back_after))
 
         self.clock.at(self.now + noticed_after, notice)
+
+    def hang(self, name: str, seconds: float) -> None:
+        """Nothing of it moves for so long; then it goes on where it was."""
+        member = self.members[name]
+        if member.is_up:
+            self.say("hang", name, f"nothing moves for {seconds:g} s")
+            member.replica.freeze(seconds)
 
     def drain(self, name: str) -> None:
         """Nothing new; it is gone once it has nothing left."""
