@@ -293,6 +293,7 @@ class FleetSimulation:
                 queued=self.gateway.dispatch.num_waiting,
                 kv_usage=1 - sum(load.num_free_blocks for load in loads) / blocks if blocks else 0.0,
                 ready=sum(member.state == "ready" for member in up),
-                busy=min((busy - busy_before) / max(up_seconds - up_before, 1e-9), 1.0),
+                # Sums of many floats: what is left of them in a moment without work may lie below 0.
+                busy=min(max(busy - busy_before, 0.0) / max(up_seconds - up_before, 1e-9), 1.0),
             )
         )
