@@ -114,7 +114,11 @@ def speeds(folder: Path, repeat: int, seconds: float) -> None:
     if file.exists():
         rows, rate, what = read_trace(file), None, "Azure conversation"
     else:
-        rows, rate, what = traces.synthetic(19_366, 1155, 211, 0.8, rng), 5.53, "Poisson, as Azure conversation"
+        rows, rate, what = (
+            traces.synthetic(19_366, 1155, 211, 0.8, rng),
+            5.53 * repeat,
+            "Poisson, as Azure conversation",
+        )
     load = [one for one in traces.arrivals(rows, rng, rate=rate, repeat=repeat) if one.at <= seconds]
     speed(LARGE, load, what + (f" x {repeat}" if repeat > 1 else "") + f", first {seconds:,.0f} s")
 

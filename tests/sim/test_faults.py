@@ -253,6 +253,8 @@ def test_faults_are_read_as_they_are_written() -> None:
         ("hang,replica=0,at=1s", "for= is missing"),
         ("link,replica=0,at=1s", "factor= is missing"),
         ("link,replica=0,at=1s,factor=0.5", "at least 1"),
+        ("link,replica=0,at=1s,factor=much", "factor is much: write how many times slower"),
+        ("link,replica=0,at=1s,factor=nan", "at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_said(text: str, says: str) -> None:

@@ -45,6 +45,8 @@ def test_a_clock_is_scaled_and_copies_lie_over_one_another() -> None:
     assert copies == sorted(copies, key=lambda one: one.at)
     assert max(one.at for one in copies) <= 100.0
     assert len({one.runs for one in copies}) == 9  # copies share nothing
+    together = arrivals(rows, random.Random(0), repeat=4, rate=5.0)
+    assert len(together) == 200 and max(one.at for one in together) == pytest.approx(40.0, rel=0.05)
 
 
 def test_a_common_beginning() -> None:

@@ -27,6 +27,7 @@ from shoal.core.request_trace import TraceError
 from shoal.core.router import Router
 from shoal.plan import catalogue, units
 from shoal.plan.models import ModelError, model_shape
+from shoal.plan.units import show_duration
 from shoal.serve.deployment import Deployment, DeploymentError, ModelDeployment, check
 from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, Measure
 from shoal.sim.faults import Fault, FaultError, parse, schedule
@@ -43,6 +44,7 @@ Number = TypeVar("Number", int, float)
 REPORT_SECONDS = 1.0
 """Live, an engine reports its load with every step. It tells a router what other gateways sent, and here are none."""
 _DEFAULT_SECONDS = 600.0
+_SHORTEST_INTERVAL = 0.1
 _TYPICAL_STEP = StepShape(decode_rows=1, decode_context=1, sampled=1)
 _SCALE_TARGETS = {"queue": 4.0, "running": 0.7, "kv": 0.7}
 
@@ -335,7 +337,7 @@ def _simulation(
             processes=1 if front.name == "shoal" else replicas,
         ),
         router_block_size=model.routing.block_size,
-        sample_interval=max(_duration("--interval", options.interval) or 0.0, 0.1),
+        sample_interval=_interval(options),
         until=_duration("--until", options.until) or float("inf"),
     )
     schedule(_faults(options), simulation, engine.slower_link, model.launch.silence_seconds)
@@ -344,8 +346,19 @@ def _simulation(
     return simulation
 
 
+def _interval(options: Options) -> float:
+    seconds = _duration("--interval", options.interval) or 0.0
+    if seconds < _SHORTEST_INTERVAL:
+        raise CommandError(f"--interval is {options.interval}: it must be at least {show_duration(_SHORTEST_INTERVAL)}")
+    return seconds
+
+
 def _scaling(options: Options, room: int) -> Autoscaling | None:
     if options.scale_on is None:
+        if options.scale_target is not None or options.max_replicas is not None or options.min_replicas > 1:
+            raise CommandError(
+                "--scale-target, --min-replicas and --max-replicas are of scaling: say with --scale-on what on"
+            )
         return None
     most = room if options.max_replicas is None else options.max_replicas
     if most > room:

@@ -79,7 +79,10 @@ def _replica(text: str) -> int:
 
 
 def _factor(text: str) -> float:
-    factor = float(text)
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
     if not 1 <= factor <= 1e6:
         raise ValueError(f"factor is {text}: write how many times slower, at least 1")
     return factor

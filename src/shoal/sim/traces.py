@@ -22,16 +22,16 @@ def arrivals(
     limit: int | None = None,
     prefix: int = 0,
 ) -> list[Arrival]:
-    """Requests of a trace. `rate`: requests a second; a trace without times has Poisson arrivals at it, the clock of
-    one with times is scaled to it. `repeat`: so many copies lie over one another, each moved by a random part of the
-    trace's length, and none shares prompts with another. `limit`: what clients allow as output; None is twice what
-    comes. `prefix`: so many tokens at the beginning of every prompt are the same.
+    """Requests of a trace. `repeat`: so many copies lie over one another, each moved by a random part of the trace's
+    length, and none shares prompts with another. `rate`: requests a second, of all copies together; a trace without
+    times has Poisson arrivals at it, the clock of one with times is scaled to it. `limit`: what clients allow as
+    output; None is twice what comes. `prefix`: so many tokens at the beginning of every prompt are the same.
     """
     if rate is not None and not rate > 0:
         raise TraceError(f"the rate must be above 0, got {rate:g}")
     if prefix and any(row.blocks for row in rows):
         raise TraceError("the trace says itself which prompts begin alike: leave --prefix")
-    times = _times(rows, rng, rate)
+    times = _times(rows, rng, None if rate is None else rate / repeat)
     span = times[-1] * len(rows) / max(len(rows) - 1, 1) if times else 0.0
     names = _names(rows)
     made = []
