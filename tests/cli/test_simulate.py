@@ -167,8 +167,8 @@ def test_a_trace_that_is_wrong_is_told_alike_by_simulate_and_plan(
     trace = tmp_path / "trace.csv"
     trace.write_bytes(content)
     messages = []
-    for command in (["simulate", fleet], ["plan", "llama-3.1-8b"]):
-        assert main([*command, "--on", "8xH100", "--trace", str(trace)]) == FAILURE
+    for command, status in ((["simulate", fleet], FAILURE), (["plan", "llama-3.1-8b"], USAGE)):
+        assert main([*command, "--on", "8xH100", "--trace", str(trace)]) == status
         messages.append(capsys.readouterr().err)
     assert says in messages[0] and messages[0] == messages[1]
 
