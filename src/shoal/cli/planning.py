@@ -19,8 +19,8 @@ from shoal.cli.trace_file import read_trace
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
-from shoal.core.request_trace import TraceError
 from shoal.core.model_shape import ModelShape
+from shoal.core.request_trace import TraceError
 from shoal.plan import catalogue, models
 from shoal.plan.candidates import Shape, refusal
 from shoal.plan.deployment_file import NotServable, as_yaml, deployment
