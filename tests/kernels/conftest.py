@@ -65,6 +65,17 @@ def _repair(interpreter: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def with_mask(access: Any, place: int) -> Any:
+        """Triton 3.9 makes int32 of a boolean that is spread over a block, and then does not take it for a mask."""
+
+        def accessed(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return access(self, *args)
+
+        return accessed
+
+    builder.create_masked_load = with_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_mask(builder.create_masked_store, 2)
     interpreter._convert_float = converted
     interpreter._patch_lang_tensor = patched
     builder.create_dot = dotted
