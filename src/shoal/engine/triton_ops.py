@@ -92,10 +92,10 @@ class TritonOps(TorchOps):
     def pack_experts(
         self, mlps: Sequence[tuple[TorchLinear | QuantizedLinear, TorchLinear | QuantizedLinear]]
     ) -> _Experts | None:
-        halves = _grouped([gate_up for gate_up, _ in mlps]), _grouped([down for _, down in mlps])
-        if halves[0] is None or halves[1] is None:
+        gate_up, down = _grouped([gate_up for gate_up, _ in mlps]), _grouped([down for _, down in mlps])
+        if gate_up is None or down is None:
             return None  # of several forms, or of one with no kernel: each by itself
-        return _Experts(moe_experts.ExpertWeights(*halves), sum(half.nbytes for half in halves))
+        return _Experts(moe_experts.ExpertWeights(gate_up, down), gate_up.nbytes + down.nbytes)
 
     def experts(
         self, x_TH: Tensor, local_R: Tensor, packed: _Experts, activation: Activation, visits: int
@@ -138,6 +138,5 @@ def _kernel_form(matrix: TorchLinear | QuantizedLinear) -> Tensor | KernelWeight
         return None
     if matrix.scale_N is None:
         return matrix.weight_NK
-    return KernelWeight(
-        matrix.weight_NK, matrix.scale_N.float()[:, None], None, 1, matrix.in_features, matrix.in_features
-    )
+    k = matrix.in_features
+    return KernelWeight(matrix.weight_NK, matrix.scale_N.float()[:, None], None, 1, k, k)
