@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="the package triton is not installed: its k
 
 from shoal.core.model_config import spec_from_config
 from shoal.engine.attention.base import AttentionBatch, HeadSharing
+from shoal.engine.attention.latent_cache import LatentCache
 from shoal.engine.attention.portable import PortableAttention, PortableCache
 from shoal.engine.attention.triton_backend import TritonAttention, TritonCache
 from shoal.engine.attention.triton_decode import MAX_PARTS, num_parts
@@ -346,31 +347,87 @@ def test_parts_use_the_processors_and_are_no_more_than_that_takes(processors: in
 # --- latents ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("heads", "latent_dim", "rotated", "block_size", "parts", "dtype"),
-    [
-        (5, 48, 16, 16, None, torch.float32),
-        (20, 64, 8, 32, 3, torch.float32),
-        (16, 128, 64, 16, 2, torch.bfloat16),
-        (70, 32, 16, 16, 1, torch.float32),
-    ],
-)
+LATENTS = [
+    (5, 48, 16, 16, None, torch.float32, torch.float32),
+    (20, 64, 8, 32, 3, torch.float32, FLOAT8),
+    (16, 128, 64, 16, 2, torch.bfloat16, torch.bfloat16),
+    (16, 128, 64, 16, 2, torch.bfloat16, FLOAT8),
+    (6, 48, 32, 16, None, torch.bfloat16, INT8),
+    (70, 32, 16, 16, 1, torch.float32, torch.float32),
+    (70, 48, 16, 32, 1, torch.float32, INT8),
+]
+"""Heads, latent, rotated key, tokens of a block, parts of a context, dtype of queries and of the cache."""
+
+
+def latent_caches(step: Step, latent_dim: int, rotated_dim: int, dtype: torch.dtype) -> tuple[LatentCache, LatentCache]:
+    """Equal ones: NaN or the like where no token is, and what is meant in float32, with zeros there."""
+    sizes = 2, step.num_blocks, step.block_size, latent_dim, rotated_dim
+    ours, theirs = LatentCache(*sizes, dtype, DEVICE), LatentCache(*sizes, torch.float32, DEVICE)
+    generator, written = torch.Generator().manual_seed(3), step.written()
+    rows = torch.randn(*written.shape, latent_dim + rotated_dim, generator=generator).to(DEVICE)
+    rows *= torch.rand(*written.shape, 1, generator=generator).to(DEVICE) + 0.5  # no two scales are alike
+    slots = torch.arange(written.numel(), device=DEVICE)
+    values = rows.flatten(0, 1)[:, None]
+    ours.store(1, values, values[..., :latent_dim], slots)
+    meant = theirs.pages[1].rows_KPL
+    assert meant is not None
+    meant.copy_(ours.gather(1, torch.arange(step.num_blocks, device=DEVICE))[0].squeeze(-2).float())
+    assert (meant - rows).abs().max() <= (meant.abs().max() * {FLOAT8: 2**-4}.get(dtype, 2**-7))
+    meant[~written] = 0.0
+    latents, rotated, scales, _ = ours.pages[1]
+    rotated[~written] = float("nan")
+    (latents.view(torch.uint8) if dtype == FLOAT8 else latents)[~written] = {FLOAT8: 0x7F, INT8: 99}.get(
+        dtype, float("nan")
+    )
+    if scales is not None:
+        scales[~written] = float("nan")
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("heads", "latent_dim", "rotated", "block_size", "parts", "dtype", "kv_dtype"), LATENTS)
 def test_latents(
-    heads: int, latent_dim: int, rotated: int, block_size: int, parts: int | None, dtype: torch.dtype
+    heads: int,
+    latent_dim: int,
+    rotated: int,
+    block_size: int,
+    parts: int | None,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
 ) -> None:
     step = Step([(40, 3), (9, 1), (0, 0), (70, 1), (12, 2)], block_size)
-    row = latent_dim + rotated
-    generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(step.num_blocks, block_size, 1, row, generator=generator).to(dtype).to(DEVICE)
-    latents[~step.written()] = float("nan")
-    q = torch.randn(step.starts[-1], heads, row, generator=generator).to(dtype).to(DEVICE)
-    cache = PortableCache([latents], [latents])
-    wide = PortableCache([latents.float()], [latents.float()])
-    expected, expected_lse = PortableAttention().forward(wide, 0, q.float(), step.batch, scale=0.1, need_lse=True)
+    ours, theirs = latent_caches(step, latent_dim, rotated, kv_dtype)
+    q = torch.randn(step.starts[-1], heads, latent_dim + rotated, generator=torch.Generator().manual_seed(4))
+    q = q.to(dtype).to(DEVICE)
+    expected, expected_lse = PortableAttention().forward(theirs, 1, q.float(), step.batch, scale=0.1, need_lse=True)
     backend = TritonLatentAttention(latent_dim, 2, parts)
-    found, lse = backend.forward(cache, 0, q, step.batch, scale=0.1, need_lse=True)
+    found, lse = backend.forward(ours, 1, q, step.batch, scale=0.1, need_lse=True)
     torch.testing.assert_close(found.float(), expected[..., :latent_dim], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, expected_lse, atol=3e-5, rtol=3e-6)
+    if dtype == torch.float32 and parts == 3:
+        again, _ = PortableAttention().forward(ours, 1, q, step.batch, scale=0.1)
+        torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, FLOAT8, INT8])
+def test_latents_are_written_as_the_portable_backend_writes_them(kv_dtype: torch.dtype) -> None:
+    step = Step([(20, 7), (33, 1)], 16)
+    sizes = 2, step.num_blocks, 16, 40, 8, kv_dtype, DEVICE
+    ours, theirs = LatentCache(*sizes), LatentCache(*sizes)
+    for part in (*ours.pages[1][:3], *theirs.pages[1][:3]):
+        if part is not None:
+            (part.view(torch.uint8) if part.element_size() == 1 else part).fill_(99)
+    rows = torch.randn(8, 3, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE)[:, :1]
+    rows[3] = 0.0
+    slots = step.batch.slot_mapping_T.clone()
+    slots[5] = -1
+    batch = replace(step.batch, slot_mapping_T=slots)
+    TritonLatentAttention(40, 2).write(ours, 1, rows, rows[..., :40], batch)
+    kept = slots >= 0
+    PortableAttention().write(theirs, 1, rows[kept], rows[kept][..., :40], replace(batch, slot_mapping_T=slots[kept]))
+    for found, expected in zip(ours.pages[1], theirs.pages[1], strict=True):
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found.float(), expected.float(), atol=0, rtol=1e-6)
+    assert not any(part.float().any() for part in ours.pages[0] if part is not None)
 
 
 # --- in a model -------------------------------------------------------------------------------------------------------

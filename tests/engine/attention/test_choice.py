@@ -73,7 +73,7 @@ def test_a_backend_that_serves_is_had_by_its_name(name: str) -> None:
         ("varlen", replace(CUDA, latents=True), "it has no kernel for latents; triton, portable can"),
         ("portable", replace(CUDA, kv_dtype=torch.int8), "float32, bfloat16, float16, not int8; triton can"),
         ("native", replace(CPU, kv_dtype=torch.float8_e4m3fn), "float32, bfloat16, not float8_e4m3fn; none can"),
-        ("triton", replace(CUDA, latents=True, kv_dtype=torch.int8), "not int8; none can"),
+        ("native", replace(CUDA, latents=True, kv_dtype=torch.int8), "the device is cuda; triton, portable can"),
         ("tritn", CUDA, "attention is 'tritn': use auto, native, triton, varlen, portable"),
         (
             "auto",

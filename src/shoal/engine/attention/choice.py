@@ -83,7 +83,7 @@ CAPABILITIES: dict[str, Capability] = {
         (*_WIDE, torch.float16, *_QUANTISED),
         Sizes(16, 256, power_of_two=True),
         Sizes(16, 256, multiple=8),
-        latent_dtypes=(*_WIDE, torch.float16),
+        latent_dtypes=(*_WIDE, torch.float16, *_QUANTISED),
     ),
     "varlen": Capability(
         ("cuda",),
@@ -94,7 +94,9 @@ CAPABILITIES: dict[str, Capability] = {
         shared_context=False,
         cut_groups=False,
     ),
-    "portable": Capability(None, (*_WIDE, torch.float16), Sizes(), Sizes(), latent_dtypes=(*_WIDE, torch.float16)),
+    "portable": Capability(
+        None, (*_WIDE, torch.float16), Sizes(), Sizes(), latent_dtypes=(*_WIDE, torch.float16, *_QUANTISED)
+    ),
 }
 """The best first: what is chosen unasked is the first that serves, except varlen, which has to be asked for."""
 _ONLY_BY_NAME = frozenset({"varlen"})
