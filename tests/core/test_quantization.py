@@ -108,6 +108,7 @@ def test_forms_of_the_hub(config: dict[str, Any], expected: QuantScheme | None) 
         (compressed(WEIGHTS | {"type": "int", "symmetric": False}), "symmetric is False"),
         (compressed(3), "wrong kind"),  # type: ignore[arg-type]
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups is {}"),
+        (compressed(INT4, kv_cache_scheme=INT8_CACHE), "kv_cache_scheme is 'int of 8 bits by tensor'.*only for symmetric FP8"),
     ],
 )
 def test_others_are_refused_with_those_that_can_be_read(config: dict[str, Any], message: str) -> None:

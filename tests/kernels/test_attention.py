@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the package triton is not installed: its kernels cannot run, nor be interpreted")
 
-from shoal.core.model_config import spec_from_config
+from shoal.checkpoint.resolve import load_spec
 from shoal.engine.attention.base import AttentionBatch, HeadSharing
 from shoal.engine.attention.latent_cache import LatentCache
 from shoal.engine.attention.portable import PortableAttention, PortableCache
@@ -433,11 +433,9 @@ def test_latents_are_written_as_the_portable_backend_writes_them(kv_dtype: torch
 # --- in a model -------------------------------------------------------------------------------------------------------
 
 
-def logits(path: Path, make: Callable[[Any], Any]) -> list[Tensor]:
-    import json
-
-    spec = spec_from_config(json.loads((path / "config.json").read_text()))
-    decoder = Decoder(spec, TorchOps(DEVICE), make(spec), "float32", device=DEVICE)
+def logits(path: Path, make: Callable[[Any], Any], kv_dtype: torch.dtype | None = None) -> list[Tensor]:
+    spec = load_spec(path)
+    decoder = Decoder(spec, TorchOps(DEVICE), make(spec), "float32", device=DEVICE, kv_dtype=kv_dtype)
     source = open_weights(path)
     decoder.load(source)
     source.close()
@@ -446,14 +444,46 @@ def logits(path: Path, make: Callable[[Any], Any]) -> list[Tensor]:
     return [out for step in steps for out in run.extend(step).values()]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
-def test_a_model_computes_the_same(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"), [("qwen3", None), ("deepseek_v3", None), ("deepseek_v3", FLOAT8), ("deepseek_v3", INT8)]
+)
+def test_a_model_computes_the_same(family: str, kv_dtype: torch.dtype | None, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path)
 
     def triton_attention(spec: Any) -> Any:
         return TritonAttention(2) if spec.mla is None else TritonLatentAttention(spec.mla.kv_lora_rank, 2)
 
-    for found, expected in zip(
-        logits(path, triton_attention), logits(path, lambda spec: PortableAttention()), strict=True
-    ):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    expected = logits(path, lambda spec: PortableAttention(), kv_dtype)
+    for found, wanted in zip(logits(path, triton_attention, kv_dtype), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+    if kv_dtype is not None:
+        exact = torch.cat(logits(path, lambda spec: PortableAttention()))
+        assert 1e-5 < float((torch.cat(expected) - exact).norm() / exact.norm()) < 0.15  # choices of experts may turn
+
+
+def test_a_checkpoints_scales_reach_an_fp8_cache(tmp_path: Path) -> None:
+    """Keys 100 times as large as FP8 holds are cut off without their scales."""
+    from safetensors.torch import load_file, save_file
+
+    path = make_checkpoint("llama2", tmp_path)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("v_proj.weight")]:
+        tensors[name] *= 40_000.0
+        tensors[name.replace("v_proj", "o_proj")] /= 40_000.0
+    save_file(tensors, file)
+    expected = logits(path, lambda spec: TritonAttention(2))
+    plain = logits(path, lambda spec: TritonAttention(2), FLOAT8)
+    scales = {
+        name.replace("v_proj.weight", f"{which}_scale"): torch.tensor(scale)
+        for name in tensors
+        if name.endswith("v_proj.weight")
+        for which, scale in (("k", 0.05), ("v", 200.0))
+    }
+    save_file(tensors | scales, file)
+    scaled = logits(path, lambda spec: TritonAttention(2), FLOAT8)
+
+    def error(found: list[Tensor]) -> float:
+        return float((torch.cat(found) - torch.cat(expected)).norm() / torch.cat(expected).norm())
+
+    assert error(scaled) < 0.05 < error(plain)

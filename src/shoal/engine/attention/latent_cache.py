@@ -82,7 +82,7 @@ class LatentCache:
         scales.flatten()[slots_T] = scales_T
 
     def gather(self, layer: int, tables_SB: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (S, B, P, 1, L) of whole blocks: the same rows, dequantised to float32 where they have scales."""
+        """Keys and values (S, B, P, 1, L) of whole blocks: the same rows, in float32 where they have scales."""
         latents, rotated, scales, rows = self.pages[layer]
         if rows is not None:
             found = rows[tables_SB]

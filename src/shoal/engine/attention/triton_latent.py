@@ -156,7 +156,7 @@ def _latent_write_kernel(
     E: tl.constexpr, E_PADDED: tl.constexpr, E_STRIDE: tl.constexpr,
     TOP: tl.constexpr, INTEGERS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (T). TOP 0: as it is, else the greatest number of what is stored. A token of a negative slot is not kept."""
+    """Grid: (T). TOP 0: as it is, else the greatest number that is stored. A negative slot is not kept."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:

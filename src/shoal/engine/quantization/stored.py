@@ -200,8 +200,8 @@ def tensor_names(scheme: QuantScheme, module: str) -> TensorNames:
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".output_scale")
 IGNORED_TENSORS = (".g_idx", ".weight_shape", ".weight_zero_point", *CACHE_SCALES)
-"""The order of features where it is plain, sizes said elsewhere, zero points that are all 0; scales of a KV cache, which
-are read where it is FP8, and of queries, which stay as they are."""
+"""The order of features where it is plain, sizes said elsewhere, zero points that are all 0; scales of a KV cache,
+which are read where it is FP8, and of queries, which stay as they are."""
 
 
 def cache_scale_names(attention: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
