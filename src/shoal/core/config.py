@@ -108,7 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     an engine of several always is, for requests of others may come to it at any time."""
     ops: Literal["auto", "native", "triton", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, Triton ones on a GPU where triton is, or torch."""
-    attention: Literal["auto", "native", "triton", "varlen", "portable"] = "auto"
+    attention: Literal["auto", "native", "triton", "varlen", "flashinfer", "portable"] = "auto"
     """Attention backend: auto is the first of native, triton and portable that serves the model on the device."""
     step_log: str | None = None
     """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""

@@ -1,4 +1,4 @@
-"""Scales of an FP8 KV cache, as checkpoints have them: by which names, of which sizes, and which of them a rank takes."""
+"""Scales of an FP8 KV cache in checkpoints: by which names, of which sizes, and which of them a rank takes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def loaded(path: Path, kv_dtype: torch.dtype = torch.float8_e4m3fn, tp: int = 1,
     ],
     ids=["tensor", "heads", "outputs", "both"],
 )
-def test_each_layer_and_rank_has_its_own(original: Path, scales: Scales, keys: list[float], values: list[float]) -> None:
+def test_each_layer_and_rank_has_its_own(
+    original: Path, scales: Scales, keys: list[float], values: list[float]
+) -> None:
     with_scales(original, scales)
     first, second = loaded(original).layers
     assert first.kv_scales is None and second.kv_scales is not None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from shoal.core.cost import collectives
-from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
+from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_bytes, stage_share
 from shoal.core.cost.operators import (
     ATTENTION_KERNELS,
     BYTES,
@@ -231,7 +231,7 @@ def _attention(
     if engine.cache in ("float8", "int8"):
         bandwidth *= profile.float8_attention
     index = a.index_dim * per
-    moved = local_cache_elements(a, ranks) * per - index
+    moved = local_cache_bytes(a, ranks, engine.cache) - index
     pair = 2 * heads * (a.head_dim + value)
     # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
     context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair
