@@ -73,7 +73,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What the matrices of a float checkpoint are made at load: fp8, int8 or int4. dtype is then of the others."""
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
     """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
-    are for GPUs, by Triton attention."""
+    are for GPUs, by Triton attention; of latents they are for any device."""
     load_format: Literal["auto", "random"] = "auto"
     """Where weights come from. auto: the checkpoint's files; random: nowhere, for benchmarks and profiles: of the
     checkpoint only config.json is read."""

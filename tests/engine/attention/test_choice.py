@@ -77,7 +77,7 @@ def test_a_backend_that_serves_is_had_by_its_name(name: str, monkeypatch: pytest
         ("portable", replace(CUDA, kv_dtype=torch.int8), "float32, bfloat16, float16, not int8; triton can"),
         ("native", replace(CPU, kv_dtype=torch.float8_e4m3fn), "float32, bfloat16, not float8_e4m3fn; none can"),
         ("native", replace(CUDA, latents=True, kv_dtype=torch.int8), "the device is cuda; triton, portable can"),
-        ("flashinfer", CUDA, "the package flashinfer-python is not installed; triton, portable can"),
+        ("flashinfer", CUDA, "flashinfer-python is not installed: pip install .*; triton, portable can"),
         ("flashinfer", replace(CUDA, kv_dtype=torch.int8), "it keeps KV as bfloat16, float16, not int8; triton can"),
         ("tritn", CUDA, "attention is 'tritn': use auto, native, triton, varlen, flashinfer, portable"),
         (

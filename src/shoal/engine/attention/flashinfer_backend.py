@@ -8,6 +8,7 @@ Shapes: S sequences, T tokens, N query heads, M key/value heads, D head size, B 
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from math import log
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ _PLAIN_GROUPS = (1, 2, 3)
 def missing_reason() -> str | None:
     """Why there is no such attention; None if there is."""
     if find_spec("flashinfer") is None:
-        return "the package flashinfer-python is not installed"
+        return "the package flashinfer-python is not installed: pip install 'shoal[flashinfer]'"
     return None
 
 
@@ -106,8 +107,7 @@ class FlashInferAttention:
         return out_TND, lse_TN * log(2.0)  # its logarithms are of base 2
 
     def _wrapper(self, kind: _Kind, group: int, device: torch.device) -> Any:
-        import flashinfer
-
+        flashinfer = import_module("flashinfer")
         if self._workspace is None:
             # Zeros: its kernels count on that of a part of it.
             self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

@@ -23,13 +23,12 @@ LEAST_SCALE = 1e-20
 
 
 class LatentPages(NamedTuple):
-    """One layer's: stored * scale is the latent. Without scales both are parts of `rows_KPL`."""
+    """One layer's: stored * scale is the latent."""
 
     latents_KPC: Tensor
     rotated_KPE: Tensor
     scales_KP: Tensor | None
-    """float32."""
-    rows_KPL: Tensor | None
+    """float32; None where latents are not quantised."""
 
 
 class LatentCache:
@@ -56,12 +55,11 @@ class LatentCache:
             # Not empty, for the reason that portable attention gives.
             return torch.zeros((num_blocks, block_size, *sizes), dtype=of, device=device)
 
+        is_scaled = dtype in TOPS
+
         def pages() -> LatentPages:
-            if dtype in TOPS:
-                rotated = zeros(rotated_dim, of=torch.bfloat16)
-                return LatentPages(zeros(latent_dim, of=dtype), rotated, zeros(of=torch.float32), None)
-            rows = zeros(self.row_dim, of=dtype)
-            return LatentPages(rows[..., :latent_dim], rows[..., latent_dim:], None, rows)
+            rotated = zeros(rotated_dim, of=torch.bfloat16 if is_scaled else dtype)
+            return LatentPages(zeros(latent_dim, of=dtype), rotated, zeros(of=torch.float32) if is_scaled else None)
 
         self.pages = [pages() for _ in range(num_layers)]
 
@@ -71,25 +69,22 @@ class LatentCache:
 
     def store(self, layer: int, rows_T1L: Tensor, values_T1C: Tensor, slots_T: Tensor) -> None:
         """Rows of one step at `slots_T`, int64. Their values are part of them."""
-        latents, rotated, scales, rows = self.pages[layer]
-        if rows is not None:
-            rows.flatten(0, 1)[slots_T] = rows_T1L[:, 0].to(rows.dtype)
-            return
-        latent_TC, rotated_TE = rows_T1L[:, 0].split([latents.shape[2], rotated.shape[2]], dim=1)
-        stored_TC, scales_T = quantized_latents(latent_TC, latents.dtype)
-        _bits(latents).flatten(0, 1)[slots_T] = _bits(stored_TC)
+        latents, rotated, scales = self.pages[layer]
+        stored_TC, rotated_TE = rows_T1L[:, 0].tensor_split([latents.shape[2]], dim=1)
+        if scales is not None:
+            stored_TC, scales_T = quantized_latents(stored_TC, latents.dtype)
+            scales.flatten()[slots_T] = scales_T
+        _bits(latents).flatten(0, 1)[slots_T] = _bits(stored_TC.to(latents.dtype))
         rotated.flatten(0, 1)[slots_T] = rotated_TE.to(rotated.dtype)
-        scales.flatten()[slots_T] = scales_T
 
     def gather(self, layer: int, tables_SB: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (S, B, P, 1, L) of whole blocks: the same rows, in float32 where they have scales."""
-        latents, rotated, scales, rows = self.pages[layer]
-        if rows is not None:
-            found = rows[tables_SB]
-        else:
-            stored = _bits(latents)[tables_SB].view(latents.dtype).float()
-            found = torch.cat([stored * scales[tables_SB][..., None], rotated[tables_SB].float()], dim=-1)
-        return found[..., None, :], found[..., None, :]
+        latents, rotated, scales = self.pages[layer]
+        found, keys = _bits(latents)[tables_SB].view(latents.dtype), rotated[tables_SB]
+        if scales is not None:
+            found, keys = found.float() * scales[tables_SB][..., None], keys.float()
+        rows = torch.cat([found, keys], dim=-1)[..., None, :]
+        return rows, rows
 
 
 def quantized_latents(latent_TC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,5 +103,5 @@ def latent_bytes_per_token(latent_dim: int, rotated_dim: int, dtype: torch.dtype
 
 
 def _bits(x: Tensor) -> Tensor:
-    """torch indexes no FP8."""
-    return x.view(torch.uint8)
+    """torch does not index FP8."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x

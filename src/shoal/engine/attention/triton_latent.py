@@ -36,8 +36,8 @@ def latent_tiles(num_heads: int, latent_dim: int, itemsize: int) -> Tiles:
 @triton.jit
 def _latent_tiles(
     q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, begin, end, stop, scale,
-    PAGE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr, C_STRIDE: tl.constexpr,
-    E: tl.constexpr, E_PADDED: tl.constexpr, E_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr,
     SCALED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what positions [begin, end) give; unmasked, all of every tile lies before `stop`."""
@@ -51,8 +51,8 @@ def _latent_tiles(
         else:
             block_G = tl.load(table + at_G // PAGE).to(tl.int64)
         row_G = block_G * PAGE + at_G % PAGE
-        latent_GC = load_rows(latents, row_G * C_STRIDE, readable_G, dims_C, MASKED, C, C_PADDED).to(q_RC.dtype)
-        key_GE = load_rows(rotated, row_G * E_STRIDE, readable_G, dims_E, MASKED, E, E_PADDED).to(q_RC.dtype)
+        latent_GC = load_rows(latents, row_G * C, readable_G, dims_C, MASKED, C, C_PADDED).to(q_RC.dtype)
+        key_GE = load_rows(rotated, row_G * E, readable_G, dims_E, MASKED, E, E_PADDED).to(q_RC.dtype)
         scores_RG = tl.dot(q_RC, tl.trans(latent_GC), input_precision="tf32x3")
         if SCALED:
             scale_G = tl.load(scales + row_G, mask=readable_G, other=0.0)
@@ -101,10 +101,8 @@ def _latent_kernel(
     PAGE: tl.constexpr,
     C: tl.constexpr,
     C_PADDED: tl.constexpr,
-    C_STRIDE: tl.constexpr,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
-    E_STRIDE: tl.constexpr,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -133,11 +131,11 @@ def _latent_kernel(
     # fmt: off
     most_R, total_R, out_RC = _latent_tiles(
         q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, begin, tail, stop, scale,
-        PAGE, C, C_PADDED, C_STRIDE, E, E_PADDED, E_STRIDE, SCALED, TILE, False,
+        PAGE, C, C_PADDED, E, E_PADDED, SCALED, TILE, False,
     )
     most_R, total_R, out_RC = _latent_tiles(
         q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, tail, end, stop, scale,
-        PAGE, C, C_PADDED, C_STRIDE, E, E_PADDED, E_STRIDE, SCALED, TILE, True,
+        PAGE, C, C_PADDED, E, E_PADDED, SCALED, TILE, True,
     )
     # fmt: on
     out_RC, lse_R = finished(most_R, total_R, out_RC)
@@ -152,8 +150,8 @@ def _latent_kernel(
 @triton.jit
 def _latent_write_kernel(
     rows, latents, rotated, scales, slots, row_stride,
-    C: tl.constexpr, C_PADDED: tl.constexpr, C_STRIDE: tl.constexpr,
-    E: tl.constexpr, E_PADDED: tl.constexpr, E_STRIDE: tl.constexpr,
+    C: tl.constexpr, C_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr,
     TOP: tl.constexpr, INTEGERS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """Grid: (T). TOP 0: as it is, else the greatest number that is stored. A negative slot is not kept."""
@@ -173,9 +171,9 @@ def _latent_write_kernel(
             latent_C = tl.floor(latent_C + 0.5)
         else:
             latent_C = tl.clamp(latent_C, -TOP, TOP)
-    tl.store(latents + slot * C_STRIDE + dims_C, latent_C.to(latents.dtype.element_ty), mask=dims_C < C)
+    tl.store(latents + slot * C + dims_C, latent_C.to(latents.dtype.element_ty), mask=dims_C < C)
     rotated_E = tl.load(rows + C + dims_E, mask=dims_E < E, other=0.0)
-    tl.store(rotated + slot * E_STRIDE + dims_E, rotated_E.to(rotated.dtype.element_ty), mask=dims_E < E)
+    tl.store(rotated + slot * E + dims_E, rotated_E.to(rotated.dtype.element_ty), mask=dims_E < E)
 
 
 class TritonLatentAttention:
@@ -195,7 +193,7 @@ class TritonLatentAttention:
         self, cache: LatentCache, layer: int, rows_T1L: Tensor, values_T1C: Tensor, batch: AttentionBatch
     ) -> None:
         """Cached rows, whose values are part of them."""
-        latents, rotated, scales, _ = cache.pages[layer]
+        latents, rotated, scales = cache.pages[layer]
         tokens, _, row_dim = rows_T1L.shape
         if row_dim != cache.row_dim or rows_T1L.stride(2) != 1 or batch.slot_mapping_T.shape != (tokens,):
             raise ValueError(f"the cache holds rows of {cache.row_dim}, got {tuple(rows_T1L.shape)}")
@@ -225,7 +223,7 @@ class TritonLatentAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Output (T, N, C) and, if asked, log-sum-exp (T, N) in float32."""
         tokens, heads, row_dim = q_TNL.shape
-        latents, rotated, scales, _ = cache.pages[layer]
+        latents, rotated, scales = cache.pages[layer]
         latent_dim = self._latent_dim
         if (latents.shape[2], cache.row_dim) != (latent_dim, row_dim) or q_TNL.stride()[1:] != (row_dim, 1):
             raise ValueError(
@@ -275,9 +273,6 @@ class TritonLatentAttention:
 
 
 def _sizes(latents_KPC: Tensor, rotated_KPE: Tensor) -> dict[str, int]:
-    """Of a row's parts, and how far apart those of neighbours lie."""
-    sizes = {}
-    for name, part in (("C", latents_KPC), ("E", rotated_KPE)):
-        sizes |= {name: part.shape[2], f"{name}_PADDED": max(16, triton.next_power_of_2(part.shape[2]))}
-        sizes[f"{name}_STRIDE"] = part.stride(1)
-    return sizes
+    c, e = latents_KPC.shape[2], rotated_KPE.shape[2]
+    padded = (max(16, triton.next_power_of_2(size)) for size in (c, e))
+    return dict(zip(("C", "E", "C_PADDED", "E_PADDED"), (c, e, *padded), strict=True))
