@@ -443,9 +443,7 @@ def logits(path: Path, make: Callable[[Any], Any], kv_dtype: torch.dtype | None 
     return [out for step in steps for out in run.extend(step).values()]
 
 
-@pytest.mark.parametrize(
-    ("family", "kv_dtype"), [("qwen3", None), ("deepseek_v3", None), ("deepseek_v3", FLOAT8), ("deepseek_v3", INT8)]
-)
+@pytest.mark.parametrize(("family", "kv_dtype"), [("qwen3", None), ("deepseek_v3", None), ("deepseek_v3", FLOAT8)])
 def test_a_model_computes_the_same(family: str, kv_dtype: torch.dtype | None, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path)
 
@@ -471,7 +469,7 @@ def test_a_checkpoints_scales_reach_an_fp8_cache(tmp_path: Path) -> None:
         tensors[name] *= 40_000.0
         tensors[name.replace("v_proj", "o_proj")] /= 40_000.0
     save_file(tensors, file)
-    expected = logits(path, lambda spec: TritonAttention(2))
+    expected = logits(path, lambda spec: PortableAttention())
     plain = logits(path, lambda spec: TritonAttention(2), FLOAT8)
     scales = {
         name.replace("v_proj.weight", f"{which}_scale"): torch.tensor(scale)
