@@ -109,7 +109,8 @@ def _say(kind: str, text: str) -> None:
 def _pair(text: str, flag: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
-        raise CommandError(f"{flag}: {text!r} is no LABEL=VALUE, as nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3")
+        example = "rdma/hca=1" if flag == "--rdma" else "nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3"
+        raise CommandError(f"{flag}: {text!r} is no KEY=VALUE, as {example}")
     return key, value
 
 
