@@ -29,7 +29,7 @@ _OWN_PLACES = {"tls", "journal", "audit"}
 _REPLACED = {"host", "port", "allow_remote", "api_key", "keys", "cluster_secret", "drain_seconds", "models"}
 _DECIDED = {"model", "device", "layout"}
 _OWN_FILES = {"step_log", "expert_load"}
-_PATIENCE = {"join_seconds", "silence_seconds", "collective_seconds", "comm"}
+_PATIENCE = {"join_seconds", "silence_seconds", "collective_seconds", "comm", "one_shot_bytes"}
 _ROLES: dict[str, Role] = {"both": "serve", "serve": "serve", "prefill": "prefill", "decode": "decode"}
 
 

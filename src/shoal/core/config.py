@@ -59,6 +59,9 @@ class LaunchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A rank that waits so long for another in a collective gives up."""
     comm: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     """auto: nccl on GPUs, shared memory among CPU ranks of one host, else gloo."""
+    one_shot_bytes: int | None = None
+    """Sums of up to so many bytes between GPUs of one host go through memory that all of them map, where they can, and
+    not through NCCL; 0: none do; None is 512 KiB among up to 4 ranks, 256 KiB among up to 8."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -47,6 +47,23 @@ def open_gloo(path: str, size: int, timeout: float, name: str, rank: int) -> Com
     return open_group("gloo", rank, size, store, name=name, host="127.0.0.1", timeout=timeout)
 
 
+def nccl(path: Path, size: int, *, timeout: float = 20.0, one_shot_bytes: int | None = 0) -> Open:
+    """A new group of GPUs, as many as there are ranks."""
+    return functools.partial(open_nccl, str(path), size, timeout, one_shot_bytes)
+
+
+def open_nccl(path: str, size: int, timeout: float, one_shot_bytes: int | None, rank: int) -> Comm:
+    import torch.distributed
+
+    from shoal.engine.comm.process_group import open_group
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = torch.distributed.FileStore(path)
+    places = {"name": "test", "host": "127.0.0.1", "timeout": timeout}
+    return open_group("nccl", rank, size, store, **places, device=device, one_shot_bytes=one_shot_bytes)
+
+
 def _serve(open_comm: Open, rank: int, connection: Connection) -> None:
     import torch
 
