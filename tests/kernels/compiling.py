@@ -11,9 +11,12 @@ import io
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from shoal.engine.quantization.weight import KernelWeight
 
 
 class Compiled(NamedTuple):
@@ -120,12 +123,29 @@ def launches() -> None:
             x, local = torch.empty(tokens, 2048, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
             y, _ = moe_experts.run_experts(x, local, moe_experts.ExpertWeights(gate_up, down), "silu")
     moe_experts.combine(y[:32], ids.flatten(), weights)
-    scales = torch.empty(4, 1536), torch.empty(4, 2048)
-    for stored in (torch.int8, torch.float8_e4m3fn):
-        packed = moe_experts.ExpertWeights(gate_up.to(stored), down.to(stored), *scales)
-        for tokens in (2048,):
+    for weights, rows, group in (("fp8", 128, 128), ("int8", 1, 0), ("int4", 1, 128)):
+        halves = (_few_bits(weights, rows, group, n, k) for n, k in ((1536, 2048), (2048, 768)))
+        packed = moe_experts.ExpertWeights(*halves)
+        for tokens in (4, 2048) if rows == 128 else (2048,):
             x, local = torch.empty(tokens, 2048, dtype=bf16), torch.zeros(tokens, dtype=torch.int64)
             moe_experts.run_experts(x, local, packed, "silu")
+
+
+def _few_bits(weights: str, rows: int, group: int, n: int, k: int) -> KernelWeight:
+    """Of four experts."""
+    from shoal.engine.quantization.weight import KernelWeight
+
+    is_packed = weights == "int4"
+    stored = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[weights]
+    groups = k // (group or k)
+    return KernelWeight(
+        torch.empty(4, n, k // 2 if is_packed else k, dtype=stored),
+        torch.empty(4, n // rows, groups),
+        torch.empty(4, n, groups, dtype=torch.uint8) if is_packed else None,
+        rows,
+        group or k,
+        k,
+    )
 
 
 if __name__ == "__main__":

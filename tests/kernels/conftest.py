@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 _TORCH = {
@@ -86,6 +87,23 @@ def _numpy(bits: torch.dtype) -> Any:
     return np.dtype(str(bits).removeprefix("torch."))
 
 
-if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+_INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+_VARIABLE = "TRITON_INTERPRET"
+if _INTERPRETED:
+    os.environ[_VARIABLE] = "1"
     _repair(importlib.import_module("triton.runtime.interpreter"))
+
+
+def pytest_collection_finish() -> None:
+    """All kernels are defined. Tests of other folders, in the same process, find no Triton on a CPU, as users do."""
+    os.environ.pop(_VARIABLE, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    if _INTERPRETED:
+        os.environ[_VARIABLE] = "1"
+
+
+def pytest_runtest_teardown() -> None:
+    os.environ.pop(_VARIABLE, None)

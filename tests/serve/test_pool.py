@@ -261,7 +261,7 @@ def test_without_any_endpoint_a_request_is_refused_after_a_while() -> None:
 def test_retries_have_a_budget(kind: FailureKind) -> None:
     async def scene() -> None:
         async with Scene(2) as scene:
-            scene.pool._budget = RetryBudget(ratio=0.0, floor=2.0)
+            scene.pool.dispatch.budget = RetryBudget(ratio=0.0, floor=2.0)
             request_id = scene.ask()
             for _ in range(3):
                 ((endpoint, attempt_id),) = scene.running()

@@ -15,10 +15,12 @@ from shoal import __version__
 from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError, UsageError
 from shoal.cli.terminal import error_console, format_bytes, print_json
+from shoal.cli.trace_file import read_trace
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
 from shoal.core.model_shape import ModelShape
+from shoal.core.request_trace import TraceError
 from shoal.plan import catalogue, models
 from shoal.plan.candidates import Shape, refusal
 from shoal.plan.deployment_file import NotServable, as_yaml, deployment
@@ -29,7 +31,7 @@ from shoal.plan.goal import Demand, Goal, GoalError, Survive, Target, demand_of,
 from shoal.plan.html_report import page
 from shoal.plan.planner import Plan, make_plan
 from shoal.plan.report import Section, sections, summary
-from shoal.plan.trace import TraceError, read_trace
+from shoal.plan.trace import trace_of
 
 WIDE = 160
 """Columns of output that is piped."""
@@ -44,6 +46,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     input: int | None
     output: int | None
     trace: Path | None
+    longest_pause: float | None
     max_len: int | None
     targets: dict[tuple[str, str], float]
     budget: float | None
@@ -217,7 +220,8 @@ def _demand(request: Request) -> Demand:
         for flag, value in (("--input", request.input), ("--output", request.output)):
             if value is not None:
                 raise UsageError(f"{flag} and --trace both say how long requests are; give one of them")
-        return demand_of_trace(read_trace(request.trace), request.rate, request.max_len)
+        rows = read_trace(request.trace, longest_pause=request.longest_pause)
+        return demand_of_trace(trace_of(rows, request.trace.name), request.rate, request.max_len)
     for flag, given in (("--rate", request.rate), ("--input", request.input), ("--output", request.output)):
         if given is None:
             raise UsageError(f"{flag} is missing: give --rate, --input and --output, or --trace FILE")

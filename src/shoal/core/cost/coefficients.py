@@ -14,7 +14,7 @@ from shoal.core.cost.memory import (
     attention_parameters,
     attention_precision,
     expert_ranks,
-    local_cache_elements,
+    local_cache_bytes,
     local_heads,
     stage_share,
 )
@@ -257,7 +257,7 @@ def _attention(
     if engine.cache in ("float8", "int8"):
         bandwidth *= profile.float8_attention
     index = a.index_dim * per
-    moved = local_cache_elements(a, ranks) * per - index
+    moved = local_cache_bytes(a, ranks, engine.cache) - index
     pair: float = 2 * heads * (a.head_dim + value)
     # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
     context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair

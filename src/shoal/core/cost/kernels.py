@@ -19,11 +19,12 @@ from shoal.core.cost.memory import (
     attention_parameters,
     attention_precision,
     expert_ranks,
+    local_cache_bytes,
     local_cache_elements,
     local_heads,
     stage_share,
 )
-from shoal.core.cost.operators import BYTES, CACHE_BYTES, EXPERT_SKEW, Reached, distinct_experts
+from shoal.core.cost.operators import BYTES, EXPERT_SKEW, Reached, distinct_experts
 from shoal.core.cost.types import EngineShape, StepShape, WeightPrecision
 from shoal.core.hardware import DeviceSpec
 from shoal.core.model_shape import AttentionShape, LayerShape
@@ -172,14 +173,13 @@ class _Counter:
             yield self._paged(shape, count, heads)
 
     def _cache_write(self, shape: AttentionShape, count: float) -> KernelWork:
-        elements = count * self._tokens * local_cache_elements(shape, self._ranks)
         return KernelWork(
             name="cache write",
             part="cache",
             launches=count,
             operands=self._elementwise,
-            cache_bytes=elements * CACHE_BYTES[self._engine.cache],
-            state_bytes=elements * self._a,
+            cache_bytes=count * self._tokens * local_cache_bytes(shape, self._ranks, self._engine.cache),
+            state_bytes=count * self._tokens * local_cache_elements(shape, self._ranks) * self._a,
         )
 
     def _paged(self, shape: AttentionShape, count: float, heads: float) -> KernelWork:
@@ -193,13 +193,13 @@ class _Counter:
             pairs = min(pairs, float(step.prefill_tokens * window))
         pair = 2 * heads * (shape.head_dim + value)
         absorbed = 2 * heads * (2 * shape.latent_dim - shape.rope_dim) if shape.latent_dim else pair
-        elements = local_cache_elements(shape, self._ranks)
+        kept = local_cache_bytes(shape, self._ranks, self._engine.cache)
         return KernelWork(
             name="paged attention" if not shape.latent_dim else "latent attention",
             part="attention",
             launches=count,
             operands=self._wide,
-            cache_bytes=count * (decode + prefill) * elements * CACHE_BYTES[self._engine.cache],
+            cache_bytes=count * (decode + prefill) * kept,
             state_bytes=count * self._tokens * heads * (shape.head_dim + value) * self._a,
             operations=count * (pairs * pair + decode * absorbed),
         )

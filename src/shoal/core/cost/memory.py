@@ -7,7 +7,7 @@ from math import ceil
 
 from shoal.core.cost.operators import BYTES, CACHE_BYTES
 from shoal.core.cost.profiles import EngineProfile
-from shoal.core.cost.types import EngineShape, MemoryBudget, WeightPrecision
+from shoal.core.cost.types import CachePrecision, EngineShape, MemoryBudget, WeightPrecision
 from shoal.core.model_shape import AttentionShape, LayerShape, ModelShape
 from shoal.core.sharding import split_heads
 
@@ -46,6 +46,17 @@ def attention_parameters(hidden_size: int, attention: AttentionShape, ranks: int
     head = hidden_size * (attention.head_dim + (attention.value_dim or attention.head_dim))
     kv = attention.num_kv_heads * head
     return attention.whole + (split - kv) / ranks + local_heads(attention, ranks)[1] * head
+
+
+def local_cache_bytes(attention: AttentionShape, ranks: int, cache: CachePrecision) -> float:
+    """Of a token on one rank, with its scales, which are float32: int8 has one for each head's key and value. Of a
+    latent in 8 bits the rotated part stays in 16, and there is one scale a token."""
+    per, elements = CACHE_BYTES[cache], local_cache_elements(attention, ranks)
+    if cache not in ("float8", "int8") or attention.kind == "linear":
+        return elements * per
+    if attention.latent_dim:
+        return elements * per + attention.rope_dim * (2 - per) + 4
+    return elements * per + (8 * local_heads(attention, ranks)[1] if cache == "int8" else 0)
 
 
 def stage_share(engine: EngineShape) -> float:
@@ -103,20 +114,18 @@ def activation_bytes(engine: EngineShape) -> int:
 
 def cache_bytes_per_token(engine: EngineShape) -> float:
     """On the fullest device. A windowed layer's tokens leave the cache: see sequence_bytes."""
-    per = CACHE_BYTES[engine.cache]
-    ranks = engine.layout.tensor_ranks
-    elements = sum(
-        layer.count * local_cache_elements(layer.attention, ranks)
+    kept = sum(
+        layer.count * local_cache_bytes(layer.attention, engine.layout.tensor_ranks, engine.cache)
         for layer in engine.model.layers
         if layer.attention.kind != "windowed"
     )
-    return elements * per * stage_share(engine) / engine.layout.cp
+    return kept * stage_share(engine) / engine.layout.cp
 
 
 def sequence_bytes(engine: EngineShape, tokens: float) -> float:
     """Cache of one sequence of so many tokens: what every token keeps, windows as far as they are filled, states of
     linear attention (float32), and half a block of every layer that keeps all tokens."""
-    per, ranks = CACHE_BYTES[engine.cache], engine.layout.tensor_ranks
+    ranks = engine.layout.tensor_ranks
     total = 0.0
     for layer in engine.model.layers:
         attention = layer.attention
@@ -124,7 +133,7 @@ def sequence_bytes(engine: EngineShape, tokens: float) -> float:
             total += layer.count * attention.state_elements / ranks * 4
         elif attention.kind == "windowed":
             kept = min(tokens, attention.window or 0) + engine.block_size / 2
-            total += layer.count * kept * local_cache_elements(attention, ranks) * per / engine.layout.cp
+            total += layer.count * kept * local_cache_bytes(attention, ranks, engine.cache) / engine.layout.cp
     return total * stage_share(engine) + cache_bytes_per_token(engine) * (tokens + engine.block_size / 2)
 
 
