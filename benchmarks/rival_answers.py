@@ -16,7 +16,7 @@ from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.layout import Layout
 from shoal.plan import catalogue, models
-from shoal.plan.steady_state import Lengths, ServingEstimate, Workload, closed_loop, open_loop
+from shoal.plan.steady_state import Lengths, ServingEstimate, Workload, closed_loop, steady
 
 Row = dict[str, str]
 AXES = re.compile(r"(etp|tp|pp|dp|ep)(\d+)")
@@ -209,6 +209,6 @@ def ask_ours(
     work = Workload(inputs=Lengths.fixed(lengths[0]), outputs=Lengths.fixed(lengths[1]))
     return Ours(
         closed=closed_loop(cost, work, found.concurrency, requests=max(40, 10 * found.concurrency)),
-        opened=open_loop(cost, work, found.rate / found.engines),
+        opened=steady(cost, work, found.rate / found.engines),
         exact=exact,
     )

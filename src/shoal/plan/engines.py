@@ -46,7 +46,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     most_devices: int | None = None
     """Of a setup."""
     closer: int = 24
-    """Setups at most whose latencies are worked out by the event loop."""
+    """Setups at most whose latencies are worked out by the event loop on the way to the answer."""
+    first: bool = False
+    """The first setup that meets the goal will do, whatever others of its cost carry."""
 
 
 class Engine:

@@ -1,7 +1,7 @@
 """An engine under load in virtual time, as sums: what waits, what runs, and one step after another by the cost model.
 
-Steps that differ only in a longer context are taken together. The simulator drives the real scheduler; this is the
-planner's, which must answer in milliseconds.
+Steps that differ only in longer contexts are taken together: of sequences that decode, and of one long prompt's pieces.
+The simulator drives the real scheduler; this is the planner's, which must answer in milliseconds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from shoal.plan.workload import Weighted, Workload
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """Of one run; seconds."""
+    """Of one run, or of a part of one; seconds."""
 
-    ttft: Weighted
-    tpot: Weighted
-    itl: Weighted
-    end_to_end: Weighted
+    ttft: Weighted = msgspec.field(default_factory=Weighted)
+    tpot: Weighted = msgspec.field(default_factory=Weighted)
+    itl: Weighted = msgspec.field(default_factory=Weighted)
+    end_to_end: Weighted = msgspec.field(default_factory=Weighted)
     output_tokens: int = 0
     requests: int = 0
     seconds: float = 0.0
@@ -108,17 +108,31 @@ class Loop:
         self.front_free = 0.0
         self.stall = 0.0
         """Since the rows that decode had their last token, by steps that were not theirs."""
-        self.out = Outcome(ttft=Weighted(), tpot=Weighted(), itl=Weighted(), end_to_end=Weighted())
+        self.round = 0.0
+        """Seconds of the last step through all stages."""
+        self.out = Outcome()
         self.finished: Callable[[float], None] | None = None
 
-    def add(self, arrival: float) -> None:
-        prompt, output = self.workload.request(self.added)
+    @property
+    def under_way(self) -> int:
+        """Sequences that wait, compute their prompts or decode."""
+        return self.rows + len(self.prefilling) + len(self.waiting)
+
+    def add(self, arrival: float, number: int | None = None) -> None:
+        """The request of that number; of the next one, if none is given."""
+        prompt, output = self.workload.request(self.added if number is None else number)
         self.added += 1
         profile = self.cost.profile
         busy = profile.front_request_seconds + profile.front_token_seconds * prompt
         self.front_free = max(self.front_free, arrival) + busy
         cached = int(prompt * self.workload.cached_share)
         self.waiting.append(_Sequence(arrival, prompt, output, output, cached, ready=self.front_free))
+
+    def arrive(self, at: float, number: int) -> None:
+        """The request of that number comes then, after all that is done until then."""
+        self.run(at)
+        self.now = max(self.now, at)
+        self.add(at, number)
 
     def add_prefilled(self, arrival: float, number: int) -> None:
         """A sequence whose cache and first token come from elsewhere."""
@@ -171,6 +185,10 @@ class Loop:
     def _mixed_step(self) -> None:
         decode_rows = self.rows if self.mixes else 0
         budget = max(1, self.token_limit * self.stages - decode_rows)
+        alike = self._pieces(budget, decode_rows)
+        if alike > 1:
+            self._piece_steps(alike, budget, decode_rows)
+            return
         tokens = rows = context = 0
         pairs = 0.0
         complete: list[_Sequence] = []
@@ -187,6 +205,26 @@ class Loop:
         self._advance(1, duration, decode_rows)
         for sequence in complete:
             self._begin(sequence)
+
+    def _pieces(self, budget: int, decode_rows: int) -> int:
+        """Steps that the first prompt fills alone and does not end in, before a sequence ends or the cache is full."""
+        sequence = self.prefilling[0]
+        count = (sequence.input - sequence.done - 1) // budget
+        if decode_rows:
+            count = min(count, self.ends[0][0] - self.steps)
+            if not self.reserve:
+                count = min(count, int((self.capacity - self.used) / decode_rows))
+        return count
+
+    def _piece_steps(self, count: int, budget: int, decode_rows: int) -> None:
+        """All with the contexts of their middle. Who arrives meanwhile waits for the prompt's end in any case."""
+        sequence = self.prefilling[0]
+        before = sequence.done + (count - 1) * budget // 2
+        pairs = budget * (before + (budget + 1) / 2)
+        context = self.context + decode_rows * (count + 1) // 2
+        duration = self._seconds(budget, 1, pairs, before + budget, decode_rows, context, 0)
+        sequence.done += count * budget
+        self._advance(count, duration, decode_rows)
 
     def _begin(self, sequence: _Sequence) -> None:
         """The first token came of the last chunk."""
@@ -223,32 +261,35 @@ class Loop:
     def _seconds(
         self, tokens: int, rows: int, pairs: float, context: int, decode_rows: int, decode_context: int, sampled: int
     ) -> float:
-        stages = self.stages
+        stages, batches = self.stages, min(self.stages, rows + decode_rows)
         if stages > 1:
             # As many batches are under way as there are stages; each has its share of the rows.
             rows, decode_rows = -(-rows // stages), -(-decode_rows // stages)
             tokens, pairs, context = -(-tokens // stages), pairs / stages, -(-context // stages)
             decode_context, sampled = -(-decode_context // stages), -(-sampled // stages)
-        return self.cost.seconds(
-            StepShape(
-                prefill_tokens=tokens,
-                prefill_rows=rows,
-                prefill_pairs=pairs,
-                prefill_context=context,
-                decode_rows=decode_rows,
-                decode_context=decode_context,
-                sampled=sampled,
-            )
+        shape = StepShape(
+            prefill_tokens=tokens,
+            prefill_rows=rows,
+            prefill_pairs=pairs,
+            prefill_context=context,
+            decode_rows=decode_rows,
+            decode_context=decode_context,
+            sampled=sampled,
         )
+        seconds = self.cost.seconds(shape)
+        return max(seconds, batches * self.cost.stage_seconds(shape)) if stages > 1 else seconds
 
     def _advance(self, count: int, duration: float, decode_rows: int) -> None:
         out = self.out
-        self.now += count * duration
-        out.busy_seconds += count * duration
+        # In a pipeline, a step that is longer than those ahead of it leaves the stages behind it idle until it comes.
+        bubble = max(0.0, duration - self.round) * (1 - 1 / self.stages) if self.round else 0.0
+        self.round = duration
+        self.now += count * duration + bubble
+        out.busy_seconds += count * duration + bubble
         if not decode_rows:
-            self.stall += duration if self.rows else 0.0
+            self.stall += count * duration + bubble if self.rows else 0.0
             return
-        out.itl.add(duration + self.stall, decode_rows)
+        out.itl.add(duration + bubble + self.stall, decode_rows)
         if count > 1:
             out.itl.add(duration, (count - 1) * decode_rows)
         self.stall = 0.0
