@@ -149,7 +149,7 @@ def _pool(pool: dict[str, Any]) -> str:
 
 
 def most_rate(plan: dict[str, Any]) -> tuple[float, float]:
-    """Of a plan for far too high a rate: the rate said to be met, and the closed form's bound; else 0."""
+    """Of a plan for far too high a rate: the rate said to be met, and the most that is carried; else 0."""
     told = plan.get("impossible") or {}
     nearest = re.search(r"--rate ([\d.,]+)/s", told.get("nearest", ""))
     bound = re.search(r"carry ([\d.,]+)/s at most", told.get("bound", ""))

@@ -27,6 +27,10 @@ MOST_ENGINES = 4
 """That a run has. More of them share the load hardly better: of more, each is taken to carry as much."""
 STEP = 1.03
 """Between two rates that are tried."""
+BEND = 0.6
+"""Of the curve of a latency over the rate, for the next rate to be tried: 1 is a straight line."""
+FAR = 1 << 20
+"""Steps to a rate that no search comes to."""
 HOPELESS = 64.0
 """What misses a target at this part of what the closed form says carries nothing."""
 
@@ -71,7 +75,7 @@ class Runs:
             excess[number] = float("inf") if found is None else found.excess(targets)
             return excess[number] <= 1.0
 
-        number, low, high, stride = floor(_number(max(near, 1e-9))), -1 << 30, 1 << 30, 2
+        number, low, high, stride = floor(_number(max(near, 1e-9))), -FAR, FAR, 2
         if met and holds(floor(_number(met)), met):
             low = floor(_number(met))
             number = max(number, low + 1)
@@ -80,14 +84,14 @@ class Runs:
                 low = number
             else:
                 high = number
-            if high == 1 << 30:
-                number, stride = number + stride, 2 * stride
-            elif low == -1 << 30:
-                number, stride = number - stride, 2 * stride
-                if STEP**number < near / HOPELESS:
-                    return 0.0
+            if high == FAR:
+                number, stride = low + stride, 2 * stride
+            elif low > -FAR and 0.0 < excess[low] < excess[high] < float("inf"):
+                number = _crossing(low, high, log(excess[low]), log(excess[high]))
             else:
-                number = _between(low, high, excess)
+                number, stride = max((low + high) // 2, high - stride), 2 * stride
+            if STEP**number < near / HOPELESS:
+                return 0.0
         return max(met, STEP**low)
 
     def _run(self, rate: float) -> Prediction | None:
@@ -115,13 +119,10 @@ def _number(rate: float) -> float:
     return log(rate) / log(STEP)
 
 
-def _between(low: int, high: int, excess: dict[int, float]) -> int:
-    """Where the line through the logarithms of both crosses 1; the middle where that is unknown."""
-    below, above = excess[low], excess[high]
-    if not 0.0 < below < above < float("inf"):
-        return (low + high) // 2
-    part = -log(below) / (log(above) - log(below))
-    return min(high - 1, max(low + 1, round(low + part * (high - low))))
+def _crossing(low: int, high: int, below: float, above: float) -> int:
+    """Where the line through both is 0, a little nearer to `high`, for the curve bends upwards."""
+    part: float = max(0.0, -below / (above - below)) ** BEND
+    return min(high - 1, max(low + 1, low + round(part * (high - low))))
 
 
 def _at(distribution: Distribution, percentile: str, plus: float = 0.0) -> Interval:

@@ -289,16 +289,18 @@ class Loop:
         if not decode_rows:
             self.stall += count * duration + bubble if self.rows else 0.0
             return
-        out.itl.add(duration + bubble + self.stall, decode_rows)
+        gaps = out.itl.values
+        gaps.append((duration + bubble + self.stall, decode_rows))
         if count > 1:
-            out.itl.add(duration, (count - 1) * decode_rows)
+            gaps.append((duration, (count - 1) * decode_rows))
         self.stall = 0.0
         out.rows_seconds += count * duration * decode_rows
         self.steps += count
         self.context += count * decode_rows
         if not self.reserve:
             self.used += count * decode_rows
-        out.cache_peak = max(out.cache_peak, self.used)
+        if self.used > out.cache_peak:
+            out.cache_peak = self.used
         while self.ends and self.ends[0][0] <= self.steps:
             _, _, sequence = heappop(self.ends)
             self.rows -= 1

@@ -14,10 +14,10 @@ import msgspec
 from shoal.plan.candidates import engines_that_fit
 from shoal.plan.engines import SLACK, Engine
 from shoal.plan.screen import Load
-from shoal.plan.search import Search
+from shoal.plan.search import Candidate, Search
 from shoal.plan.setups import Verdict
 
-MOST = 8
+MOST = 6
 """Setups that are shown, evenly over cost."""
 Item = TypeVar("Item")
 Marks = tuple[float, float, float, float]
@@ -38,15 +38,17 @@ class _Screened(msgspec.Struct, frozen=True, kw_only=True):
 def front(search: Search, known: list[Verdict]) -> list[Verdict]:
     """The cheapest first, among them those of `known` (looked at closely) that no other beats."""
     screened = [one for engine in search.engines for one in _screened(search, engine)]
-    found = {one.setup: one for one in known}
+    judged: list[tuple[Candidate, Verdict]] = []
+    setups = {one.setup for one in known}
     for one in thinned(unbeaten(screened, lambda one: one.marks(search)), MOST):
         load = one.engine.curve.best(search.goal.targets, SLACK) or one.load
         candidate = search.candidate(one.engine, one.replicas, load)
-        setup = search.setup(candidate)
-        judged = search.judge(candidate) if setup not in found else None
-        if judged is not None:
-            found[setup] = search.carried(candidate, judged)
-    return unbeaten(list(found.values()), _marks)
+        if search.setup(candidate) not in setups and (made := search.judge(candidate)) is not None:
+            judged.append((candidate, made))
+    # What the closed form takes for equal often is not: only what is still on the front is asked what it carries.
+    left = unbeaten(judged, lambda pair: _marks(pair[1], pair[0].engine.capacity * pair[0].replicas))
+    found = [*known, *(search.carried(candidate, one) for candidate, one in left)]
+    return unbeaten(found, lambda one: _marks(one, one.capacity or 0.0))
 
 
 def _screened(search: Search, engine: Engine) -> list[_Screened]:
@@ -63,9 +65,9 @@ def _screened(search: Search, engine: Engine) -> list[_Screened]:
     ]
 
 
-def _marks(one: Verdict) -> Marks:
+def _marks(one: Verdict, capacity: float) -> Marks:
     prediction = one.prediction
-    return one.setup.cost, prediction.ttft_p99.value, prediction.itl_p99.value, -(one.capacity or 0.0)
+    return one.setup.cost, prediction.ttft_p99.value, prediction.itl_p99.value, -capacity
 
 
 def unbeaten(items: list[Item], marks: Callable[[Item], Marks]) -> list[Item]:
