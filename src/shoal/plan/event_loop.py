@@ -108,10 +108,16 @@ class Loop:
         self.front_free = 0.0
         self.stall = 0.0
         """Since the rows that decode had their last token, by steps that were not theirs."""
+        self.completing = 0
+        """Prompts that end with the last step."""
         self.round = 0.0
         """Seconds of the last step through all stages."""
         self.out = Outcome()
         self.finished: Callable[[float], None] | None = None
+
+    def prompts(self, now: float) -> int:
+        """That wait or are computed then; the last step may be under way still."""
+        return len(self.waiting) + len(self.prefilling) + (self.completing if self.now > now else 0)
 
     @property
     def under_way(self) -> int:
@@ -203,6 +209,7 @@ class Loop:
             complete.append(self.prefilling.popleft())
         duration = self._seconds(tokens, rows, pairs, context, decode_rows, self.context + decode_rows, len(complete))
         self._advance(1, duration, decode_rows)
+        self.completing = len(complete)
         for sequence in complete:
             self._begin(sequence)
 
@@ -282,6 +289,7 @@ class Loop:
     def _advance(self, count: int, duration: float, decode_rows: int) -> None:
         out = self.out
         # In a pipeline, a step that is longer than those ahead of it leaves the stages behind it idle until it comes.
+        self.completing = 0
         bubble = max(0.0, duration - self.round) * (1 - 1 / self.stages) if self.round else 0.0
         self.round = duration
         self.now += count * duration + bubble
