@@ -92,7 +92,7 @@ def test_arrivals_of_a_run_are_those_of_a_long_one(load, before):
         return found
 
     run, long = sorted(waits(FIRST, before + 1600)[before:]), sorted(waits(0, 100_000))
-    assert sum(run) / 1600 == pytest.approx(load**2 / (2 * (1 - load)) / load, rel=0.15)
+    assert sum(run) / 1600 == pytest.approx(load**2 / (2 * (1 - load)), rel=0.15)
     assert run[int(0.99 * 1600)] == pytest.approx(long[99_000], rel=0.15)
 
 
@@ -103,9 +103,9 @@ def test_neither_ramp_is_counted():
     run, lasting = open_loop(cost, CHAT, rate, requests=300), steady(cost, CHAT, rate, requests=300)
     assert lasting.concurrency > 1.1 * run.concurrency
     assert lasting.tpot.mean > run.tpot.mean
-    longer = steady(cost, CHAT, rate, requests=3000)
-    assert lasting.tpot.mean == pytest.approx(longer.tpot.mean, rel=0.05)
-    assert lasting.concurrency == pytest.approx(longer.concurrency, rel=0.1)
+    usual, longer = (steady(cost, CHAT, rate, requests=requests) for requests in (1600, 6400))
+    assert usual.tpot.mean == pytest.approx(longer.tpot.mean, rel=0.1)
+    assert usual.concurrency == pytest.approx(longer.concurrency, rel=0.1)
 
 
 def test_engines_behind_a_router_wait_less_than_one_alone():
