@@ -35,7 +35,6 @@ from shoal.plan.steady_state import (
     offline,
     open_loop,
     static_batch,
-    steady,
 )
 
 Row = dict[str, str]
@@ -152,9 +151,8 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
     if load.startswith("offline"):
         return offline(cost, work), False
     if load.startswith("open-loop"):
-        rate = float(row["request_rate"]) / replicas
         few = row["stat"].endswith("of 300 requests")
-        return open_loop(cost, work, rate, requests=300) if few else steady(cost, work, rate), True
+        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else None), True
     concurrency = int(float(row["concurrency"]))
     poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
     wait = wait_steps(row, concurrency)

@@ -158,23 +158,35 @@ def offline(cost: CostModel, workload: Workload, *, requests: int | None = None)
     )
 
 
-def open_loop(cost: CostModel, workload: Workload, rate: float, *, requests: int) -> ServingEstimate:
+def open_loop(cost: CostModel, workload: Workload, rate: float, *, requests: int | None = None) -> ServingEstimate:
     """Requests come by themselves, `rate` a second, with exponential gaps: what a load generator sees that sends so
-    many and counts all of them."""
+    many and counts all of them; without `requests`, five times what is under way at once."""
     reason = refusal(cost, workload)
     if reason:
         return refused(reason)
-    loop, at = Loop(cost, workload), 0.0
-    for number in range(requests):
-        at += exponential(number) / rate
-        loop.arrive(at, number)
-    loop.run(float("inf"))
+    count = requests or 400
+    loop = _offered(cost, workload, rate, count)
+    while requests is None and count < MOST_REQUESTS and count < 5 * rate * loop.out.end_to_end.mean():
+        count *= 4
+        loop = _offered(cost, workload, rate, count)
     return _estimate(cost, loop, loop.now)
 
 
+MOST_REQUESTS = 6400
+
+
+def _offered(cost: CostModel, workload: Workload, rate: float, count: int) -> Loop:
+    loop, at = Loop(cost, workload), 0.0
+    for number in range(count):
+        at += exponential(number) / rate
+        loop.arrive(at, number)
+    loop.run(float("inf"))
+    return loop
+
+
 FIRST = 110_000
-"""Number of the first gap. Of a queue with even service, 1,600 arrivals from there on wait as those of a long run do, in
-the mean and at the 99th percentile, within 15% from 60% to 90% of its capacity; from 0 on they wait up to 29% less."""
+"""Number of the first gap. Of a queue with even service, 1,600 arrivals from there on wait as those of a long run do,
+in the mean and at the 99th percentile, within 15% from 60% to 90% of its capacity; from 0 on they wait up to 29% less."""
 WARM = 4
 """The batch has filled once so many times the requests under way have come."""
 FEWEST_COME = 100
