@@ -15,6 +15,7 @@ from shoal.core.cost.types import CachePrecision, EngineShape, MemoryBudget, Ste
 from shoal.core.hardware import Provenance
 from shoal.core.model_shape import ModelShape
 from shoal.plan.candidates import Shape, crosses_nodes, engine_shape, refusal, shapes
+from shoal.plan.event_loop import bubble
 from shoal.plan.goal import Goal, Target
 from shoal.plan.rejections import Ledger, where_time_goes
 from shoal.plan.screen import Curve, Load, Traffic, traffic_of
@@ -79,6 +80,8 @@ class Engine:
             cache_tokens=self.held_tokens,
             front_seconds=self.front_seconds,
             stages=self.choice.shape.pp,
+            stage_seconds=self.cost.stage_seconds if self.choice.shape.pp > 1 else None,
+            bubble=bubble(self.cost),
             targets=targets,
         )
 

@@ -18,6 +18,11 @@ from shoal.core.cost.types import StepShape
 from shoal.plan.workload import Weighted, Workload
 
 
+def bubble(cost: CostModel) -> float:
+    """In a pipeline, of what a step is longer than those ahead of it: the time for which stages wait for it, idle."""
+    return 0.0 if cost.profile.even_batches else 1 - 1 / cost.engine.layout.pp
+
+
 class Outcome(msgspec.Struct, kw_only=True):
     """Of one run, or of a part of one; seconds."""
 
@@ -80,6 +85,7 @@ class Loop:
         engine = cost.engine
         self.cost, self.workload = cost, workload
         self.stages = engine.layout.pp
+        self.bubble = bubble(cost)
         self.groups = engine.attention_dp
         self.token_limit = engine.max_batch_tokens * self.groups
         self.row_limit = engine.max_sequences * self.groups
@@ -288,17 +294,15 @@ class Loop:
 
     def _advance(self, count: int, duration: float, decode_rows: int) -> None:
         out = self.out
-        # In a pipeline, a step that is longer than those ahead of it leaves the stages behind it idle until it comes.
-        self.completing = 0
-        bubble = max(0.0, duration - self.round) * (1 - 1 / self.stages) if self.round else 0.0
+        idle = self.bubble * max(0.0, duration - self.round) if self.round else 0.0
         self.round = duration
-        self.now += count * duration + bubble
-        out.busy_seconds += count * duration + bubble
+        self.now += count * duration + idle
+        out.busy_seconds += count * duration + idle
         if not decode_rows:
-            self.stall += count * duration + bubble if self.rows else 0.0
+            self.stall += count * duration + idle if self.rows else 0.0
             return
         gaps = out.itl.values
-        gaps.append((duration + bubble + self.stall, decode_rows))
+        gaps.append((duration + idle + self.stall, decode_rows))
         if count > 1:
             gaps.append((duration, (count - 1) * decode_rows))
         self.stall = 0.0

@@ -22,6 +22,8 @@ SCREENED = 80
 """Engines, those that are fastest for one request alone, whose whole curve is drawn."""
 LOOKED_AT = 4
 """Setups that the event loop judges on the way to the nearest goal."""
+MOST_LOOKED_AT = 12
+"""Setups whose most it is asked for, unless what was found is more than the closed form says of the next."""
 HEADROOM = 1.05
 """A goal is said a little above what is predicted, so that it holds when it is asked for."""
 
@@ -155,7 +157,9 @@ def _slower(search: Search, engines: list[Engine]) -> Impossible:
             options.append((engine.capacity * left, left, engine))
     options.sort(key=lambda option: -option[0])
     best: tuple[float, Engine] | None = None
-    for near, left, engine in options[:LOOKED_AT]:
+    for near, left, engine in options[:MOST_LOOKED_AT]:
+        if best is not None and near < best[0]:
+            break
         load = engine.curve.best(goal.targets) or engine.curve.loads[-1]
         carried = search.runs(search.candidate(engine, left, load), left).carries(goal.targets, near)
         if carried and (best is None or carried > best[0]):

@@ -186,7 +186,8 @@ def _offered(cost: CostModel, workload: Workload, rate: float, count: int) -> Lo
 
 FIRST = 110_000
 """Number of the first gap. Of a queue with even service, 1,600 arrivals from there on wait as those of a long run do,
-in the mean and at the 99th percentile, within 15% from 60% to 90% of its capacity; from 0 on they wait up to 29% less."""
+in the mean and at the 99th percentile, within 15% from 60% to 90% of its capacity; from 0 on they wait up to 29%
+less."""
 WARM = 4
 """The batch has filled once so many times the requests under way have come."""
 FEWEST_COME = 100
