@@ -65,7 +65,7 @@ CORE_MAY_NOT_IMPORT = frozenset(
 CORE_MAY_NOT_CALL = frozenset({"id", "open", "input", "print", "hash"})
 FORBIDDEN_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
 FORBIDDEN_MODULES = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"})
-TORCH_CUDA_ALLOWED = frozenset({"engine/graphs.py", "engine/memory.py", "engine/worker.py", "cli/models.py"})
+TORCH_CUDA_ALLOWED = frozenset({"engine/devices.py", "engine/graphs.py", "engine/memory.py", "cli/models.py"})
 MAX_LINES = 500
 
 

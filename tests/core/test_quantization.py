@@ -17,6 +17,7 @@ from shoal.core.sharding import shard_of
 INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 DEEPSEEK = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -108,6 +109,11 @@ def test_forms_of_the_hub(config: dict[str, Any], expected: QuantScheme | None) 
         (compressed(WEIGHTS | {"type": "int", "symmetric": False}), "symmetric is False"),
         (compressed(3), "wrong kind"),  # type: ignore[arg-type]
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "config_groups is {}"),
+        (
+            compressed(INT4, kv_cache_scheme=FP8_CACHE | {"type": "int"}),
+            "kv_cache_scheme is 'int of 8 bits by tensor'.*scales of a KV cache only for symmetric FP8",
+        ),
+        (compressed(INT4, kv_cache_scheme=FP8_CACHE | {"strategy": "group"}), "float of 8 bits by group"),
     ],
 )
 def test_others_are_refused_with_those_that_can_be_read(config: dict[str, Any], message: str) -> None:
@@ -160,3 +166,10 @@ def test_ranks_are_cut_between_groups_where_each_can_have_one() -> None:
     # 17 groups over 8 ranks: one of them would have half as much again to do.
     many = [len(shard_of(quantised, Layout(tp=8), rank).mlp) for rank in range(8)]
     assert sum(many) == 2176 and set(many) == {256, 288}
+
+
+def test_a_file_may_have_floats_and_scales_of_a_cache() -> None:
+    only_cache = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_CACHE}
+    assert read(only_cache) is None
+    by_head = compressed(INT4, kv_cache_scheme=FP8_CACHE | {"strategy": "attn_head"})
+    assert read(by_head) == read(compressed(INT4, kv_cache_scheme={"dynamic": True})) == read(compressed(INT4))

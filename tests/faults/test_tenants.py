@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
-import threading
+import socket
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +21,7 @@ from shoal.serve.access import OPEN, ROUTES
 from shoal.serve.tenants import SCOPES, Scope, editing, new_key, utc_now
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.serve.gateways import ENGINE, RunningFleet, running_fleet
-from tests.serve.running import wait_until
+from tests.serve.running import ENDLESS, LONG_CONTEXT, ROOM, wait_until, wire_bytes
 
 TENANTS = {
     "twin-a": {"cache_group": "twins"},
@@ -74,10 +73,21 @@ class Tenanted:
         lines = self.operator.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("shoal:prefix_cache_hits_total"))
 
+    def load(self) -> tuple[int, int]:
+        """Requests that have an endpoint, and those that have none."""
+        model = self.fleet.model()
+        return model["running"], model["waiting"]
+
     def waiting(self) -> int:
-        """Requests without an endpoint."""
-        count: int = self.fleet.model()["waiting"]
-        return count
+        return self.load()[1]
+
+    def endless(self, name: str, prompt: list[int]) -> socket.socket:
+        """The connection of a stream that nobody reads: it goes on until the connection is closed."""
+        address = urlsplit(self.fleet.url)
+        connection = socket.create_connection((address.hostname, address.port), timeout=60)
+        body = {"prompt": prompt, "stream": True, "max_tokens": ENDLESS, "ignore_eos": True}
+        connection.sendall(wire_bytes(self.clients[name], "/v1/completions", body))
+        return connection
 
     @contextlib.contextmanager
     def stream(self, name: str, prompt: list[int], **fields: Any) -> Iterator[tuple[str, Iterator[str]]]:
@@ -93,7 +103,7 @@ class Tenanted:
         """The status for a request line exactly as given."""
         address = urlsplit(self.fleet.url)
         assert address.hostname is not None
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
         try:
             connection.request(method, target, headers=bearer(key))
             return connection.getresponse().status
@@ -109,12 +119,12 @@ def prompt_of(seed: int, length: int = 64) -> list[int]:
 @pytest.fixture(scope="module")
 def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
     folder = tmp_path_factory.mktemp("tenants")
-    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=4096)
+    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=LONG_CONTEXT)
     made = {name: new_key(tenant, scopes, utc_now()) for name, (tenant, scopes) in KEYS.items()}
     with editing(folder / "keys.json", create=True) as stored:
         stored += [key for key, _ in made.values()]
     deployment = {
-        "models": [{"name": "tiny", "model": str(checkpoint), "admission": {"max_requests": QUEUE}, **ENGINE}],
+        "models": [{"name": "tiny", "model": str(checkpoint), "admission": {"max_requests": QUEUE}, **ENGINE, **ROOM}],
         "journal": {"location": f"{folder}/journal.db"},
         "keys": f"{folder}/keys.json",
         "tenants": TENANTS,
@@ -241,11 +251,11 @@ def test_a_tenant_has_so_many_tokens_a_minute(tenanted: Tenanted) -> None:
 
 
 def test_a_tenant_has_so_many_requests_at_once(tenanted: Tenanted) -> None:
-    with tenanted.stream("single", prompt_of(602), max_tokens=2000):
+    with tenanted.stream("single", prompt_of(602), max_tokens=ENDLESS):
         assert refused_for(tenanted.ask("single", prompt_of(603))) == "concurrent_requests"
         assert tenanted.ask("b", prompt_of(603)).status_code == 200, "the control: another tenant"
     # Its client has left, and with it the request.
-    wait_until(lambda: tenanted.ask("single", prompt_of(603)).status_code == 200, 20, "the limit to be free again")
+    wait_until(lambda: tenanted.ask("single", prompt_of(603)).status_code == 200, "the limit to be free again")
 
 
 # --- a request sent twice ---------------------------------------------------------------------------------------------
@@ -265,14 +275,14 @@ def test_a_request_sent_twice_is_done_once_for_each_tenant(tenanted: Tenanted) -
 
 def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
     same = {"headers": {"idempotency-key": "order-67"}}
-    with tenanted.stream("single", prompt_of(701), max_tokens=2000):
+    with tenanted.stream("single", prompt_of(701), max_tokens=ENDLESS):
         refused = tenanted.ask("single", prompt_of(702), **same)
         assert refused_for(refused) == "concurrent_requests"
         gone = tenanted.clients["single"].get(f"/v1/streams/{refused.headers['x-request-id']}")
         assert gone.status_code == 404, "what never ran cannot be gone on with"
     assert tenanted.ask("b", prompt_of(702), max_tokens=0, **same).status_code == 400
     assert tenanted.ask("b", prompt_of(702), **same).status_code == 200, "the key is free for what is sent instead"
-    wait_until(lambda: tenanted.ask("single", prompt_of(702), **same).status_code == 200, 20, "the limit to be free")
+    wait_until(lambda: tenanted.ask("single", prompt_of(702), **same).status_code == 200, "the limit to be free")
     assert tenanted.ask("single", prompt_of(702), **same).status_code == 409, "the control: now it was used"
 
 
@@ -281,30 +291,26 @@ def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
 
 def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> None:
     """Fault 34: all slots are taken and half of the queue, and still a request of another tenant is accepted, and goes
-    before those that wait. Its control is the same request of the tenant that floods: refused."""
-    stop = threading.Event()
-    refused: dict[str, str] = {}
+    before those that wait. Its control is the same request of the tenant that floods: refused.
 
-    def flood(number: int) -> None:
-        while not stop.is_set():
-            answer = tenanted.ask("a", prompt_of(800 + number), max_tokens=150)
-            if answer.status_code != 200:
-                refused[answer.headers["x-request-id"]] = refused_for(answer)
-                stop.wait(0.05)
-
-    with ThreadPoolExecutor(40) as threads:
-        floods: list[Future[None]] = [threads.submit(flood, number) for number in range(40)]
-        try:
-            wait_until(lambda: tenanted.waiting() >= QUEUE // 2 and bool(refused), 20, "the tenant's half to be full")
-            for number in range(3):
-                taken = tenanted.ask("b", prompt_of(900 + number), max_tokens=2)
-                assert taken.status_code == 200, taken.text
-                assert tenanted.waiting() > 0, "those who waited before it still wait"
-        finally:
-            stop.set()
-    for one in floods:
-        one.result()
-    assert set(refused.values()) == {"tenant_share"}
-    gone = [tenanted.clients["a"].get(f"/v1/streams/{request_id}").status_code for request_id in list(refused)[:5]]
+    No request ends by itself, so that nothing moves but what is moved here.
+    """
+    held, half = list[socket.socket](), QUEUE // 2
+    with contextlib.ExitStack() as flood:
+        while tenanted.waiting() < half:
+            held.append(flood.enter_context(tenanted.endless("a", prompt_of(800 + len(held)))))
+            wait_until(lambda: sum(tenanted.load()) == len(held), "the request to be accepted")
+        refused = [tenanted.ask("a", prompt_of(850 + number)) for number in range(5)]
+        assert {refused_for(answer) for answer in refused} == {"tenant_share"}
+        with ThreadPoolExecutor(1) as thread:
+            for waiting in range(half, half - 6, -2):
+                wait_until(lambda: tenanted.waiting() == waiting, "the free place to be taken")  # noqa: B023
+                taken = thread.submit(tenanted.ask, "b", prompt_of(900 + waiting), max_tokens=2)
+                wait_until(lambda: tenanted.waiting() == waiting + 1, "the other tenant's to wait too")  # noqa: B023
+                for _ in range(2):  # of those that run: the engine has one more than it has places for
+                    held.pop(0).close()
+                assert taken.result().status_code == 200, taken.result().text
+                assert tenanted.waiting() >= waiting - 2, "those who waited before it still wait"
+    gone = [tenanted.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
     assert set(gone) == {404}, "a flood of refused requests fills no journal"
-    assert json.loads(tenanted.operator.get("/fleet").text)["models"][0]["waiting"] == 0
+    wait_until(lambda: sum(tenanted.load()) == 0, "the flood to be over")

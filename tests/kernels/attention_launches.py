@@ -7,7 +7,7 @@ import sys
 import torch
 
 from shoal.engine.attention.base import AttentionBatch
-from shoal.engine.attention.portable import PortableCache
+from shoal.engine.attention.latent_cache import LatentCache
 from shoal.engine.attention.triton_backend import TritonAttention
 from shoal.engine.attention.triton_latent import TritonLatentAttention
 
@@ -38,10 +38,11 @@ def step(
     attention.forward(cache, 0, q, mixed, scale=0.1, window=window, need_lse=window is not None)
 
 
-def latents() -> None:
-    rows, queries = torch.zeros(2, 16, 1, 576, dtype=torch.bfloat16), torch.zeros(2, 128, 576, dtype=torch.bfloat16)
-    attention = TritonLatentAttention(512, 132, 4)
-    attention.forward(PortableCache([rows], [rows]), 0, queries, batch([(9, 1), (9, 1)]), scale=0.1)
+def latents(kv_dtype: torch.dtype) -> None:
+    rows, decodes = torch.zeros(2, 129, 576, dtype=torch.bfloat16), batch([(9, 1), (9, 1)])
+    attention, cache = TritonLatentAttention(512, 132, 4), LatentCache(1, 2, 16, 512, 64, kv_dtype, CPU)
+    attention.write(cache, 0, rows[:, :1], rows[:, :1, :512], decodes)
+    attention.forward(cache, 0, rows[:, 1:], decodes, scale=0.1)
 
 
 LAUNCHES = {
@@ -49,7 +50,8 @@ LAUNCHES = {
     "int8": lambda: step(32, 8, 128, torch.int8, torch.bfloat16, None),
     "float8": lambda: step(16, 8, 256, torch.float8_e4m3fn, torch.bfloat16, 1024),
     "float32": lambda: step(8, 4, 256, torch.float32, torch.float32, None),
-    "latents": latents,
+    "latents": lambda: latents(torch.bfloat16),
+    "latents of float8": lambda: latents(torch.float8_e4m3fn),
 }
 """What large models launch, and the widest of all."""
 
@@ -59,4 +61,4 @@ if __name__ == "__main__":
 
     for what, launch in LAUNCHES.items():
         for found in compile_launches(int(sys.argv[1]), launch):
-            print(what, *found)
+            print(what.replace(" ", "-"), *found)

@@ -6,15 +6,17 @@ interpreter: it prints a line for each kernel that the launches in `launches()` 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from shoal.engine.quantization.weight import KernelWeight
 
 
 class Compiled(NamedTuple):
@@ -45,33 +47,23 @@ def compile_launches(capability: int, launches: Callable[[], Any]) -> list[Compi
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
         options["warmup"] = True
-        kernel = original(self, *args, **options)
-        compiled.append(_assembled(kernel, capability))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = original(self, *args, **options)
+        if log := said.getvalue():  # none comes of a kernel that these launches had compiled before
+            spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+            registers = max(int(count) for count in re.findall(r"Used (\d+) registers", log))
+            compiled.append(Compiled(kernel.metadata.name, spilled, registers, kernel.metadata.shared))
         return kernel
 
     triton.runtime.driver.set_active(Driver())
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True  # what the assembler says, with the options that a launch gives it
     JITFunction.run = run
     try:
         launches()
     finally:
         JITFunction.run = original
     return compiled
-
-
-def _assembled(kernel: Any, capability: int) -> Compiled:
-    """What the assembler says of the kernel's PTX."""
-    import triton
-
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(kernel.asm["ptx"])
-        source.flush()
-        command = [str(assembler), "-v", f"--gpu-name={arch}", source.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
-    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
-    return Compiled(kernel.metadata.name, spilled, registers, kernel.metadata.shared)
 
 
 def launches() -> None:
@@ -131,12 +123,29 @@ def launches() -> None:
             x, local = torch.empty(tokens, 2048, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
             y, _ = moe_experts.run_experts(x, local, moe_experts.ExpertWeights(gate_up, down), "silu")
     moe_experts.combine(y[:32], ids.flatten(), weights)
-    scales = torch.empty(4, 1536), torch.empty(4, 2048)
-    for stored in (torch.int8, torch.float8_e4m3fn):
-        packed = moe_experts.ExpertWeights(gate_up.to(stored), down.to(stored), *scales)
-        for tokens in (2048,):
+    for weights, rows, group in (("fp8", 128, 128), ("int8", 1, 0), ("int4", 1, 128)):
+        halves = (_few_bits(weights, rows, group, n, k) for n, k in ((1536, 2048), (2048, 768)))
+        packed = moe_experts.ExpertWeights(*halves)
+        for tokens in (4, 2048) if rows == 128 else (2048,):
             x, local = torch.empty(tokens, 2048, dtype=bf16), torch.zeros(tokens, dtype=torch.int64)
             moe_experts.run_experts(x, local, packed, "silu")
+
+
+def _few_bits(weights: str, rows: int, group: int, n: int, k: int) -> KernelWeight:
+    """Of four experts."""
+    from shoal.engine.quantization.weight import KernelWeight
+
+    is_packed = weights == "int4"
+    stored = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[weights]
+    groups = k // (group or k)
+    return KernelWeight(
+        torch.empty(4, n, k // 2 if is_packed else k, dtype=stored),
+        torch.empty(4, n // rows, groups),
+        torch.empty(4, n, groups, dtype=torch.uint8) if is_packed else None,
+        rows,
+        group or k,
+        k,
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 _TORCH = {
@@ -65,6 +66,17 @@ def _repair(interpreter: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def with_mask(access: Any, place: int) -> Any:
+        """Triton 3.9 makes int32 of a boolean that is spread over a block, and then does not take it for a mask."""
+
+        def accessed(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return access(self, *args)
+
+        return accessed
+
+    builder.create_masked_load = with_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_mask(builder.create_masked_store, 2)
     interpreter._convert_float = converted
     interpreter._patch_lang_tensor = patched
     builder.create_dot = dotted
@@ -75,6 +87,23 @@ def _numpy(bits: torch.dtype) -> Any:
     return np.dtype(str(bits).removeprefix("torch."))
 
 
-if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+_INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+_VARIABLE = "TRITON_INTERPRET"
+if _INTERPRETED:
+    os.environ[_VARIABLE] = "1"
     _repair(importlib.import_module("triton.runtime.interpreter"))
+
+
+def pytest_collection_finish() -> None:
+    """All kernels are defined. Tests of other folders, in the same process, find no Triton on a CPU, as users do."""
+    os.environ.pop(_VARIABLE, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    if _INTERPRETED:
+        os.environ[_VARIABLE] = "1"
+
+
+def pytest_runtest_teardown() -> None:
+    os.environ.pop(_VARIABLE, None)

@@ -24,9 +24,10 @@ def test_hopper_has_room_for_them() -> None:
     assert done.returncode == 0, done.stderr
     kernels = [line.split() for line in done.stdout.splitlines()]
     names = {name for _, name, *_ in kernels}
-    assert names == {"_write_kernel", "_prefill_kernel", "_decode_kernel", "_merge_kernel", "_latent_kernel"}
+    paged = {"_write_kernel", "_prefill_kernel", "_decode_kernel", "_merge_kernel"}
+    assert names == paged | {"_latent_kernel", "_latent_write_kernel"}
     for what, name, spilled, _, shared in kernels:
         assert int(shared) <= HOPPER_SHARED_BYTES, (what, name, shared)
         # 64 heads by 512 numbers of output are half of all registers: what little of the rest is spilled is for once.
-        most = 256 if what == "latents" else 0
+        most = 256 if what.startswith("latents") else 0
         assert what == IN_FULL_PRECISION or int(spilled) <= most, (what, name, spilled)

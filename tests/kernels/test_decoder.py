@@ -25,6 +25,7 @@ if (reason := unavailable_reason(CPU)) is not None or not is_interpreted():
     pytest.skip(reason or "kernels are compiled here: these compare them on a CPU", allow_module_level=True)
 
 from shoal.engine.attention.triton_backend import TritonAttention  # noqa: E402
+from shoal.engine.attention.triton_latent import TritonLatentAttention  # noqa: E402
 from shoal.engine.triton_ops import TritonOps  # noqa: E402
 
 
@@ -82,3 +83,40 @@ def test_decodes_through_graphs_give_the_same_logits(tmp_path: Path) -> None:
         for i in step:
             torch.testing.assert_close(got[i], expected[i], atol=1e-5, rtol=1e-5)
     assert [size.rows for size in through.decoder.book.captured] == [4]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "deepseek_v3"])
+def test_chunks_through_graphs_give_the_same_logits(family: str, tmp_path: Path) -> None:
+    """Chunks beside decodes in a graph of 12 tokens, whose padding is a chunk of none, of one and of several tokens."""
+    path = make_checkpoint(family, tmp_path)
+    spec = spec_from_config(json.loads((path / "config.json").read_text()))
+    latents = None if spec.mla is None else spec.mla.kv_lora_rank
+    attention = TritonAttention(processors=1) if latents is None else TritonLatentAttention(latents, processors=1)
+    decoder = load(path, TritonOps(CPU, torch.float32), attention)
+    prompts = prompts_of(9, 6, 12)
+    plain, through = PagedRun(decoder, 3, num_blocks=12), PagedRun(decoder, 3, num_blocks=12)
+    through.cache = decoder.new_cache(12 + 1, 16)
+    capturer = FakeCapturer()
+    book = GraphedModel(
+        decoder,
+        through.cache,
+        capturer,
+        null_block=12,
+        max_rows=3,
+        max_context=64,
+        max_tokens=12,
+        limit_bytes=1000,
+        device=CPU,
+    )
+    through.decoder = book  # type: ignore[assignment]
+    book.device = CPU  # type: ignore[attr-defined]
+    at = [0, 0, 0]
+    for sizes in [(7, 3, 0), (1, 1, 9), (1, 1, 3), (0, 1, 0)]:
+        fed = {i: prompts[i][at[i] : at[i] + n] for i, n in enumerate(sizes) if n}
+        expected, got = plain.extend(fed), through.extend(fed)
+        for i, n in enumerate(sizes):
+            at[i] += n
+            if n:
+                torch.testing.assert_close(got[i], expected[i], atol=1e-5, rtol=1e-5)
+    assert {(size.rows, size.tokens) for size in book.book.captured} == {(3, 12), (1, None)}
+    assert sum(graph.replays for graph in capturer.graphs) == 4

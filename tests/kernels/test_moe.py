@@ -5,8 +5,9 @@ Shapes: T tokens, E experts, K experts that a token visits, R = T K rows, H hidd
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from shoal.core.layout import Layout
 from shoal.core.model_spec import MoESpec
+from shoal.core.quantization import at_load
 from shoal.engine.kernels import unavailable_reason
 from shoal.engine.moe import Router
 from shoal.engine.ops import TorchOps
+from shoal.engine.quantization.weight import KernelWeight
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_moe import load, tokens
 from tests.kernels.fuzz import DEVICE, Fuzz, assert_near
+from tests.quantized_checkpoints import make_twins
 
 if (reason := unavailable_reason(DEVICE)) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -28,6 +32,7 @@ if (reason := unavailable_reason(DEVICE)) is not None:
 from shoal.engine.kernels.moe_experts import ExpertWeights, combine, run_experts  # noqa: E402
 from shoal.engine.kernels.moe_routing import route, schedule  # noqa: E402
 from shoal.engine.triton_ops import TritonOps  # noqa: E402
+from tests.kernels.test_quantized_matmul import error, random_weight, scheme  # noqa: E402
 
 FAMILIES = ["mixtral", "qwen3_moe_plain_weights", "deepseek_v3"]
 SPECS = {
@@ -132,15 +137,43 @@ def test_grouped_products(rows: int, dtype: torch.dtype) -> None:
     assert_near(combine(y_RH, local_R, weights_TK), summed, dtype, factor=2)
 
 
-@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
-def test_scaled_weights_are_widened_in_the_kernel(stored: torch.dtype) -> None:
-    fuzz = Fuzz(5)
-    gate_up, down = fuzz.ids(-90, 91, 3, 48, 40).float().to(stored), fuzz.ids(-90, 91, 3, 40, 24).float().to(stored)
-    scales = fuzz.floats(3, 48).abs() / 300 + 1e-3, fuzz.floats(3, 40).abs() / 300 + 1e-3
-    x_TH, local_R = fuzz.floats(20, 40), fuzz.ids(0, 3, 20)
-    y_RH, _ = run_experts(x_TH, local_R, ExpertWeights(gate_up, down, *scales), "silu")
-    wide = [weight.double() * scale.double()[:, :, None] for weight, scale in zip((gate_up, down), scales, strict=True)]
-    assert_near(y_RH, expected_rows(x_TH, local_R, *wide, "silu", 1), torch.float32, factor=8)
+KINDS = {
+    "int8": ("int8", 1, 0),
+    "fp8": ("fp8", 1, 0),
+    "fp8 tensor": ("fp8", 0, 0),
+    "fp8 blocks": ("fp8", 32, 64),
+    "fp8 small blocks": ("fp8", 8, 32),
+    "int4": ("int4", 1, 32),
+    "int4 long groups": ("int4", 1, 128),
+    "int4 channel": ("int4", 1, 0),
+}
+"""Weights, and output and input features that share a scale: 0 is all."""
+
+
+def few_bits(fuzz: Fuzz, kind: str, experts: int, n: int, k: int) -> tuple[KernelWeight, Tensor]:
+    """Of all experts, as the kernel takes them and in float64."""
+    weights, rows, group = KINDS[kind]
+    matrices = [
+        random_weight(random.Random(fuzz.number(0, 1 << 30)), scheme(weights), n, k, rows or n, group or k)
+        for _ in range(experts)
+    ]
+    packed = KernelWeight.stacked([KernelWeight.of(matrix, DEVICE) for matrix in matrices], experts)
+    assert packed is not None
+    return packed, torch.stack([matrix.dequantized().double() for matrix in matrices])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_few_bits_are_widened_in_the_kernel(kind: str) -> None:
+    """Sizes are no multiple of tiles; groups, which may end behind the last feature, are."""
+    fuzz = Fuzz(len(kind))
+    rows, hidden, features = fuzz.one_of(5, 56), fuzz.one_of(72, 136, 200), fuzz.one_of(40, 72)
+    gate_up, wide_up = few_bits(fuzz, kind, 3, 2 * features, hidden)
+    down, wide_down = few_bits(fuzz, kind, 3, hidden, features)
+    dtype = torch.float32 if rows == 5 else torch.bfloat16
+    x_TH, local_R = fuzz.floats(rows // 2, hidden, dtype=dtype, padding=4), fuzz.ids(-1, 3, rows // 2 * 2)
+    y_RH, _ = run_experts(x_TH, local_R, ExpertWeights(gate_up, down), "silu", 2)
+    here = local_R >= 0
+    assert_near(y_RH[here], expected_rows(x_TH, local_R, wide_up, wide_down, "silu", 2)[here], dtype, factor=8)
 
 
 def test_a_rows_bits_do_not_depend_on_the_batch() -> None:
@@ -179,3 +212,26 @@ def test_int8_experts(checkpoint: Path) -> None:
     expected_TH = load(checkpoint, TorchOps(torch.device("cpu")), "int8").forward(x_TH)
     ops: Any = TritonOps(torch.device("cpu"), torch.float32)
     torch.testing.assert_close(load(checkpoint, ops, "int8").forward(x_TH), expected_TH, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("fp8", 0.06), ("int8", 0.02)])
+def test_experts_quantised_at_load(weights: Any, bound: float, checkpoint: Path) -> None:
+    """Less rounded than the reference, which rounds activations too."""
+    x_TH, quantize = tokens(6), at_load(weights)
+    expected_TH = load(checkpoint, TorchOps(torch.device("cpu")), quantize=quantize).forward(x_TH)
+    ops: Any = TritonOps(torch.device("cpu"), torch.float32)
+    block = load(checkpoint, ops, quantize=quantize)
+    assert block.experts.weighted(x_TH, torch.zeros(6, dtype=torch.int64), torch.ones(6, 1)) is not None
+    assert error(block.forward(x_TH), expected_TH) < bound
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "awq", "ct_int8"])
+def test_experts_of_quantised_checkpoints(form: str, tmp_path: Path) -> None:
+    """Against the float checkpoint that the file stands for; on two ranks that cut experts within their groups."""
+    plain = make_checkpoint("mixtral", tmp_path / "original", hidden_size=64, intermediate_size=160)
+    quantised, floats = make_twins(plain, tmp_path, form)
+    x_TH, ops = tokens(6), cast("Any", TritonOps(torch.device("cpu"), torch.float32))
+    expected_TH = load(floats, TorchOps(torch.device("cpu"))).forward(x_TH)
+    torch.testing.assert_close(load(quantised, ops).forward(x_TH), expected_TH, atol=1e-5, rtol=1e-4)
+    parts = [load(quantised, ops, layout=Layout(tp=2), rank=rank) for rank in (0, 1)]
+    torch.testing.assert_close(sum(part.forward(x_TH) for part in parts), expected_TH, atol=1e-5, rtol=1e-4)

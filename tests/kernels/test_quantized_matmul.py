@@ -11,7 +11,15 @@ from torch import Tensor
 from shoal.core.quantization import QuantScheme, at_load
 from shoal.engine.quantization import linear
 from shoal.engine.quantization.linear import ReferenceLinear, ScaledLinear, WeightOnlyLinear, make_linear
-from shoal.engine.quantization.weight import FP8, QuantizedWeight, quantize_rows, quantized, stacked
+from shoal.engine.quantization.weight import (
+    FP8,
+    KernelWeight,
+    QuantizedWeight,
+    packed_nibbles,
+    quantize_rows,
+    quantized,
+    stacked,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 from shoal.engine.quantization import kernels  # noqa: E402
@@ -101,9 +109,7 @@ def test_products_of_8_bit_tokens(seed: int, monkeypatch: pytest.MonkeyPatch) ->
     values, scales = quantize_rows(x, kind, group, weight.input_scale)
     size = group if activations == "group" else k
     poison(monkeypatch)
-    found = kernels.scaled_product(
-        values, scales, weight.values_NK, weight.scales_RG, bias, torch.float32, rows=rows, group=group
-    )
+    found = kernels.scaled_product(values, scales, KernelWeight.of(weight, DEVICE), bias, torch.float32)
     assert values.dtype == dtype
     rounded = values.float() * scales.repeat_interleave(size, dim=1)[:, :k]
     assert error(found, product(rounded, weight, bias)) < 1e-5
@@ -121,9 +127,7 @@ def test_a_long_product_of_few_rows_is_split_and_added_up(kind: str, monkeypatch
     if kind != "int4":
         weight = random_weight(draw, scheme(kind, activations="token"), n, k, 1, k)
         values, scales = quantize_rows(x, weight.scheme, k, None)
-        found = kernels.scaled_product(
-            values, scales, weight.values_NK, weight.scales_RG, bias, torch.float32, rows=1, group=k
-        )
+        found = kernels.scaled_product(values, scales, KernelWeight.of(weight, DEVICE), bias, torch.float32)
         assert error(found, product(values.float() * scales, weight, bias)) < 1e-5
 
 
@@ -172,7 +176,7 @@ def test_layers_of_both_kinds_agree(weights: str, t: int, monkeypatch: pytest.Mo
 
 def test_a_byte_holds_numbers_half_a_block_apart() -> None:
     values = torch.arange(48, dtype=torch.uint8)[None] % 16
-    packed = kernels.packed_nibbles(values, 32)
+    packed = packed_nibbles(values, 32)
     assert packed.shape == (1, 32)
     assert packed[0, 3] == values[0, 3] + 16 * values[0, 19] and packed[0, 18] == values[0, 34]
 
@@ -188,5 +192,5 @@ def test_torchs_own_product_of_rows_and_channels() -> None:
     weight = random_weight(draw, scheme("fp8", activations="token"), 48, 64, 1, 64)
     x, bias = tokens(draw, 20, 64), tokens(draw, 1, 48)[0].bfloat16()
     values, scales = quantize_rows(x, weight.scheme, 64, None)
-    found = linear.scaled_by_torch(values, scales, weight, bias)
+    found = linear.scaled_by_torch(values, scales, KernelWeight.of(weight, DEVICE), bias)
     assert error(found, product(values.float() * scales, weight, bias)) < 5e-3

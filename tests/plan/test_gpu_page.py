@@ -1,4 +1,4 @@
-"""docs/gpu.md against core/cost: every cell of the table of kernels, and the shares that the text draws from it."""
+"""docs/gpu.md and docs/kernels.md against core/cost: every cell of their tables, and what the text draws from it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from shoal.core.cost.kernels import KernelWork, step_kernels
+from shoal.core.cost.profiles import PROFILES
 from shoal.core.cost.types import EngineShape, StepShape
 from shoal.core.hardware import Cluster, LinkSpec
+from shoal.core.layout import Layout
 from shoal.plan import catalogue
 from shoal.plan.models import model_shape
 
+KERNELS = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
 H200 = catalogue.device("H200")
 LINK = LinkSpec(name="none", kind="memory", bandwidth=1.0, latency=0.0)
@@ -65,6 +68,31 @@ def test_the_text_draws_on_the_table() -> None:
         in PAGE
     )
     assert sum(kernel.launches for kernel in one) == pytest.approx(292, abs=10)
+
+
+def of_chunk(tokens: int, tp: int) -> list[KernelWork]:
+    cluster = Cluster(device=H200, devices_per_node=8, num_nodes=1, scale_up=LINK, network=None)
+    engine = EngineShape(model=ENGINE.model, cluster=cluster, layout=Layout(tp=tp))
+    pairs = tokens * (tokens + 1) / 2
+    step = StepShape(prefill_tokens=tokens, prefill_rows=1, prefill_pairs=pairs, prefill_context=tokens, sampled=1)
+    return step_kernels(engine, step)
+
+
+def test_only_short_chunks_are_worth_a_graph() -> None:
+    """The engine's bound: 512 tokens (`shoal.engine.graphs.CHUNK_TOKENS`)."""
+    table = re.search(r"^\| tokens of the chunk \|.*\n\|[-|]+\n((?:\|.*\n)+)", KERNELS, re.MULTILINE)
+    assert table is not None
+    seconds = {}
+    for line in table[1].splitlines():
+        tokens, *cells = (float(cell) for cell in line.strip("|").split("|"))
+        found = [sum(kernel.limit_seconds(H200) for kernel in of_chunk(int(tokens), tp)) for tp in (1, 8)]
+        assert cells == [round(1e3 * value, 2) for value in found], line
+        seconds[int(tokens)] = found
+    launches = sum(kernel.launches for kernel in of_chunk(512, 1))
+    fast, slow = (launches * PROFILES[name].eager_kernel_seconds for name in ("shoal", "vllm"))
+    assert (f"{1e3 * fast:.1f} ms of the host" in KERNELS) and (f"{1e3 * slow:.1f} ms" in KERNELS)
+    assert all(found > slow for tokens, two in seconds.items() if tokens > 512 for found in two)
+    assert seconds[512][1] < fast, "of eight GPUs the host is the slower one, even at the lower figure"
 
 
 def test_the_page_says_what_it_is_not() -> None:

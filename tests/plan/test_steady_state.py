@@ -205,3 +205,10 @@ def test_quantiles_count_weights():
     values.add(5.0, 2)
     assert values.mean() == pytest.approx(1.08)
     assert values.quantiles((0.5, 0.99)) == [1.0, 5.0]
+
+
+def test_an_engine_that_prefills_apart_takes_in_who_came_meanwhile():
+    """Requests that come during a step of prompts do not wait for a sequence to end."""
+    cost = CostModel(engine(tp=8, profile="sglang"))
+    found = closed_loop(cost, Workload(inputs=Lengths.uniform(800, 1000), outputs=Lengths.uniform(800, 1000)), 4)
+    assert found.ttft.p99 < 0.1 * found.end_to_end.p50

@@ -141,7 +141,7 @@ KVCacheMemory = Annotated[
     typer.Option(parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE),
 ]
 AttentionBackend = Annotated[
-    Literal["auto", "native", "triton", "varlen", "portable"] | None,
+    Literal["auto", "native", "triton", "varlen", "flashinfer", "portable"] | None,
     typer.Option(help="auto is the best that serves the model on the device. [default: auto]", rich_help_panel=_ENGINE),
 ]
 KVCacheDtype = Annotated[

@@ -59,6 +59,9 @@ class LaunchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A rank that waits so long for another in a collective gives up."""
     comm: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     """auto: nccl on GPUs, shared memory among CPU ranks of one host, else gloo."""
+    one_shot_bytes: int | None = None
+    """Sums of up to so many bytes between GPUs of one host go through memory that all of them map, where they can, and
+    not through NCCL; 0: none do; None is 512 KiB among up to 4 ranks, 256 KiB among up to 8."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,7 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What the matrices of a float checkpoint are made at load: fp8, int8 or int4. dtype is then of the others."""
     kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
     """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
-    are for GPUs, by Triton attention."""
+    are for GPUs, by Triton attention; of latents they are for any device."""
     load_format: Literal["auto", "random"] = "auto"
     """Where weights come from. auto: the checkpoint's files; random: nowhere, for benchmarks and profiles: of the
     checkpoint only config.json is read."""
@@ -108,7 +111,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     an engine of several always is, for requests of others may come to it at any time."""
     ops: Literal["auto", "native", "triton", "torch"] = "auto"
     """Arithmetic: native CPU kernels where they are built, Triton ones on a GPU where triton is, or torch."""
-    attention: Literal["auto", "native", "triton", "varlen", "portable"] = "auto"
+    attention: Literal["auto", "native", "triton", "varlen", "flashinfer", "portable"] = "auto"
     """Attention backend: auto is the first of native, triton and portable that serves the model on the device."""
     step_log: str | None = None
     """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""

@@ -122,17 +122,29 @@ def _block(value: Any, key: str) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _compressed_tensors(c: dict[str, Any]) -> QuantScheme:
+def _compressed_tensors(c: dict[str, Any]) -> QuantScheme | None:
     groups = c["config_groups"]
     sparsity = (c.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise _refused("sparsity_config.format", sparsity, "only 'dense'")
+    _check_cache(c.get("kv_cache_scheme"))
+    if not groups and c.get("kv_cache_scheme"):
+        return None  # the file has floats, and scales of a KV cache
     if not groups:
         raise _refused("config_groups", groups)
     schemes = [_of_group(f"config_groups.{name}", group) for name, group in groups.items()]
     if any(scheme != schemes[0] for scheme in schemes):
         raise _refused("config_groups", sorted(groups), "one form for all layers")
     return schemes[0]
+
+
+def _check_cache(c: dict[str, Any] | None) -> None:
+    """What the file says of a KV cache: which precision its scales are for. Scales found on the way are in no file."""
+    if c is None or c.get("dynamic"):
+        return
+    found = f"{c['type']} of {c['num_bits']} bits by {c['strategy']}"
+    if found not in ("float of 8 bits by tensor", "float of 8 bits by attn_head") or not c.get("symmetric", True):
+        raise _refused("kv_cache_scheme", found, "scales of a KV cache only for symmetric FP8, by tensor or attn_head")
 
 
 def _of_group(key: str, c: dict[str, Any]) -> QuantScheme:

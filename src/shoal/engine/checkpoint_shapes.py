@@ -8,7 +8,7 @@ from shoal.checkpoint.errors import CheckpointError
 from shoal.core.model_spec import ModelSpec
 from shoal.engine.latent_attention import latent_shapes
 from shoal.engine.moe import mlp_shapes
-from shoal.engine.quantization.stored import IGNORED_TENSORS, is_quantized, stored_kinds, stored_shapes
+from shoal.engine.quantization.stored import CACHE_SCALES, IGNORED_TENSORS, is_quantized, stored_kinds, stored_shapes
 from shoal.engine.weights import WeightSource
 
 
@@ -87,6 +87,6 @@ def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     layer = _LAYER.match(name)
     if layer is None or name.endswith("rotary_emb.inv_freq"):
         return True
-    if spec.quantization is not None and name.endswith(IGNORED_TENSORS):
+    if name.endswith(CACHE_SCALES if spec.quantization is None else IGNORED_TENSORS):
         return True
     return spec.num_layers <= int(layer[1]) < spec.num_layers + spec.num_draft_layers

@@ -22,11 +22,12 @@ from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec
 from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
-from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, kv_bytes_per_token
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, ScaledKVCache, kv_bytes_per_token
+from shoal.engine.attention.latent_cache import LatentCache, latent_bytes_per_token
 from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import TokenShares
-from shoal.engine.latent_attention import LatentAttention, LatentCache
+from shoal.engine.latent_attention import LatentAttention
 from shoal.engine.moe import MLP, Experts, MoEBlock, Summed, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
 from shoal.engine.random_weights import RandomWeights
@@ -48,6 +49,7 @@ class Layer:
         "cos_sin_PD",
         "input_norm_H",
         "k_norm_D",
+        "kv_scales",
         "latent",
         "mlp",
         "mlp_norm_H",
@@ -71,6 +73,8 @@ class Layer:
     k_norm_D: Tensor | None
     cos_sin_PD: Tensor
     window: int | None
+    kv_scales: tuple[Tensor, Tensor] | None
+    """Of an FP8 cache's keys and values, (M) each, where the checkpoint has them."""
 
 
 class Decoder:
@@ -233,12 +237,16 @@ class Decoder:
         )
         layer.q_norm_D = reader.norm(attention + "q_norm.weight") if spec.qk_norm else None
         layer.k_norm_D = reader.norm(attention + "k_norm.weight") if spec.qk_norm else None
+        layer.kv_scales = None
+        if self.kv_dtype == torch.float8_e4m3fn:
+            layer.kv_scales = reader.cache_scales(attention, shard.heads.kv, spec.num_kv_heads)
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         spec, mla = self.spec, self.spec.mla
         if mla is not None:
-            return LatentCache(len(self.layers), num_blocks, block_size, mla.latent_dim, self.kv_dtype, self.device)
-        return self.attention.allocate(
+            sizes = mla.kv_lora_rank, mla.qk_rope_head_dim
+            return LatentCache(len(self.layers), num_blocks, block_size, *sizes, self.kv_dtype, self.device)
+        cache = self.attention.allocate(
             len(self.layers),
             num_blocks,
             block_size,
@@ -247,6 +255,10 @@ class Decoder:
             self.kv_dtype,
             self.device,
         )
+        for number, layer in enumerate(self.layers):
+            if layer.kv_scales is not None:
+                cast("ScaledKVCache", cache).set_scales(number, *layer.kv_scales)
+        return cache
 
     def kv_bytes_per_token(self) -> int:
         """What this rank keeps of a token, in all its layers."""
@@ -254,7 +266,7 @@ class Decoder:
         if mla is None:
             layer = kv_bytes_per_token(len(self.shard.heads.kv), self.spec.head_dim, self.kv_dtype)
         else:
-            layer = mla.latent_dim * self.kv_dtype.itemsize
+            layer = latent_bytes_per_token(mla.kv_lora_rank, mla.qk_rope_head_dim, self.kv_dtype)
         return len(self.shard.layers) * layer
 
     # --- compute ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import MoESpec
 from shoal.core.types import Sampling
 from shoal.engine.attention.base import PagedKV
-from shoal.engine.quantization.linear import QuantizedLinear, make_linear
+from shoal.engine.quantization.linear import Implementation, QuantizedLinear, make_linear
 from shoal.engine.quantization.stored import StoredMatrix
 from shoal.engine.quantization.weight import stacked
 from shoal.engine.random_stream import UInt64Array, exponentials
@@ -188,6 +188,8 @@ class TorchOps:
 
     name = "torch"
     fused: FusedOps | None = None
+    quantized: Implementation | None = None
+    """Of linear layers of few bits; None is by the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device = device
@@ -213,7 +215,8 @@ class TorchOps:
         self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
     ) -> QuantizedLinear:
         bias = None if bias_N is None else bias_N.to(self.device, self.dtype)
-        packed = make_linear(stacked([matrix.weight(self.device) for matrix in matrices]), bias, self.device)
+        weight = stacked([matrix.weight(self.device) for matrix in matrices])
+        packed = make_linear(weight, bias, self.device, self.quantized)
         if gated:
             packed.out_features //= 2
         return packed

@@ -202,8 +202,8 @@ class Runner:
         """What the first of the peers drew, to the others: the next step may already be on its way to all of them."""
         for comm in (self._peers, self._context):  # the context's other ranks hear what their first one heard
             if comm.size > 1:
-                tokens_S = torch.from_numpy(self._tokens[slots_S, positions_S])
-                self._tokens[slots_S, positions_S] = comm.broadcast_(tokens_S, 0).numpy()
+                tokens_S = self._to_device(self._tokens[slots_S, positions_S])
+                self._tokens[slots_S, positions_S] = comm.broadcast_(tokens_S, 0).cpu().numpy()
 
     def _to_device(self, array: NDArray[np.int32] | IntArray) -> Tensor:
         tensor = torch.from_numpy(array)

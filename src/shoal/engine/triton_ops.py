@@ -17,7 +17,8 @@ from shoal.engine.attention.base import PagedKV
 from shoal.engine.kernels import activation as gates
 from shoal.engine.kernels import moe_experts, moe_routing, norm, rope, sampling, unavailable_reason
 from shoal.engine.ops import Activation, FusedOps, RowSampler, TorchLinear, TorchOps
-from shoal.engine.quantization.linear import QuantizedLinear
+from shoal.engine.quantization.linear import Implementation, QuantizedLinear, WeightOnlyLinear
+from shoal.engine.quantization.weight import KernelWeight
 from shoal.engine.random_stream import UInt64Array
 from shoal.engine.triton_sampler import TritonSampler
 
@@ -32,6 +33,7 @@ class TritonOps(TorchOps):
 
     name = "triton"
     fused: FusedOps | None
+    quantized: Implementation | None = "triton"
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         reason = unavailable_reason(device)
@@ -90,17 +92,10 @@ class TritonOps(TorchOps):
     def pack_experts(
         self, mlps: Sequence[tuple[TorchLinear | QuantizedLinear, TorchLinear | QuantizedLinear]]
     ) -> _Experts | None:
-        plain = [half for mlp in mlps for half in mlp if isinstance(half, TorchLinear) and half.bias_N is None]
-        kinds = {(half.weight_NK.dtype, half.scale_N is None) for half in plain}
-        if len(kinds) != 1 or len(plain) != 2 * len(mlps):
+        gate_up, down = _grouped([gate_up for gate_up, _ in mlps]), _grouped([down for _, down in mlps])
+        if gate_up is None or down is None:
             return None  # of several forms, or of one with no kernel: each by itself
-        weights, scales = [], []
-        for halves in (plain[0::2], plain[1::2]):
-            weights.append(torch.stack([half.weight_NK for half in halves]))
-            found = [half.scale_N.float() for half in halves if half.scale_N is not None]
-            scales.append(torch.stack(found) if found else None)
-        kept = [tensor for tensor in (*weights, *scales) if tensor is not None]
-        return _Experts(moe_experts.ExpertWeights(*weights, *scales), sum(tensor.nbytes for tensor in kept))
+        return _Experts(moe_experts.ExpertWeights(gate_up, down), gate_up.nbytes + down.nbytes)
 
     def experts(
         self, x_TH: Tensor, local_R: Tensor, packed: _Experts, activation: Activation, visits: int
@@ -125,3 +120,23 @@ class TritonOps(TorchOps):
 
     def row_sampler(self, num_slots: int, vocab_size: int) -> RowSampler:
         return TritonSampler(num_slots, vocab_size, self.device)
+
+
+def _grouped(matrices: Sequence[TorchLinear | QuantizedLinear]) -> Tensor | KernelWeight | None:
+    """One of each expert, with a dimension for experts in front; None for what the grouped kernel does not take."""
+    weights = [_kernel_form(matrix) for matrix in matrices]
+    if not all(isinstance(weight, Tensor) for weight in weights):
+        return KernelWeight.stacked([weight for weight in weights if isinstance(weight, KernelWeight)], len(weights))
+    floats = [weight for weight in weights if isinstance(weight, Tensor)]
+    return torch.stack(floats) if len({weight.dtype for weight in floats}) == 1 else None
+
+
+def _kernel_form(matrix: TorchLinear | QuantizedLinear) -> Tensor | KernelWeight | None:
+    if isinstance(matrix, WeightOnlyLinear):
+        return matrix.weight if matrix.bias_N is None else None
+    if not isinstance(matrix, TorchLinear) or matrix.bias_N is not None:
+        return None
+    if matrix.scale_N is None:
+        return matrix.weight_NK
+    k = matrix.in_features
+    return KernelWeight(matrix.weight_NK, matrix.scale_N.float()[:, None], None, 1, k, k)

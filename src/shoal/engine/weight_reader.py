@@ -6,10 +6,12 @@ Shapes: N output features, K input features, H size of a vector.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.errors import CheckpointError
 from shoal.core.config import WeightPrecision
 from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import Span
@@ -19,6 +21,7 @@ from shoal.engine.quantization.stored import (
     FloatMatrix,
     Slice,
     StoredMatrix,
+    cache_scale_names,
     is_quantized,
     matrix_size,
     tensor_names,
@@ -62,7 +65,7 @@ class WeightReader:
         self._norm_plus_one = norm_plus_one
         self._stored = stored
         self._quantize = quantize
-        self._names = frozenset(source.names()) if stored is not None else frozenset()
+        self._names = frozenset(source.names())
 
     def _read(self, parts: list[Part]) -> list[Tensor]:
         return self._fetch([self._least(part) for part in parts])
@@ -159,6 +162,35 @@ class WeightReader:
     def vector(self, name: str) -> Tensor:
         """(H) in float32 on the device."""
         return self._kept(self._read([Part(name)])[0], torch.float32)
+
+    def cache_scales(self, attention: str, heads: Span, num_heads: int) -> tuple[Tensor, Tensor] | None:
+        """What the FP8 keys and values of `heads`, of `num_heads` key/value heads, are multiplied by: (M) in float32
+        each; None where the file has no scales. Its names begin with `attention`.
+
+        Raises CheckpointError for one without the other, for other sizes, and for what is not positive.
+        """
+        candidates = cache_scale_names(attention)
+        names = [next((name for name in some if name in self._names), None) for some in candidates]
+        if names == [None, None]:
+            return None
+        parts = []
+        for name, some in zip(names, candidates, strict=True):
+            if name is None:
+                raise CheckpointError(self._source.path, f"tensor {some[0]} is missing: a KV cache has scales of both")
+            shape = self._source.shape(name)
+            if prod(shape) not in (1, num_heads):
+                says = f"one number, or one for each of {num_heads} key/value heads"
+                raise CheckpointError(self._source.path, f"tensor {name} has shape {shape}, a KV cache takes {says}")
+            parts.append(Part(name))
+        keys, values = (
+            scale.flatten().float().expand(num_heads)[heads.slice].to(self.device, copy=True)
+            for scale in self._read(parts)
+        )
+        is_planned = self.device.type == "meta"  # nothing has been read
+        for part, scales in zip(parts, (keys, values), strict=True):
+            if not is_planned and not (scales.isfinite() & (scales > 0)).all():
+                raise CheckpointError(self._source.path, f"tensor {part.name} must be positive, got {scales.tolist()}")
+        return keys, values
 
     def norm(self, name: str) -> Tensor:
         """What normed values are multiplied by, (H) in float32 on the device."""

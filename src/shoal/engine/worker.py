@@ -25,17 +25,18 @@ from shoal.core.quantization import QuantScheme, at_load, require_storable
 from shoal.core.sharding import Shard, shard_of
 from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
-from shoal.engine.attention.base import AttentionBackend, HeadSharing
+from shoal.engine.attention.base import AttentionBackend, HeadSharing, KVCache
 from shoal.engine.attention.choice import Need, choose, make
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.comm.base import Comm
+from shoal.engine.devices import DeviceMemory, device_memory, device_of_rank, make_current
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
-from shoal.engine.graphs import CudaCapturer, GraphedModel
+from shoal.engine.graphs import CudaCapturer, GraphBook, GraphedModel
 from shoal.engine.graphs import unavailable_reason as graphs_unavailable_reason
 from shoal.engine.kernels import unavailable_reason as triton_unavailable_reason
-from shoal.engine.memory import available_memory, plan_blocks
+from shoal.engine.memory import available_memory, plan_blocks, room_on_host
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
@@ -43,6 +44,7 @@ from shoal.engine.ops import Ops, TorchOps
 from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadFigures
 from shoal.engine.runner import Model, Runner
+from shoal.engine.sizing import WeightNeed, find_room, largest_step
 from shoal.engine.step_log import StepLog
 from shoal.engine.weights import WeightSource, open_weights
 
@@ -50,8 +52,6 @@ if TYPE_CHECKING:
     import xgrammar
 
 _WARM_UP_TOKENS = 32
-_GRAPHS_FRACTION = 0.5
-"""Of the device's memory that weights and cache leave free: the rest is for activations of prompts."""
 _KV_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -87,11 +87,12 @@ class Worker:
         comms: Mapping[Axis, Comm] | None = None,
         expert_rows: dict[int, list[int]] | None = None,
         laps: Laps | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out.
 
         `expert_rows` is what `config.expert_load` says, by layer, for each expert: the same on all ranks. `laps` holds
-        what was done for this start before there was a worker.
+        what was done for this start before there was a worker. `memory` None: that of the device, if it has its own.
         """
         self._config = config
         self._expert_rows = expert_rows or {}
@@ -102,17 +103,22 @@ class Worker:
         self._runner: Runner | None = None
         self._ops: Ops | None = None
         self._failure: str | None = None
+        self._memory = memory
+        self._max_len = 0
+        self._graphs_bytes = 0
+        self.graphs: GraphBook | None = None
+        """Which steps are captured, and why others are not. None where none are."""
         self._laps = laps or Laps(f"rank {self._seat.rank}", time.monotonic())
         self._figures = ReadFigures(0, 0.0, 0.0)
         self._step_log = None if config.step_log is None else StepLog(config.step_log, f"rank-{self._seat.rank}")
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
         """Load and warm up. Raises what the checkpoint reader raises, OutOfMemory, or ValueError for the config."""
-        loaded = self.load(progress)
-        return self.allocate(loaded, progress)
+        self.load(progress)
+        return self.allocate(self.measure(progress), progress)
 
-    def load(self, progress: Progress | None = None) -> Loaded:
-        """Read this rank's part of the weights; then see how much KV there is room for."""
+    def load(self, progress: Progress | None = None) -> None:
+        """Read this rank's part of the weights."""
         laps, config, seat = self._laps, self._config, self._seat
         laps.resume(time.monotonic())
         report = progress or (lambda progress: None)
@@ -130,8 +136,9 @@ class Worker:
         require_possible(config.layout, spec)
         placed = placements(spec, config.layout.ep, self._expert_rows, config.redundant_experts)
         shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
-        device = _device(config.device, seat.local_rank)
-        _make_current(device)
+        device = device_of_rank(config.device, seat.local_rank)
+        make_current(device)
+        self._memory = self._memory or device_memory(device)
         quantized = require_storable(config.dtype, config.quantize, spec.quantization) is not None
         wide = device.type == "cpu" or (config.dtype == "float32" and not quantized)
         activations = torch.float32 if wide else torch.bfloat16
@@ -158,17 +165,42 @@ class Worker:
             quantize=quantize,
         )
         laps.end("open", time.monotonic())
-        self._figures = _load(decoder, self._path, config.load_format == "random", report)
+        path, is_random = self._path, config.load_format == "random"
+        if self._memory is None:
+            self._figures = _load(decoder, path, is_random, report)
+        else:
+            scheme = decoder.quantize or spec.quantization
+            need = WeightNeed(spec, config.layout, decoder.precision, None if scheme is None else scheme.weights)
+            self._figures = need.load(self._memory, lambda: _load(decoder, path, is_random, report))
         laps.end_two("read", self._figures.waited_seconds, "convert", time.monotonic())
-        on_cpu = device.type == "cpu"
-        num_blocks = plan_blocks(
-            config,
-            block_bytes=decoder.kv_bytes_per_token() * config.block_size,
-            max_len=max_len,
-            available=available_memory(device) // (seat.ranks_on_host if on_cpu else 1),
-            on_cpu=on_cpu,
-        )
-        return Loaded(num_blocks, min(max_len, num_blocks * config.block_tokens))
+        self._max_len = max_len
+
+    def measure(self, progress: Progress | None = None) -> Loaded:
+        """How much KV there is room for. On a device all ranks run a step for it, together."""
+        decoder, config, memory = self._decoder, self._config, self._memory
+        if decoder is None:
+            raise RuntimeError("measure comes after load")
+        block_bytes = decoder.kv_bytes_per_token() * config.block_size
+        if memory is None:
+            room = room_on_host(available_memory(decoder.device) // self._seat.ranks_on_host)
+        else:
+            self._laps.resume(time.monotonic())
+            if progress is not None:
+                progress(StartProgress("measuring a step", 0.0))
+            captured = self._is_captured(decoder)
+            room, self._graphs_bytes = find_room(config, memory, lambda: self._run_largest(decoder), captured)
+            self._laps.end("measure", time.monotonic())
+        num_blocks = plan_blocks(config, block_bytes=block_bytes, max_len=self._max_len, room=room)
+        return Loaded(num_blocks, min(self._max_len, num_blocks * config.block_tokens))
+
+    def _run_largest(self, decoder: Decoder) -> None:
+        plan = largest_step(self._config, self._max_len)
+        grammars = GrammarFactory(_no_grammars)
+        self._runner_of(decoder, decoder.new_cache(1, self._config.block_size), self._max_len, grammars).step(plan)
+
+    def _is_captured(self, decoder: Decoder) -> bool:
+        capturable = decoder.attention.capturable
+        return graphs_unavailable_reason(self._config, decoder.device, capturable, decoder.tensor) is None
 
     def allocate(self, agreed: Loaded, progress: Progress | None = None) -> WorkerInfo:
         """Make the KV cache that all ranks agreed on, and warm up, all ranks together."""
@@ -178,36 +210,25 @@ class Worker:
         laps = self._laps
         laps.resume(time.monotonic())  # between the two all ranks were waited for
         # What pads a graph's rows needs a block that is nobody's, behind those that the scheduler knows of.
-        is_captured = (
-            graphs_unavailable_reason(decoder.device, decoder.attention.capturable, config.layout.ranks) is None
-        )
+        is_captured = self._is_captured(decoder)
         cache = decoder.new_cache(agreed.num_blocks + is_captured, config.block_size)
         grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
         model: Model = decoder
         if is_captured:
-            model = GraphedModel(
+            model = graphed = GraphedModel(
                 decoder,
                 cache,
                 CudaCapturer(decoder.device),
                 null_block=agreed.num_blocks,
                 max_rows=config.max_sequences,
                 max_context=agreed.max_len,
-                limit_bytes=int(available_memory(decoder.device) * _GRAPHS_FRACTION),
+                max_tokens=config.max_batch_tokens,
+                limit_bytes=self._graphs_bytes,
                 device=decoder.device,
+                peers=decoder.tensor,
             )
-        self._runner = Runner(
-            model,
-            cache,
-            num_slots=config.max_sequences,
-            max_len=agreed.max_len,
-            vocab_size=decoder.spec.vocab_size,
-            device=decoder.device,
-            ops=decoder.ops,
-            grammars=grammars,
-            peers=decoder.tensor,
-            context=decoder.context,
-            draws=self.draws,
-        )
+            self.graphs = graphed.book
+        self._runner = self._runner_of(decoder, cache, agreed.max_len, grammars, model)
         laps.end("allocate", time.monotonic())
         if progress is not None:
             progress(StartProgress("warming up", 0.0))
@@ -233,6 +254,23 @@ class Worker:
             attention=decoder.attention.name,
             dtype=self._stored_as(decoder),
             start=laps.report([self._rank_load()]),
+        )
+
+    def _runner_of(
+        self, decoder: Decoder, cache: KVCache, max_len: int, grammars: GrammarFactory, model: Model | None = None
+    ) -> Runner:
+        return Runner(
+            model or decoder,
+            cache,
+            num_slots=self._config.max_sequences,
+            max_len=max_len,
+            vocab_size=decoder.spec.vocab_size,
+            device=decoder.device,
+            ops=decoder.ops,
+            grammars=grammars,
+            peers=decoder.tensor,
+            context=decoder.context,
+            draws=self.draws,
         )
 
     def _stored_as(self, decoder: Decoder) -> str:
@@ -262,7 +300,7 @@ class Worker:
         began, waited = time.monotonic(), self._waited_seconds
         try:
             if self._decoder is not None:
-                _make_current(self._decoder.device)
+                make_current(self._decoder.device)
             result = self._runner.step(plan)
         except Exception as error:
             # Slots and KV are now in an unknown state; every later step would compute from it.
@@ -330,27 +368,6 @@ class Worker:
         self._runner.step(StepPlan(-2, [], [assignment], [Row(0, 0, num_tokens, True, [])]))
         self._runner.step(StepPlan(-1, [], [], [Row(0, num_tokens, 1, True, [])]))
         self._runner.step(StepPlan(0, [0], [], []))
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    """Of several ranks on a host each has a device of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", (device.index or 0) + local_rank)
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _make_current(device: torch.device) -> None:
-    """For this thread, steps may run in another than the one that loads: Triton launches on the current device."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def _arithmetic(
@@ -455,6 +472,10 @@ def _load(decoder: Decoder, path: Path, is_random: bool, report: Progress) -> Re
         return decoder.load(source, progress)
     finally:
         source.close()
+
+
+def _no_grammars() -> xgrammar.TokenizerInfo:
+    raise RuntimeError("no sequence of a measured step has a grammar")
 
 
 def _tokenizer_info(path: Path, spec: ModelSpec) -> xgrammar.TokenizerInfo:

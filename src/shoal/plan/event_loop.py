@@ -169,7 +169,8 @@ class Loop:
 
     def _admit(self) -> None:
         if self.rows and not self.prefilling:
-            if self.steps < self.next_poll:
+            # A step of prompts alone is none of `steps`: who looks at every step looks after it, too.
+            if self.poll_steps > 1 and self.steps < self.next_poll:
                 return
             self.next_poll = self.steps + self.poll_steps
             if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < 0.8 * self.token_limit:

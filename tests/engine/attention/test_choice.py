@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoal.core.config import EngineConfig
-from shoal.engine.attention import choice, varlen
+from shoal.engine.attention import choice, flashinfer_backend, varlen
 from shoal.engine.attention.choice import CAPABILITIES, Need, Sizes, choose, make, unserved_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.worker import Worker
@@ -28,6 +28,7 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "triton" or found(name, *rest))
     monkeypatch.setattr(varlen, "missing_reason", lambda: None)
+    monkeypatch.setattr(flashinfer_backend, "find_spec", lambda name: None)
     monkeypatch.setattr(torch, "get_device_module", lambda device: Device)
 
 
@@ -50,9 +51,11 @@ def test_the_best_that_serves_is_chosen_unasked() -> None:
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
-def test_a_backend_that_serves_is_had_by_its_name(name: str) -> None:
-    need = CPU if name == "native" else replace(CUDA, block_size=256)
+def test_a_backend_that_serves_is_had_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer_backend, "missing_reason", lambda: None)
+    need = CPU if name == "native" else replace(CUDA, block_size=256 if name == "varlen" else 16)
     assert choose(name, need, NATIVE) == name
+    assert choose("auto", need, None) not in ("varlen", "flashinfer")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +76,10 @@ def test_a_backend_that_serves_is_had_by_its_name(name: str) -> None:
         ("varlen", replace(CUDA, latents=True), "it has no kernel for latents; triton, portable can"),
         ("portable", replace(CUDA, kv_dtype=torch.int8), "float32, bfloat16, float16, not int8; triton can"),
         ("native", replace(CPU, kv_dtype=torch.float8_e4m3fn), "float32, bfloat16, not float8_e4m3fn; none can"),
-        ("triton", replace(CUDA, latents=True, kv_dtype=torch.int8), "not int8; none can"),
-        ("tritn", CUDA, "attention is 'tritn': use auto, native, triton, varlen, portable"),
+        ("native", replace(CUDA, latents=True, kv_dtype=torch.int8), "the device is cuda; triton, portable can"),
+        ("flashinfer", CUDA, "flashinfer-python is not installed: pip install .*; triton, portable can"),
+        ("flashinfer", replace(CUDA, kv_dtype=torch.int8), "it keeps KV as bfloat16, float16, not int8; triton can"),
+        ("tritn", CUDA, "attention is 'tritn': use auto, native, triton, varlen, flashinfer, portable"),
         (
             "auto",
             replace(CPU, kv_dtype=torch.int8),

@@ -15,8 +15,16 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
-from shoal.core.cost.operators import BYTES, CACHE_BYTES, EXPERT_SKEW, Reached, distinct_experts
+from shoal.core.cost.memory import (
+    attention_parameters,
+    attention_precision,
+    expert_ranks,
+    local_cache_bytes,
+    local_cache_elements,
+    local_heads,
+    stage_share,
+)
+from shoal.core.cost.operators import BYTES, EXPERT_SKEW, Reached, distinct_experts
 from shoal.core.cost.types import EngineShape, StepShape, WeightPrecision
 from shoal.core.hardware import DeviceSpec
 from shoal.core.model_shape import AttentionShape, LayerShape
@@ -139,12 +147,12 @@ class _Counter:
     def _attention(self, layer: LayerShape) -> Iterator[KernelWork]:
         shape, count = layer.attention, layer.count * self._share
         precision = attention_precision(self._model, self._engine.weights)
-        heads, kv = shape.num_heads / self._ranks, max(1.0, shape.num_kv_heads / self._ranks)
-        out = self._hidden * shape.num_heads * (shape.value_dim or shape.head_dim)
+        heads, kv = local_heads(shape, self._ranks)
+        own = attention_parameters(self._hidden, shape, self._ranks)
         if shape.kind in ("full", "windowed") and not shape.latent_dim:
             inner = (heads + 2 * kv) * shape.head_dim
-            into = shape.parameters - out
-            yield self._linear("qkv projection", count, into, self._hidden, inner, precision)
+            out = self._hidden * shape.num_heads * (shape.value_dim or shape.head_dim) / self._ranks
+            yield self._linear("qkv projection", count, own - out, self._hidden, inner, precision)
             yield KernelWork(
                 name="rope",
                 part="rope",
@@ -157,7 +165,7 @@ class _Counter:
             yield self._linear("output projection", count, out, heads * shape.head_dim, self._hidden, precision)
             return
         # Several matrices in a row: their activations between are small beside their weights.
-        yield self._linear("attention projections", count, shape.parameters, self._hidden, self._hidden, precision)
+        yield self._linear("attention projections", count, own, self._hidden, self._hidden, precision)
         if shape.kind == "linear":
             yield self._recurrent(shape, count)
         else:
@@ -165,14 +173,13 @@ class _Counter:
             yield self._paged(shape, count, heads)
 
     def _cache_write(self, shape: AttentionShape, count: float) -> KernelWork:
-        elements = count * self._tokens * local_cache_elements(shape, self._ranks)
         return KernelWork(
             name="cache write",
             part="cache",
             launches=count,
             operands=self._elementwise,
-            cache_bytes=elements * CACHE_BYTES[self._engine.cache],
-            state_bytes=elements * self._a,
+            cache_bytes=count * self._tokens * local_cache_bytes(shape, self._ranks, self._engine.cache),
+            state_bytes=count * self._tokens * local_cache_elements(shape, self._ranks) * self._a,
         )
 
     def _paged(self, shape: AttentionShape, count: float, heads: float) -> KernelWork:
@@ -186,13 +193,13 @@ class _Counter:
             pairs = min(pairs, float(step.prefill_tokens * window))
         pair = 2 * heads * (shape.head_dim + value)
         absorbed = 2 * heads * (2 * shape.latent_dim - shape.rope_dim) if shape.latent_dim else pair
-        elements = local_cache_elements(shape, self._ranks)
+        kept = local_cache_bytes(shape, self._ranks, self._engine.cache)
         return KernelWork(
             name="paged attention" if not shape.latent_dim else "latent attention",
             part="attention",
             launches=count,
             operands=self._wide,
-            cache_bytes=count * (decode + prefill) * elements * CACHE_BYTES[self._engine.cache],
+            cache_bytes=count * (decode + prefill) * kept,
             state_bytes=count * self._tokens * heads * (shape.head_dim + value) * self._a,
             operations=count * (pairs * pair + decode * absorbed),
         )
@@ -217,7 +224,8 @@ class _Counter:
             yield self._experts(layer, count)
         if features:
             name = "shared expert: " if mlp.num_experts else ""
-            own, weights = features / self._ranks, self._hidden * features
+            own = features / self._ranks
+            weights = self._hidden * own
             yield self._linear(f"{name}gate, up, activation", count, ups * weights, self._hidden, own)
             yield self._linear(f"{name}down projection", count, weights, own, self._hidden)
 
@@ -283,16 +291,16 @@ class _Counter:
         outputs: float,
         precision: WeightPrecision | None = None,
     ) -> KernelWork:
-        """`parameters` of all ranks; `inputs` and `outputs`: features of this one's activations."""
-        own, precision = parameters / self._ranks, precision or self._engine.weights
+        """`parameters` of this rank; `inputs` and `outputs`: features of its activations."""
+        precision = precision or self._engine.weights
         return KernelWork(
             name=name,
             part="linear",
             launches=count,
             operands=self._operands(precision),
-            weight_bytes=count * own * BYTES[precision],
+            weight_bytes=count * parameters * BYTES[precision],
             state_bytes=count * self._tokens * (inputs + outputs) * self._a,
-            operations=count * 2 * own * self._tokens,
+            operations=count * 2 * parameters * self._tokens,
         )
 
     # --- what it computes in ------------------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ import msgspec
 
 from shoal.core.cost import memory
 from shoal.core.cost.calibration import Calibration, weakest
-from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of
-from shoal.core.cost.collectives import wire_bytes
+from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of, context_bytes
+from shoal.core.cost.collectives import all_reduce_sent, all_to_all_sent
 from shoal.core.cost.operators import busiest, distinct_experts, roofline
 from shoal.core.cost.profiles import EngineProfile, profile
 from shoal.core.cost.residuals import UNCALIBRATED
 from shoal.core.cost.types import EngineShape, MemoryBudget, Part, StepCost, StepShape
-from shoal.core.hardware import LinkSpec
 
 Bound = Literal["compute", "bandwidth", "latency", "link", "host"]
 
@@ -119,7 +118,7 @@ class CostModel:
         pipeline = 0.0
         if c.stages > 1:
             others = (linear + experts + attention + collectives + kernels) * (c.all_stages - 1)
-            pipeline = others + (c.stages - 1) * (c.send_latency + c.send_per_token * tokens)
+            pipeline = others + c.send_latency + c.send_per_token * tokens
         return linear, experts, attention, collectives, head, kernels, pipeline, host
 
     def _without_contexts(self, shape: StepShape) -> tuple[float, ...]:
@@ -209,7 +208,8 @@ class CostModel:
                 decode = min(decode, float(shape.decode_rows * kind.window))
                 prefill = min(prefill, float(shape.prefill_rows * kind.window) + shape.prefill_tokens)
                 pairs = min(pairs, float(shape.prefill_tokens) * kind.window)
-            moved += kind.count * ((decode + prefill) * kind.bytes + shape.rows * kind.row_bytes) / groups
+            indexed = (shape.decode_context + shape.prefill_context) * kind.index_bytes
+            moved += kind.count * ((decode + prefill) * kind.bytes + indexed + shape.rows * kind.row_bytes) / groups
             operations += kind.count * (pairs * kind.pair_operations + decode * kind.context_operations) / groups
         return moved, operations
 
@@ -238,17 +238,24 @@ class CostModel:
         return sum(self._link_bytes(shape).values())
 
     def _link_bytes(self, shape: StepShape) -> dict[str, float]:
-        c, tokens = self._c, self._tokens(shape)
+        c, tokens, cluster, layout = self._c, self._tokens(shape), self.engine.cluster, self.engine.layout
         sent: dict[str, float] = {}
-        if c.ranks > 1:
-            link: LinkSpec = self.engine.cluster.link(c.ranks)
-            sent[link.name] = c.reduces * wire_bytes(c.ranks, tokens * c.hidden_bytes)
+
+        def add(more: dict[str, float], times: float = 1.0) -> None:
+            for name, size in more.items():
+                if size * times:
+                    sent[name] = sent.get(name, 0.0) + size * times
+
+        add(all_reduce_sent(cluster, c.ranks, 1, tokens * c.hidden_bytes), c.reduces)
         if c.exchange_ranks > 1:
-            link = self.engine.cluster.link(c.exchange_ranks)
-            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.exchange_bytes
-        if c.stages > 1:
-            link = self.engine.cluster.link(2, self.engine.layout.ranks // c.stages)
-            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.hidden_bytes
+            add(all_to_all_sent(cluster, c.exchange_ranks * layout.tp, 1, tokens * c.exchange_bytes))
+        if c.context_ranks > 1:
+            link = cluster.link(c.context_ranks, c.ranks)
+            for layer in self.engine.model.layers:
+                gathered, parts = context_bytes(layer, tokens * c.context_ranks, c.ranks)
+                others = (c.context_ranks - 1) / c.context_ranks
+                add({link.name: gathered * others + parts * c.context_ranks * others}, layer.count / c.all_stages)
+        add({link.name: tokens * c.hidden_bytes for link in c.sends})
         return sent
 
 

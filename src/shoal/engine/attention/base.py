@@ -102,6 +102,13 @@ class KVCache(Protocol):
         """Where a kernel other than the backend's own may write; None where only the backend knows the layout."""
 
 
+class ScaledKVCache(KVCache, Protocol):
+    """One whose float8 numbers have a scale for each layer and key/value head."""
+
+    def set_scales(self, layer: int, keys_M: Tensor, values_M: Tensor) -> None:
+        """What keys and values are multiplied by as they are read, 1 unless set. Before anything is written."""
+
+
 class AttentionBackend(Protocol):
     name: str
     capturable: bool

@@ -83,7 +83,7 @@ CAPABILITIES: dict[str, Capability] = {
         (*_WIDE, torch.float16, *_QUANTISED),
         Sizes(16, 256, power_of_two=True),
         Sizes(16, 256, multiple=8),
-        latent_dtypes=(*_WIDE, torch.float16),
+        latent_dtypes=(*_WIDE, torch.float16, *_QUANTISED),
     ),
     "varlen": Capability(
         ("cuda",),
@@ -94,10 +94,20 @@ CAPABILITIES: dict[str, Capability] = {
         shared_context=False,
         cut_groups=False,
     ),
-    "portable": Capability(None, (*_WIDE, torch.float16), Sizes(), Sizes(), latent_dtypes=(*_WIDE, torch.float16)),
+    "flashinfer": Capability(
+        ("cuda",),
+        (torch.bfloat16, torch.float16),
+        Sizes(16, 32, multiple=16),
+        Sizes(64, 256, power_of_two=True),
+        shared_context=False,
+        cut_groups=False,
+    ),
+    "portable": Capability(
+        None, (*_WIDE, torch.float16), Sizes(), Sizes(), latent_dtypes=(*_WIDE, torch.float16, *_QUANTISED)
+    ),
 }
-"""The best first: what is chosen unasked is the first that serves, except varlen, which has to be asked for."""
-_ONLY_BY_NAME = frozenset({"varlen"})
+"""The best first: what is chosen unasked is the first that serves, except those which have to be asked for."""
+_ONLY_BY_NAME = frozenset({"varlen", "flashinfer"})
 
 
 def unserved_reason(name: str, need: Need) -> str | None:
@@ -133,6 +143,10 @@ def _missing_reason(name: str, need: Need) -> str | None:
         from shoal.engine.attention.varlen import missing_reason
 
         return missing_reason()
+    if name == "flashinfer":
+        from shoal.engine.attention import flashinfer_backend
+
+        return flashinfer_backend.missing_reason()
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (it comes with torch for CUDA)"
@@ -192,6 +206,10 @@ def make(
         from shoal.engine.attention.varlen import VarlenAttention
 
         made = VarlenAttention(sharing)
+    elif name == "flashinfer":
+        from shoal.engine.attention.flashinfer_backend import FlashInferAttention
+
+        made = FlashInferAttention(sharing)
     else:
         made = PortableAttention(sharing if latent_dim is None else None)
     # A backend takes only the caches that it made itself, which a protocol cannot say.

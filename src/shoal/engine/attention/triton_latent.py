@@ -17,13 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.engine.attention.base import AttentionBatch
-from shoal.engine.attention.portable import PortableCache
+from shoal.engine.attention.latent_cache import LEAST_SCALE, TOPS, LatentCache
 from shoal.engine.attention.triton_decode import merge_parts, num_parts
 from shoal.engine.attention.triton_parts import LOG2_E, Tiles, finished, load_rows, update
 
 
 def latent_tiles(num_heads: int, latent_dim: int, itemsize: int) -> Tiles:
-    """For the heads of a rank, the size of the latent, and the bytes of a cached element.
+    """For the heads of a rank, the size of the latent, and the bytes of an element that is multiplied.
 
     64 heads are what Hopper's matrix instructions take; their output of 64 x 512 in float32 fills half the registers
     of 8 warps. A tile of rows takes about 32 KiB of shared memory, of which there are two, beside the queries' 72.
@@ -35,9 +35,10 @@ def latent_tiles(num_heads: int, latent_dim: int, itemsize: int) -> Tiles:
 
 @triton.jit
 def _latent_tiles(
-    q_RC, q_RE, most_R, total_R, out_RC, latents, table, begin, end, stop, scale,
-    PAGE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr, E: tl.constexpr, E_PADDED: tl.constexpr,
-    TILE: tl.constexpr, MASKED: tl.constexpr,
+    q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, begin, end, stop, scale,
+    PAGE: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr,
+    SCALED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what positions [begin, end) give; unmasked, all of every tile lies before `stop`."""
     dims_C = tl.arange(0, C_PADDED)
@@ -49,14 +50,19 @@ def _latent_tiles(
             block_G = tl.load(table + at_G // PAGE, mask=readable_G, other=0).to(tl.int64)
         else:
             block_G = tl.load(table + at_G // PAGE).to(tl.int64)
-        row_G = (block_G * PAGE + at_G % PAGE) * (C + E)
-        latent_GC = load_rows(latents, row_G, readable_G, dims_C, MASKED, C, C_PADDED).to(q_RC.dtype)
-        key_GE = load_rows(latents + C, row_G, readable_G, dims_E, MASKED, E, E_PADDED).to(q_RC.dtype)
+        row_G = block_G * PAGE + at_G % PAGE
+        latent_GC = load_rows(latents, row_G * C, readable_G, dims_C, MASKED, C, C_PADDED).to(q_RC.dtype)
+        key_GE = load_rows(rotated, row_G * E, readable_G, dims_E, MASKED, E, E_PADDED).to(q_RC.dtype)
         scores_RG = tl.dot(q_RC, tl.trans(latent_GC), input_precision="tf32x3")
+        if SCALED:
+            scale_G = tl.load(scales + row_G, mask=readable_G, other=0.0)
+            scores_RG *= scale_G[None, :]
         scores_RG = tl.dot(q_RE, tl.trans(key_GE), scores_RG, input_precision="tf32x3") * (scale * LOG2_E)
         if MASKED:
             scores_RG = tl.where(readable_G[None, :], scores_RG, float("-inf"))
         weights_RG, most_R, total_R, out_RC = update(scores_RG, most_R, total_R, out_RC)
+        if SCALED:
+            weights_RG *= scale_G[None, :]
         out_RC = tl.dot(weights_RG.to(q_RC.dtype), latent_GC, out_RC, input_precision="tf32x3")
     return most_R, total_R, out_RC
 
@@ -81,6 +87,8 @@ def _latent_kernel(
     out,
     lse,
     latents,
+    rotated,
+    scales,
     starts,
     seen,
     tables,
@@ -95,6 +103,7 @@ def _latent_kernel(
     C_PADDED: tl.constexpr,
     E: tl.constexpr,
     E_PADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     NEED_LSE: tl.constexpr,
@@ -121,12 +130,12 @@ def _latent_kernel(
     out_RC = tl.zeros([ROWS, C_PADDED], tl.float32)
     # fmt: off
     most_R, total_R, out_RC = _latent_tiles(
-        q_RC, q_RE, most_R, total_R, out_RC, latents, table, begin, tail, stop, scale,
-        PAGE, C, C_PADDED, E, E_PADDED, TILE, False,
+        q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, begin, tail, stop, scale,
+        PAGE, C, C_PADDED, E, E_PADDED, SCALED, TILE, False,
     )
     most_R, total_R, out_RC = _latent_tiles(
-        q_RC, q_RE, most_R, total_R, out_RC, latents, table, tail, end, stop, scale,
-        PAGE, C, C_PADDED, E, E_PADDED, TILE, True,
+        q_RC, q_RE, most_R, total_R, out_RC, latents, rotated, scales, table, tail, end, stop, scale,
+        PAGE, C, C_PADDED, E, E_PADDED, SCALED, TILE, True,
     )
     # fmt: on
     out_RC, lse_R = finished(most_R, total_R, out_RC)
@@ -138,8 +147,37 @@ def _latent_kernel(
         tl.store(lse + row * HEADS + head_R, lse_R, mask=live_R)
 
 
+@triton.jit
+def _latent_write_kernel(
+    rows, latents, rotated, scales, slots, row_stride,
+    C: tl.constexpr, C_PADDED: tl.constexpr,
+    E: tl.constexpr, E_PADDED: tl.constexpr,
+    TOP: tl.constexpr, INTEGERS: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: (T). TOP 0: as it is, else the greatest number that is stored. A negative slot is not kept."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    dims_C = tl.arange(0, C_PADDED)
+    dims_E = tl.arange(0, E_PADDED)
+    rows += token * row_stride
+    latent_C = tl.load(rows + dims_C, mask=dims_C < C, other=0.0).to(tl.float32)
+    if TOP > 0:
+        scale = tl.maximum(tl.max(tl.abs(latent_C), axis=0) / TOP, LEAST)
+        tl.store(scales + slot, scale)
+        latent_C = latent_C / scale
+        if INTEGERS:
+            latent_C = tl.floor(latent_C + 0.5)
+        else:
+            latent_C = tl.clamp(latent_C, -TOP, TOP)
+    tl.store(latents + slot * C + dims_C, latent_C.to(latents.dtype.element_ty), mask=dims_C < C)
+    rotated_E = tl.load(rows + C + dims_E, mask=dims_E < E, other=0.0)
+    tl.store(rotated + slot * E + dims_E, rotated_E.to(rotated.dtype.element_ty), mask=dims_E < E)
+
+
 class TritonLatentAttention:
-    """What `LatentAttention` asks of a backend: attention over cached rows (K, P, 1, L). The cache is its own."""
+    """What `LatentAttention` asks of a backend. The cache is its own."""
 
     name = "triton"
     capturable = True
@@ -151,9 +189,31 @@ class TritonLatentAttention:
         self._processors = processors
         self._parts = parts
 
+    def write(
+        self, cache: LatentCache, layer: int, rows_T1L: Tensor, values_T1C: Tensor, batch: AttentionBatch
+    ) -> None:
+        """Cached rows, whose values are part of them."""
+        latents, rotated, scales = cache.pages[layer]
+        tokens, _, row_dim = rows_T1L.shape
+        if row_dim != cache.row_dim or rows_T1L.stride(2) != 1 or batch.slot_mapping_T.shape != (tokens,):
+            raise ValueError(f"the cache holds rows of {cache.row_dim}, got {tuple(rows_T1L.shape)}")
+        _latent_write_kernel[(tokens,)](
+            rows_T1L,
+            latents,
+            rotated,
+            batch.slot_mapping_T if scales is None else scales,
+            batch.slot_mapping_T,
+            rows_T1L.stride(0),
+            **_sizes(latents, rotated),
+            TOP=TOPS.get(latents.dtype, 0.0),
+            INTEGERS=latents.dtype == torch.int8,
+            LEAST=LEAST_SCALE,
+            num_warps=4,
+        )
+
     def forward(
         self,
-        cache: PortableCache,
+        cache: LatentCache,
         layer: int,
         q_TNL: Tensor,
         batch: AttentionBatch,
@@ -163,14 +223,15 @@ class TritonLatentAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Output (T, N, C) and, if asked, log-sum-exp (T, N) in float32."""
         tokens, heads, row_dim = q_TNL.shape
-        latents = cache.keys_KPMD[layer]
-        latent_dim, rotated = self._latent_dim, row_dim - self._latent_dim
-        if latents.shape[3] != row_dim or rotated < 1 or q_TNL.stride()[1:] != (row_dim, 1):
+        latents, rotated, scales = cache.pages[layer]
+        latent_dim = self._latent_dim
+        if (latents.shape[2], cache.row_dim) != (latent_dim, row_dim) or q_TNL.stride()[1:] != (row_dim, 1):
             raise ValueError(
-                f"the cache holds rows of {latents.shape[3]}, latents of {latent_dim} among them; got queries "
+                f"the cache holds rows of {cache.row_dim}, latents of {latents.shape[2]} among them; got queries "
                 f"{tuple(q_TNL.shape)} with strides {q_TNL.stride()}"
             )
-        tiles = latent_tiles(heads, latent_dim, latents.element_size())
+        # Numbers of few bits are widened before they are multiplied.
+        tiles = latent_tiles(heads, latent_dim, max(latents.element_size(), q_TNL.element_size()))
         head_tiles = -(-heads // tiles.rows)
         programs = tokens * head_tiles
         parts = self._parts or num_parts(programs, batch.max_context_len, tiles.positions, self._processors)
@@ -186,6 +247,8 @@ class TritonLatentAttention:
             into,
             batch.seen_T if into_lse is None else into_lse,
             latents,
+            rotated,
+            batch.seen_T if scales is None else scales,
             batch.query_starts_S1,
             batch.seen_T,
             batch.block_tables_SB,
@@ -196,10 +259,8 @@ class TritonLatentAttention:
             scale,
             HEADS=heads,
             PAGE=cache.block_size,
-            C=latent_dim,
-            C_PADDED=max(16, triton.next_power_of_2(latent_dim)),
-            E=rotated,
-            E_PADDED=max(16, triton.next_power_of_2(rotated)),
+            **_sizes(latents, rotated),
+            SCALED=scales is not None,
             ROWS=tiles.rows,
             TILE=tiles.positions,
             NEED_LSE=into_lse is not None,
@@ -209,3 +270,9 @@ class TritonLatentAttention:
         if parts > 1 and into_lse is not None:
             merge_parts(into, into_lse, out_TNC, lse_TN, None)
         return out_TNC, lse_TN
+
+
+def _sizes(latents_KPC: Tensor, rotated_KPE: Tensor) -> dict[str, int]:
+    c, e = latents_KPC.shape[2], rotated_KPE.shape[2]
+    padded = (max(16, triton.next_power_of_2(size)) for size in (c, e))
+    return dict(zip(("C", "E", "C_PADDED", "E_PADDED"), (c, e, *padded), strict=True))

@@ -4,12 +4,11 @@ How many rows an expert has is known to the device alone: the grid has as many t
 nobody needs end at once.
 
 Shapes: T tokens, K experts that a token visits, R = T K rows, L experts that are here, H hidden, N features between the
-products, C features of a product's input.
+products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,18 @@ from torch import Tensor
 from shoal.engine.kernels.activation import activated
 from shoal.engine.kernels.moe_routing import schedule
 from shoal.engine.ops import Activation
+from shoal.engine.quantization.kernels import weight_sums
+from shoal.engine.quantization.weight import KernelWeight, block_k_of
 
 _COMBINED = 1024
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
-    """Of all experts that are here. Rows of a scale multiply rows of its weights, which are then int8 or FP8."""
+class ExpertWeights(NamedTuple):
+    """Of all experts that are here: floats, or few bits with scales."""
 
-    gate_up_LNH: Tensor
+    gate_up_LNH: Tensor | KernelWeight
     """(L, 2 N, H): gates above ups."""
-    down_LHN: Tensor
-    gate_up_scale_LN: Tensor | None = None
-    down_scale_LH: Tensor | None = None
+    down_LHN: Tensor | KernelWeight
 
 
 class _Shape(NamedTuple):
@@ -45,7 +43,7 @@ class _Shape(NamedTuple):
     stages: int
 
 
-def _tile_shape(num_rows: int, num_experts: int, itemsize: int) -> _Shape:
+def _tile_shape(num_rows: int, num_experts: int, itemsize: int, few_bits: bool) -> _Shape:
     """By the rows of an average expert: few are bound by reading the weights, many by the products.
 
     `itemsize` is of activations, in bytes.
@@ -59,41 +57,26 @@ def _tile_shape(num_rows: int, num_experts: int, itemsize: int) -> _Shape:
         return _Shape(16, 64, inputs * 2, 4, 4)
     if average <= 48:
         return _Shape(32, 64, inputs, 4, 4)
+    if few_bits:
+        # Sums of gate and up, and of the group at hand, are as many numbers as there are registers for.
+        return _Shape(64, 128, inputs, 8, 3)
     if average <= 128:
         return _Shape(64, 128, inputs, 4, 3)
     return _Shape(128, 128, inputs, 8, 3)
 
 
 @triton.jit
-def _product(
-    x_place, w_place, row_inside, w_inside, dtype: tl.constexpr, NUM_INPUTS: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, IS_EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows [ROWS, C] by weights [OUTPUTS, C], transposed, in float32. Places are of the first INPUTS of them."""
-    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    inputs = tl.arange(0, INPUTS)
-    for start in range(0, NUM_INPUTS, INPUTS):
-        x_mask, w_mask = row_inside[:, None], w_inside[:, None]
-        if not IS_EVEN:
-            is_input = (start + inputs < NUM_INPUTS)[None, :]
-            x_mask, w_mask = x_mask & is_input, w_mask & is_input
-        x = tl.load(x_place + start, mask=x_mask, other=0.0)
-        w = tl.load(w_place + start, mask=w_mask, other=0.0).to(dtype)
-        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
 def _expert_kernel(
-    x_ptr, w_ptr, scale_ptr, out_ptr, order_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr,
-    x_stride, w_expert_stride, w_stride, scale_stride, num_outputs, rows_per_input,
-    NUM_INPUTS: tl.constexpr,
-    IS_GATED: tl.constexpr, IS_SILU: tl.constexpr, HAS_SCALE: tl.constexpr, IS_EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, out_ptr, order_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr,
+    x_stride, w_expert_stride, w_stride, scale_expert_stride, scale_stride, num_outputs, rows_per_input,
+    NUM_INPUTS: tl.constexpr, IS_GATED: tl.constexpr, IS_SILU: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_ROWS: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, IS_EVEN: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """A tile of one expert's rows by a tile of its output features. Row r reads input r // rows_per_input.
 
-    Gated: the weights have twice the rows, and activation(gate) * up is stored.
+    Gated: the weights have twice the rows, and activation(gate) * up is stored. How weights are stored is said by what
+    `weight_sums` takes.
     """
     expert = tl.load(tile_experts_ptr + tl.program_id(1)).to(tl.int64)
     if expert >= 0:
@@ -102,27 +85,31 @@ def _expert_kernel(
         rows = tl.load(order_ptr + places, mask=row_inside, other=0).to(tl.int64)
         outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         w_inside = outputs < num_outputs
-        inputs = tl.arange(0, INPUTS)
+        inputs = tl.arange(0, INPUTS // 2 if PACKED else INPUTS)
         dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-        x_place = x_ptr + (rows // rows_per_input)[:, None] * x_stride + inputs[None, :]
-        w_place = w_ptr + expert * w_expert_stride + outputs.to(tl.int64)[:, None] * w_stride + inputs[None, :]
-        y = _product(
-            x_place, w_place, row_inside, w_inside, dtype, NUM_INPUTS, ROWS, OUTPUTS, INPUTS, IS_EVEN, PRECISION
-        )
-        if HAS_SCALE:
-            scale_place = scale_ptr + expert * scale_stride + outputs
-            y *= tl.load(scale_place, mask=w_inside, other=0.0)[None, :]
+        x_place = x_ptr + (rows // rows_per_input)[None, :] * x_stride + inputs[:, None]
+        w_ptr += expert * w_expert_stride
+        scale_ptr += expert * scale_expert_stride
+        zero_ptr += expert * scale_expert_stride
+        steps: tl.constexpr = (NUM_INPUTS + INPUTS - 1) // INPUTS
+        y = weight_sums(
+            x_place, w_ptr + outputs.to(tl.int64)[:, None] * w_stride + inputs[None, :],
+            scale_ptr + outputs // SCALE_ROWS * scale_stride, zero_ptr + outputs * scale_stride,
+            row_inside, w_inside, NUM_INPUTS, 0, steps,
+            SCALE, GROUP, PACKED, IS_EVEN, dtype, ROWS, OUTPUTS, INPUTS,
+        )  # fmt: skip
         if IS_GATED:
-            up_place = w_place + tl.cast(num_outputs, tl.int64) * w_stride
-            up = _product(
-                x_place, up_place, row_inside, w_inside, dtype, NUM_INPUTS, ROWS, OUTPUTS, INPUTS, IS_EVEN, PRECISION
-            )
-            if HAS_SCALE:
-                up *= tl.load(scale_place + num_outputs, mask=w_inside, other=0.0)[None, :]
+            ups = outputs + num_outputs
+            up = weight_sums(
+                x_place, w_ptr + ups.to(tl.int64)[:, None] * w_stride + inputs[None, :],
+                scale_ptr + ups // SCALE_ROWS * scale_stride, zero_ptr + ups * scale_stride,
+                row_inside, w_inside, NUM_INPUTS, 0, steps,
+                SCALE, GROUP, PACKED, IS_EVEN, dtype, ROWS, OUTPUTS, INPUTS,
+            )  # fmt: skip
             y = activated(y, IS_SILU) * up
-        out_place = out_ptr + rows[:, None] * num_outputs + outputs[None, :]
-        tl.store(out_place, y.to(dtype), mask=row_inside[:, None] & w_inside[None, :])
+        out_place = out_ptr + rows[None, :] * num_outputs + outputs[:, None]
+        tl.store(out_place, y.to(dtype), mask=w_inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -149,30 +136,47 @@ def run_experts(
     Returns (R, H) in the rows' order, undefined for those below 0, and where each expert's rows began (L + 1), int32,
     whose differences say how many each had.
     """
-    num_rows, (num_experts, both, hidden) = local_R.numel(), weights.gate_up_LNH.shape
-    features = both // 2
-    _check(x_XH, local_R, weights, visits)
+    gate_up, down = _Matrices(weights.gate_up_LNH), _Matrices(weights.down_LHN)
+    _check(x_XH, local_R, gate_up, down, visits)
+    num_rows, num_experts, hidden, features = local_R.numel(), gate_up.experts, gate_up.inputs, down.inputs
     y_RH = torch.empty((num_rows, hidden), dtype=x_XH.dtype, device=x_XH.device)
     if not num_rows:
         return y_RH, torch.zeros(num_experts + 1, dtype=torch.int32, device=x_XH.device)
-    shape = _tile_shape(num_rows, num_experts, x_XH.element_size())
+    shape = _tile_shape(num_rows, num_experts, x_XH.element_size(), gate_up.scale > 0)
     plan = schedule(local_R, num_experts, shape.rows)
     between_RN = torch.empty((num_rows, features), dtype=x_XH.dtype, device=x_XH.device)
-    products = (
-        (x_XH, weights.gate_up_LNH, weights.gate_up_scale_LN, between_RN, features, visits),
-        (between_RN, weights.down_LHN, weights.down_scale_LH, y_RH, hidden, 1),
-    )
-    for number, (x, w, scale, out, num_outputs, rows_per_input) in enumerate(products):
+    for x, matrices, out, rows_per_input in ((x_XH, gate_up, between_RN, visits), (between_RN, down, y_RH, 1)):
+        num_outputs, inputs = out.shape[1], matrices.inputs_of_a_step(shape.inputs)
         _expert_kernel[(triton.cdiv(num_outputs, shape.outputs), len(plan.tile_experts))](
-            x, w, scale, out, plan.order_R, plan.starts_L1, plan.tile_experts, plan.tile_starts,
-            x.stride(0), w.stride(0), w.stride(1), 0 if scale is None else scale.stride(0),
-            num_outputs, rows_per_input, NUM_INPUTS=w.shape[2],
-            IS_GATED=number == 0, IS_SILU=activation == "silu", HAS_SCALE=scale is not None,
-            IS_EVEN=w.shape[2] % shape.inputs == 0, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            ROWS=shape.rows, OUTPUTS=shape.outputs, INPUTS=shape.inputs,
+            x, matrices.values, matrices.scales, matrices.zeros, out,
+            plan.order_R, plan.starts_L1, plan.tile_experts, plan.tile_starts,
+            x.stride(0), *matrices.values.stride()[:2], *matrices.scales.stride()[:2], num_outputs, rows_per_input,
+            NUM_INPUTS=matrices.inputs, IS_GATED=out is between_RN, IS_SILU=activation == "silu",
+            SCALE=matrices.scale, SCALE_ROWS=matrices.scale_rows, GROUP=matrices.group, PACKED=matrices.is_packed,
+            IS_EVEN=matrices.inputs % inputs == 0, ROWS=shape.rows, OUTPUTS=shape.outputs, INPUTS=inputs,
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
     return y_RH, plan.starts_L1
+
+
+class _Matrices:
+    """One matrix of each expert, (L, outputs, inputs), as the kernel takes it."""
+
+    def __init__(self, weights: Tensor | KernelWeight) -> None:
+        self.scale, self.scale_rows, self.is_packed = 0, 1, False
+        if isinstance(weights, Tensor):
+            self.values = self.scales = self.zeros = weights  # the latter two are not read
+            self.inputs = self.group = weights.shape[2]
+        else:
+            self.values, self.scales, zeros, self.scale_rows, self.group, self.inputs = weights
+            self.zeros, self.is_packed = self.values if zeros is None else zeros, zeros is not None
+            self.scale = 1 if self.scales.shape[2] == 1 else 2
+        self.experts, self.outputs = self.values.shape[:2]
+
+    def inputs_of_a_step(self, wanted: int) -> int:
+        """Of one group all of them; of packed weights as many as were packed together."""
+        block = block_k_of(self.group, self.inputs)
+        return block if self.is_packed else min(wanted, block) if self.scale == 2 else wanted
 
 
 def combine(y_RH: Tensor, local_R: Tensor, weights_TK: Tensor) -> Tensor:
@@ -187,10 +191,11 @@ def combine(y_RH: Tensor, local_R: Tensor, weights_TK: Tensor) -> Tensor:
     return out_TH
 
 
-def _check(x_XH: Tensor, local_R: Tensor, weights: ExpertWeights, visits: int) -> None:
-    experts, both, hidden = weights.gate_up_LNH.shape
-    if weights.down_LHN.shape != (experts, hidden, both // 2):
-        raise ValueError(f"{experts} experts of {both // 2} features take down {tuple(weights.down_LHN.shape)}")
+def _check(x_XH: Tensor, local_R: Tensor, gate_up: _Matrices, down: _Matrices, visits: int) -> None:
+    experts, both, hidden = gate_up.experts, gate_up.outputs, gate_up.inputs
+    if (down.experts, down.outputs, down.inputs) != (experts, hidden, both // 2):
+        found = down.experts, down.outputs, down.inputs
+        raise ValueError(f"{experts} experts of {both // 2} features take down {found}")
     if x_XH.shape[1] != hidden or len(x_XH) * visits != local_R.numel() or x_XH.stride(1) != 1:
         raise ValueError(f"{tuple(x_XH.shape)} do not make {local_R.numel()} rows of {hidden} features")
     if not local_R.is_contiguous():

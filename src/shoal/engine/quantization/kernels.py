@@ -12,24 +12,15 @@ Shapes: M tokens, N output features, K input features, G groups of them, S split
 
 from __future__ import annotations
 
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK_K = 128
-MIN_BLOCK_K = 32
-"""An FP8 product takes 32 input features at once, two of 16-bit numbers 16 each."""
+from shoal.engine.quantization.weight import KernelWeight, block_k_of
+
 _PROGRAMS = 264
 """Enough to fill a card: two on each of the 132 multiprocessors of an H200."""
-
-
-def block_k_of(group: int, in_features: int) -> int:
-    """Input features of one step of the kernels: of one group all of them. 0 if the groups are too odd for kernels."""
-    block = MAX_BLOCK_K if group >= in_features else gcd(group, MAX_BLOCK_K)
-    return block if block >= MIN_BLOCK_K else 0
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
@@ -173,28 +164,19 @@ def _numbers(nibbles, zeros_N, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _weight_product(
-    x, w, w_scales, w_zeros, bias, y, M, N, K, stride_x, stride_w, stride_ws, stride_split,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def weight_sums(
+    x_KM, w_NK, at_scale, at_zero, mask_m, mask_n, K, first, last,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = x (w * w_scales)^T + bias of float x (M, K); GROUP is a multiple of BLOCK_K.
+    """Weights by tokens over steps [first, last) of BLOCK_K input features, [BLOCK_N, BLOCK_M] in float32.
 
-    PACKED: a byte of w has the k-th feature of a block's first half low and of its second half high. Blocks that end
-    behind K are filled up. WIDE: products of float32.
+    Places are of step 0. SCALE: 0 weights are numbers as they are, 1 to be multiplied by one scale of their output
+    feature, 2 by one for every GROUP input features, a multiple of BLOCK_K. PACKED: a byte has the k-th feature of a
+    step's first half low and of its second half high; steps that end behind K are filled up.
     """
-    block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, 8)
-    offs_m, offs_n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    DTYPE: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     STEP: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
     offs_k = tl.arange(0, STEP)
-    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)
-    first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
-    w_NK = w + offs_n[:, None] * stride_w + offs_k[None, :]
-    x_KM = x + offs_m[None, :] * stride_x + offs_k[:, None]
-    at_scale, at_zero = w_scales + (offs_n // ROWS) * stride_ws, w_zeros + offs_n * stride_ws
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(first, last):
         start = step * BLOCK_K
@@ -204,15 +186,46 @@ def _weight_product(
         mask_x = mask_m[None, :] if EVEN_K else mask_m[None, :] & (offs_k < left)[:, None]
         weights = tl.load(w_NK + step * STEP, mask=mask_w, other=0.0)
         tokens = tl.load(x_KM + start, mask=mask_x, other=0.0).to(DTYPE)
+        part = sums
+        if SCALE == 2:
+            part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         if PACKED:
             mask_x = mask_m[None, :] if EVEN_K else mask_m[None, :] & (offs_k < left - STEP)[:, None]
             behind = tl.load(x_KM + start + STEP, mask=mask_x, other=0.0).to(DTYPE)
             zeros_N = tl.load(at_zero + group, mask=mask_n, other=0.0).to(tl.float32)
-            part = tl.dot(_numbers(weights & 15, zeros_N, DTYPE), tokens, input_precision="ieee")
+            part = tl.dot(_numbers(weights & 15, zeros_N, DTYPE), tokens, part, input_precision="ieee")
             part = tl.dot(_numbers(weights >> 4, zeros_N, DTYPE), behind, part, input_precision="ieee")
         else:
-            part = tl.dot(weights.to(DTYPE), tokens, input_precision="ieee")
-        sums += part * tl.load(at_scale + group, mask=mask_n, other=0.0)[:, None]
+            part = tl.dot(weights.to(DTYPE), tokens, part, input_precision="ieee")
+        if SCALE == 2:
+            sums += part * tl.load(at_scale + group, mask=mask_n, other=0.0)[:, None]
+        else:
+            sums = part
+    if SCALE == 1:
+        sums *= tl.load(at_scale, mask=mask_n, other=0.0)[:, None]
+    return sums
+
+
+@triton.jit
+def _weight_product(
+    x, w, w_scales, w_zeros, bias, y, M, N, K, stride_x, stride_w, stride_ws, stride_split,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = x (w * w_scales)^T + bias of float x (M, K)."""
+    block_m, block_n = _place(M, N, BLOCK_M, BLOCK_N, 8)
+    offs_m, offs_n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K // 2 if PACKED else BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT)
+    first = tl.program_id(1) * steps
+    last = tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))
+    sums = weight_sums(
+        x + offs_m[None, :] * stride_x + offs_k[:, None],
+        w + offs_n[:, None] * stride_w + offs_k[None, :],
+        w_scales + (offs_n // ROWS) * stride_ws, w_zeros + offs_n * stride_ws, offs_m < M, offs_n < N, K, first, last,
+        SCALE, GROUP, PACKED, EVEN_K, x.dtype.element_ty, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     _store(sums, y, bias, offs_m, offs_n, M, N, stride_split, HAS_BIAS, SPLIT)
 
 
@@ -260,26 +273,19 @@ class _Tiles:
 
 
 def scaled_product(
-    a_MK: Tensor,
-    a_scales: Tensor,
-    w_NK: Tensor,
-    w_scales_RG: Tensor,
-    bias_N: Tensor | None,
-    out_dtype: torch.dtype,
-    *,
-    rows: int,
-    group: int,
+    a_MK: Tensor, a_scales: Tensor, weight: KernelWeight, bias_N: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """(M, N) of 8-bit tokens and weights. `a_scales` are (M, 1), (M, G) or for all (1, 1): then M may be 1 as well."""
+    w_NK, w_scales_RG = weight.values, weight.scales_RG
     (m, k), n = a_MK.shape, len(w_NK)
-    block_k, grouped = block_k_of(group, k), w_scales_RG.shape[1] > 1
+    block_k, grouped = block_k_of(weight.group, k), w_scales_RG.shape[1] > 1
     tiles = _Tiles(m, n, k, block_k)
     y_MN = torch.empty((m, n), dtype=out_dtype, device=a_MK.device)
     out = tiles.output(y_MN)
     _scaled_product[(tiles.programs, tiles.split)](
         a_MK, a_scales, w_NK, w_scales_RG, y_MN if bias_N is None else bias_N, out,
         m, n, k, a_scales.stride(0), w_scales_RG.stride(0), m * n,
-        ROWS=rows, GROUP=group, GROUPED=grouped, A_GROUPED=grouped and a_scales.shape[1] > 1,
+        ROWS=weight.rows, GROUP=weight.group, GROUPED=grouped, A_GROUPED=grouped and a_scales.shape[1] > 1,
         A_FIXED=a_scales.numel() == 1, INTEGERS=a_MK.dtype == torch.int8, HAS_BIAS=bias_N is not None,
         EVEN_K=k % block_k == 0, SPLIT=tiles.split,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -287,37 +293,22 @@ def scaled_product(
     return tiles.finish(out, bias_N, y_MN)
 
 
-def weight_product(
-    x_MK: Tensor,
-    w: Tensor,
-    w_scales_RG: Tensor,
-    zeros_NG: Tensor | None,
-    bias_N: Tensor | None,
-    *,
-    rows: int,
-    group: int,
-) -> Tensor:
-    """(M, N) of float tokens. With zeros `w` is as `packed_nibbles` gives it, else (N, K) of FP8 or int8."""
-    (m, k), n = x_MK.shape, len(w)
-    block_k = block_k_of(group, k)
+def weight_product(x_MK: Tensor, weight: KernelWeight, bias_N: Tensor | None) -> Tensor:
+    """(M, N) of float tokens."""
+    (m, k), n = x_MK.shape, len(weight.values)
+    block_k = block_k_of(weight.group, k)
     tiles = _Tiles(m, n, k, block_k)
     y_MN = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     out = tiles.output(y_MN)
+    values, scales_RG, zeros_NG, rows, group, _ = weight
     _weight_product[(tiles.programs, tiles.split)](
-        x_MK, w, w_scales_RG, w if zeros_NG is None else zeros_NG, y_MN if bias_N is None else bias_N, out,
-        m, n, k, x_MK.stride(0), w.stride(0), w_scales_RG.stride(0), m * n,
-        ROWS=rows, GROUP=group, PACKED=zeros_NG is not None, WIDE=x_MK.dtype == torch.float32,
+        x_MK, values, scales_RG, values if zeros_NG is None else zeros_NG, y_MN if bias_N is None else bias_N, out,
+        m, n, k, x_MK.stride(0), values.stride(0), scales_RG.stride(0), m * n,
+        ROWS=rows, GROUP=group, SCALE=1 if scales_RG.shape[1] == 1 else 2, PACKED=zeros_NG is not None,
         HAS_BIAS=bias_N is not None, EVEN_K=k % block_k == 0, SPLIT=tiles.split,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return tiles.finish(out, bias_N, y_MN)
-
-
-def packed_nibbles(values_NK: Tensor, block_k: int) -> Tensor:
-    """Two 4-bit numbers a byte, (N, blocks * block_k / 2): of each block the first half low, the second half high."""
-    n, k = values_NK.shape
-    padded = torch.nn.functional.pad(values_NK, (0, -k % block_k)).view(n, -1, 2, block_k // 2)
-    return (padded[:, :, 0] | (padded[:, :, 1] << 4)).flatten(1).contiguous()
 
 
 def architecture() -> int:

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 
-from shoal.engine.quantization.weight import FP8, FP8_MAX, INT8_MAX, QuantizedWeight, quantize_rows
+from shoal.engine.quantization.weight import (
+    FP8,
+    FP8_MAX,
+    INT8_MAX,
+    KernelWeight,
+    QuantizedWeight,
+    block_k_of,
+    quantize_rows,
+)
 
 Implementation = Literal["reference", "triton"]
 _FEW_ROWS = 16
@@ -54,15 +62,28 @@ class ReferenceLinear:
         return F.linear(x, weight.dequantized(), self._bias_N).to(x_TK.dtype)
 
 
-class ScaledLinear:
+class WeightOnlyLinear:
+    """Float activations; weights of 4 or 8 bits are dequantised between memory and the product."""
+
+    def __init__(self, weight: QuantizedWeight, bias_N: Tensor | None, device: torch.device) -> None:
+        self.weight = KernelWeight.of(weight, device)
+        self.bias_N = None if bias_N is None else bias_N.to(device)
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.nbytes = self.weight.nbytes + (0 if self.bias_N is None else self.bias_N.nbytes)
+
+    def multiply(self, x_TK: Tensor) -> Tensor:
+        if not len(x_TK):
+            return x_TK.new_empty((0, len(self.weight.values)))
+        return _kernels().weight_product(x_TK, self.weight, self.bias_N)  # type: ignore[no-any-return]
+
+
+class ScaledLinear(WeightOnlyLinear):
     """8-bit weights and activations in Triton; on a card with enough tokens to pay, FP8 by torch's own product."""
 
     def __init__(self, weight: QuantizedWeight, bias_N: Tensor | None, device: torch.device) -> None:
-        self._weight = weight = moved(weight, device)
-        self._bias_N = None if bias_N is None else bias_N.to(device)
-        self.out_features, self.in_features = weight.out_features, weight.in_features
-        self._num_rows = weight.out_features
-        self.nbytes = num_bytes(weight, self._bias_N)
+        super().__init__(weight, bias_N, device)
+        self._scheme = weight.scheme
+        self._input_scale = None if weight.input_scale is None else weight.input_scale.to(device)
         self._fp8 = weight.values_NK.dtype == FP8
         by_channel = weight.rows == 1 and weight.scales_RG.shape[1] == 1
         self._by_torch = (
@@ -70,69 +91,31 @@ class ScaledLinear:
         )
 
     def multiply(self, x_TK: Tensor) -> Tensor:
-        weight, kernels = self._weight, _kernels()
-        if not len(x_TK):
-            return x_TK.new_empty((0, self._num_rows))
-        if self._fp8 and len(x_TK) <= _FEW_ROWS:
-            return kernels.weight_product(  # type: ignore[no-any-return]
-                x_TK, weight.values_NK, weight.scales_RG, None, self._bias_N, rows=weight.rows, group=weight.group
-            )
-        scheme = weight.scheme
-        values_TK, scales = kernels.round_rows(
+        weight, scheme = self.weight, self._scheme
+        if not len(x_TK) or (self._fp8 and len(x_TK) <= _FEW_ROWS):
+            return super().multiply(x_TK)
+        values_TK, scales = _kernels().round_rows(
             x_TK,
-            weight.values_NK.dtype,
+            weight.values.dtype,
             FP8_MAX if self._fp8 else INT8_MAX,
             weight.group if scheme.activations == "group" else self.in_features,
-            fixed=weight.input_scale,
+            fixed=self._input_scale,
             powers_of_two=scheme.scales_are_powers_of_two,
         )
         if self._by_torch and x_TK.dtype == torch.bfloat16:
-            return scaled_by_torch(values_TK, scales, weight, self._bias_N)
-        return kernels.scaled_product(  # type: ignore[no-any-return]
-            values_TK,
-            scales,
-            weight.values_NK,
-            weight.scales_RG,
-            self._bias_N,
-            x_TK.dtype,
-            rows=weight.rows,
-            group=weight.group,
+            return scaled_by_torch(values_TK, scales, weight, self.bias_N)
+        return _kernels().scaled_product(  # type: ignore[no-any-return]
+            values_TK, scales, weight, self.bias_N, x_TK.dtype
         )
 
 
-class WeightOnlyLinear:
-    """Float activations; weights of 4 or 8 bits are dequantised between memory and the product."""
-
-    def __init__(self, weight: QuantizedWeight, bias_N: Tensor | None, device: torch.device) -> None:
-        kernels = _kernels()
-        self.out_features, self.in_features = weight.out_features, weight.in_features
-        self._num_rows = weight.out_features
-        self._rows, self._group = weight.rows, weight.group
-        self._zeros_NG = None if weight.zeros_NG is None else weight.zeros_NG.to(device).contiguous()
-        self._scales_RG = weight.scales_RG.to(device).contiguous()
-        values = weight.values_NK.to(device)
-        if weight.zeros_NG is not None:
-            values = kernels.packed_nibbles(values, kernels.block_k_of(weight.group, self.in_features))
-        self._values = values.contiguous()
-        self._bias_N = None if bias_N is None else bias_N.to(device)
-        kept = (self._values, self._scales_RG, self._zeros_NG, self._bias_N)
-        self.nbytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
-
-    def multiply(self, x_TK: Tensor) -> Tensor:
-        if not len(x_TK):
-            return x_TK.new_empty((0, self._num_rows))
-        return _kernels().weight_product(  # type: ignore[no-any-return]
-            x_TK, self._values, self._scales_RG, self._zeros_NG, self._bias_N, rows=self._rows, group=self._group
-        )
-
-
-def scaled_by_torch(values_TK: Tensor, scales: Tensor, weight: QuantizedWeight, bias_N: Tensor | None) -> Tensor:
+def scaled_by_torch(values_TK: Tensor, scales: Tensor, weight: KernelWeight, bias_N: Tensor | None) -> Tensor:
     """(T, N) in bfloat16 of FP8 by FP8 with a scale for each row of either."""
     scales_T1 = scales.expand(len(values_TK), 1).contiguous()
     scales_1N = weight.scales_RG.view(1, -1)
     y_TN = torch._scaled_mm(  # the public torch.nn.functional.scaled_mm is younger than torch 2.11
         values_TK,
-        weight.values_NK.t(),
+        weight.values.t(),
         scale_a=scales_T1,
         scale_b=scales_1N,
         out_dtype=torch.bfloat16,
@@ -159,7 +142,7 @@ def make_linear(
             f"FP8 weights need a card of compute capability 8.9 or later, this one has {found // 10}.{found % 10}: "
             "use --quantize int8 or int4 on a float checkpoint"
         )
-    if not kernels.block_k_of(weight.group, weight.in_features):
+    if not block_k_of(weight.group, weight.in_features):
         # Groups cut to fewer than 32 features by an odd split over ranks: right all the same.
         return ReferenceLinear(weight, bias_N, device)
     if weight.scheme.activations == "none":

@@ -198,8 +198,18 @@ def tensor_names(scheme: QuantScheme, module: str) -> TensorNames:
     )
 
 
-IGNORED_TENSORS = (".g_idx", ".weight_shape", ".weight_zero_point", ".k_scale", ".v_scale", ".output_scale")
-"""The order of features where it is plain, sizes said elsewhere, zero points that are all 0, scales of a KV cache."""
+CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".q_scale", ".output_scale")
+IGNORED_TENSORS = (".g_idx", ".weight_shape", ".weight_zero_point", *CACHE_SCALES)
+"""The order of features where it is plain, sizes said elsewhere, zero points that are all 0; scales of a KV cache,
+which are read where it is FP8, and of queries, which stay as they are."""
+
+
+def cache_scale_names(attention: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What scales of keys and of values may be called, by who wrote the file; `attention` is what names begin with."""
+    return tuple(  # type: ignore[return-value]
+        tuple(attention + name for name in (f"{x}_scale", f"{x}_proj.{x}_scale", f"{x}_proj.output_scale", "kv_scale"))
+        for x in "kv"
+    )
 
 
 def is_quantized(names: Container[str], scheme: QuantScheme | None, module: str) -> bool:

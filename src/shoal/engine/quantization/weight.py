@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,3 +173,62 @@ def quantize_rows(x_TK: Tensor, scheme: QuantScheme, group: int, input_scale: Te
     scaled = (x / spread).clamp(-top, top)
     values = scaled.to(FP8) if scheme.weights == "fp8" else scaled.round().to(torch.int8)
     return values, scales_TG
+
+
+# --- for kernels ----------------------------------------------------------------------------------------------------
+
+_MAX_BLOCK_K = 128
+_MIN_BLOCK_K = 32
+"""An FP8 product takes 32 input features at once, two of 16-bit numbers 16 each."""
+
+
+def block_k_of(group: int, in_features: int) -> int:
+    """Input features of one step of the kernels: of one group all of them. 0 if the groups are too odd for kernels."""
+    block = _MAX_BLOCK_K if group >= in_features else gcd(group, _MAX_BLOCK_K)
+    return block if block >= _MIN_BLOCK_K else 0
+
+
+def packed_nibbles(values_NK: Tensor, block_k: int) -> Tensor:
+    """Two 4-bit numbers a byte, (N, blocks * block_k / 2): of each block the first half low, the second half high."""
+    n, k = values_NK.shape
+    padded = torch.nn.functional.pad(values_NK, (0, -k % block_k)).view(n, -1, 2, block_k // 2)
+    return (padded[:, :, 0] | (padded[:, :, 1] << 4)).flatten(1).contiguous()
+
+
+class KernelWeight(NamedTuple):
+    """A QuantizedWeight as kernels read it, contiguous. Of several experts each tensor has a dimension L in front."""
+
+    values: Tensor
+    """(N, K) of FP8 or int8; with zeros as `packed_nibbles` gives it."""
+    scales_RG: Tensor
+    zeros_NG: Tensor | None
+    rows: int
+    group: int
+    in_features: int
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, device: torch.device) -> KernelWeight:
+        values, zeros_NG = weight.values_NK.to(device), weight.zeros_NG
+        if zeros_NG is not None:
+            values = packed_nibbles(values, block_k_of(weight.group, weight.in_features))
+            zeros_NG = zeros_NG.to(device).contiguous()
+        scales_RG = weight.scales_RG.to(device).contiguous()
+        return cls(values.contiguous(), scales_RG, zeros_NG, weight.rows, weight.group, weight.in_features)
+
+    @classmethod
+    def stacked(cls, weights: Sequence[KernelWeight], count: int) -> KernelWeight | None:
+        """Of several experts; None where these are not `count`, or not of one form."""
+        forms = {(w.values.dtype, w.values.shape, w.scales_RG.shape, w.zeros_NG is None, *w[3:]) for w in weights}
+        if len(forms) != 1 or len(weights) != count:
+            return None
+        zeros = [weight.zeros_NG for weight in weights if weight.zeros_NG is not None]
+        return cls(
+            torch.stack([weight.values for weight in weights]),
+            torch.stack([weight.scales_RG for weight in weights]),
+            torch.stack(zeros) if zeros else None,
+            *weights[0][3:],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.values, self.scales_RG, self.zeros_NG) if tensor is not None)
