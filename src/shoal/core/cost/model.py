@@ -30,7 +30,8 @@ class CostModel:
         self._c: Coefficients = coefficients_of(self.engine, self.profile)
         self._factors = self.calibration.factors
         self._sharpness = 3.0 if self.calibration.sharpness is None else self.calibration.sharpness
-        self._reduce_cache: dict[int, float] = {}
+        self._known: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
+        """What of a step's parts does not depend on its contexts, by its counts."""
 
     def seconds(self, shape: StepShape) -> float:
         """Of a step through all stages, from its plan to its tokens."""
@@ -92,17 +93,17 @@ class CostModel:
     # --- the parts, in the order of PARTS -----------------------------------------------------------------------------
 
     def _times(self, shape: StepShape) -> tuple[float, ...]:
-        c, factors, sharpness = self._c, self._factors, self._sharpness
-        tokens = self._tokens(shape)
+        c, factors = self._c, self._factors
+        key = (shape.prefill_tokens, shape.prefill_rows, shape.decode_rows, shape.sampled)
+        known = self._known.get(key)
+        if known is None:
+            known = self._without_contexts(shape)
+            if len(self._known) < MOST_KNOWN:
+                self._known[key] = known
+        tokens, linear, experts, collectives, kernels, head, host = known
         if tokens <= 0:
             return (0.0,) * len(PARTS)
-        linear = sum(roofline(stream, compute * tokens, sharpness) for stream, compute in c.linear) + c.linear_launch
-        experts = self._experts(shape) if c.experts else 0.0
         attention = self._attention(shape)
-        collectives = self._collectives(tokens, shape.tokens)
-        kernels = c.kernels + c.elementwise * tokens
-        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
-        host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
         if shape.prefill_tokens:
             # What the device does while the host is still launching costs nothing more.
             kernels += max(0.0, c.eager - linear - experts - attention - collectives - kernels)
@@ -119,6 +120,16 @@ class CostModel:
             others = (linear + experts + attention + collectives + kernels) * (c.all_stages - 1)
             pipeline = others + c.send_latency + c.send_per_token * tokens
         return linear, experts, attention, collectives, head, kernels, pipeline, host
+
+    def _without_contexts(self, shape: StepShape) -> tuple[float, ...]:
+        """A device's tokens, and the seconds of linear layers, experts, collectives, kernels, head and host."""
+        c, sharpness = self._c, self._sharpness
+        tokens = self._tokens(shape)
+        linear = sum(roofline(stream, compute * tokens, sharpness) for stream, compute in c.linear) + c.linear_launch
+        experts = self._experts(shape) if c.experts else 0.0
+        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
+        host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
+        return tokens, linear, experts, c.collectives(tokens), c.kernels + c.elementwise * tokens, head, host
 
     def _tokens(self, shape: StepShape) -> float:
         """That one device computes the linear layers of: the one of the group that has most of them."""
@@ -177,16 +188,6 @@ class CostModel:
             total += kind.count * (prefill + decode)
         return total
 
-    def _collectives(self, tokens: float, all_tokens: int) -> float:
-        """Two all-reduces a layer (after attention, after the MLP) or what experts over several groups exchange."""
-        key = all_tokens
-        found = self._reduce_cache.get(key)
-        if found is None:
-            found = self._c.collectives(tokens)
-            if len(self._reduce_cache) < 65536:
-                self._reduce_cache[key] = found
-        return found
-
     # --- what an explanation adds ------------------------------------------------------------------------------------
 
     def _experts_work(self, shape: StepShape) -> tuple[float, float]:
@@ -229,7 +230,7 @@ class CostModel:
         if name == "attention":
             return "compute" if shape.prefill_tokens > shape.decode_rows else "bandwidth"
         if name == "collectives":
-            return "latency" if self._collectives(tokens, shape.tokens) < 2 * c.collectives(1e-9) else "link"
+            return "latency" if c.collectives(tokens) < 2 * c.collectives(1e-9) else "link"
         others: dict[str, Bound] = {"head": "bandwidth", "kernels": "latency", "pipeline": "link", "host": "host"}
         return others[name]
 
@@ -258,6 +259,8 @@ class CostModel:
         return sent
 
 
+MOST_KNOWN = 65536
+"""Steps by their counts whose times are kept."""
 PARTS = ("linear", "experts", "attention", "collectives", "head", "kernels", "pipeline", "host")
 
 
