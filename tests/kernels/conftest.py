@@ -1,6 +1,6 @@
 """Triton kernels on a CPU: its interpreter runs them, one program after the other, over numpy.
 
-Whether kernels are compiled or interpreted is settled as they are defined, so this comes before any of their modules.
+Whether kernels are compiled or interpreted is settled as they are defined: tests/conftest.py comes before all of them.
 What the interpreter of Triton 3.6 does wrong with bfloat16, float8 and new numpy is put right here, so that kernels
 need not be written around it.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from tests.conftest import INTERPRET
 
 _TORCH = {
     "fp32": (torch.float32, np.uint32, torch.int32),
@@ -87,23 +89,16 @@ def _numpy(bits: torch.dtype) -> Any:
     return np.dtype(str(bits).removeprefix("torch."))
 
 
-_INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-_VARIABLE = "TRITON_INTERPRET"
+_INTERPRETED = importlib.util.find_spec("triton") is not None and INTERPRET in os.environ
 if _INTERPRETED:
-    os.environ[_VARIABLE] = "1"
     _repair(importlib.import_module("triton.runtime.interpreter"))
-
-
-def pytest_collection_finish() -> None:
-    """All kernels are defined. Tests of other folders, in the same process, find no Triton on a CPU, as users do."""
-    os.environ.pop(_VARIABLE, None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     if _INTERPRETED:
-        os.environ[_VARIABLE] = "1"
+        os.environ[INTERPRET] = "1"
 
 
 def pytest_runtest_teardown() -> None:
-    os.environ.pop(_VARIABLE, None)
+    os.environ.pop(INTERPRET, None)
