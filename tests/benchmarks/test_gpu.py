@@ -14,8 +14,8 @@ import torch
 
 import gpu
 from gpu_ceilings import Ceilings
-from gpu_engine import VARIANTS, NotAvailable, config_of
-from gpu_models import CONFIGS, TINY
+from gpu_engine import Engine, NotAvailable, config_of
+from gpu_models import CONFIGS, TINY, write_config
 from gpu_profile import busy_and_pause
 from gpu_report import Row, markdown, shown
 from gpu_sections import ESTIMATES, SECTIONS, bandwidth_seconds, card, compute_seconds, decoding, kernels_of, mix
@@ -133,14 +133,13 @@ def test_the_load_is_the_mix_of_the_other_benchmark() -> None:
     assert prompts[0] != prompts[16] and len(prompts[0]) == len(prompts[16])
 
 
-def test_what_the_engine_does_not_know_is_not_available() -> None:
-    assert config_of("bfloat16", model="m").dtype == "bfloat16"
-    with pytest.raises(NotAvailable, match="the engine has no sixteenths"):
-        VARIANTS["sixteenths"] = ({"dtype": "float16th"},)
-        try:
-            config_of("sixteenths", model="m")
-        finally:
-            del VARIANTS["sixteenths"]
+def test_what_a_device_cannot_do_is_not_available(tmp_path: Path) -> None:
+    path = str(write_config("llama-3.1-8b", tmp_path, tiny=True))
+    settings = {"model": path, "load_format": "random", "device": "cpu", "max_len": 64, "max_sequences": 2}
+    with Engine(config_of("bfloat16", **settings)) as engine:
+        assert engine.info.num_blocks > 0
+    with pytest.raises(NotAvailable, match="float8"), Engine(config_of("fp8 cache", **settings)):
+        pass
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_a_dead_server_whose_balancer_accepts_connections_and_closes_them_is_gon
             server.close_idle_connections()
             async with balancer:
                 # Requests that keep coming are no reason to believe in it.
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(60):
                     number = 0
                     while fleet.gone_because is None:
                         number += 1
@@ -347,7 +347,7 @@ def test_a_dead_server_whose_balancer_accepts_connections_and_closes_them_is_gon
                     assert failure(late).kind == "lost"
             assert closed >= 3 and "closed before" in (fleet.gone_because or "")
 
-    virtual_time.run(main())
+    asyncio.run(main())  # by the real clock: requests keep coming, and time would stand still
 
 
 def test_one_connection_that_is_closed_says_nothing_of_a_server() -> None:

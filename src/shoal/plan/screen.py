@@ -101,8 +101,8 @@ class Curve:
         bubble: float = 0.0,
         targets: tuple[Target, ...] = (),
     ) -> None:
-        """Of a pipeline: `stage_seconds`, how long a step keeps its slowest stage; `bubble`, the part of a step's
-        excess over the one ahead for which stages are idle."""
+        """Of a pipeline: `stage_seconds`, how long a step keeps its slowest stage; `bubble`, for how much of what a
+        step is longer than the one ahead stages are idle."""
         self._alone, self._stage_seconds, self._bubble = seconds, stage_seconds, bubble
         self._traffic, self._chunk = traffic, chunk
         self._front, self._stages, self._targets = front_seconds, stages, targets

@@ -22,13 +22,15 @@ from shoal.engine.attention.triton_decode import merge_parts, num_parts
 from shoal.engine.attention.triton_parts import LOG2_E, Tiles, finished, load_rows, update
 
 
-def latent_tiles(num_heads: int, latent_dim: int, itemsize: int) -> Tiles:
-    """For the heads of a rank, the size of the latent, and the bytes of an element that is multiplied.
+def latent_tiles(num_heads: int, latent_dim: int, itemsize: int, *, converted: bool) -> Tiles:
+    """For the heads of a rank, the size of the latent, and the bytes of an element that is multiplied. `converted`: the
+    cache has another dtype.
 
     64 heads are what Hopper's matrix instructions take; their output of 64 x 512 in float32 fills half the registers
-    of 8 warps. A tile of rows takes about 32 KiB of shared memory, of which there are two, beside the queries' 72.
+    of 8 warps, and what is converted on the way goes through registers too: then 32, without which a thread spills a
+    kilobyte. A tile of rows takes about 32 KiB of shared memory, of which there are two, beside the queries' 72.
     """
-    rows = min(64, max(16, triton.next_power_of_2(num_heads)))
+    rows = min(32 if converted else 64, max(16, triton.next_power_of_2(num_heads)))
     positions = min(64, max(16, 16384 // (triton.next_power_of_2(latent_dim) * itemsize) * 2))
     return Tiles(rows, positions, num_warps=8 if rows >= 32 else 4, num_stages=2)
 
@@ -231,7 +233,8 @@ class TritonLatentAttention:
                 f"{tuple(q_TNL.shape)} with strides {q_TNL.stride()}"
             )
         # Numbers of few bits are widened before they are multiplied.
-        tiles = latent_tiles(heads, latent_dim, max(latents.element_size(), q_TNL.element_size()))
+        itemsize = max(latents.element_size(), q_TNL.element_size())
+        tiles = latent_tiles(heads, latent_dim, itemsize, converted=latents.dtype != q_TNL.dtype)
         head_tiles = -(-heads // tiles.rows)
         programs = tokens * head_tiles
         parts = self._parts or num_parts(programs, batch.max_context_len, tiles.positions, self._processors)
