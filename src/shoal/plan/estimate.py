@@ -25,7 +25,7 @@ STEPS = 100_000
 """Steps with prompts in them that a run may have; prompts of many pieces get fewer requests."""
 MOST_ENGINES = 4
 """That a run has. More of them share the load hardly better: of more, each is taken to carry as much."""
-STEP = 1.03
+STEP = 1.05
 """Between two rates that are tried."""
 BEND = 0.6
 """Of the curve of a latency over the rate, for the next rate to be tried: 1 is a straight line."""
@@ -78,14 +78,14 @@ class Runs:
         number, low, high, stride = floor(_number(max(near, 1e-9))), -FAR, FAR, 2
         if met and holds(floor(_number(met)), met):
             low = floor(_number(met))
-            number = max(number, low + 1)
+            number = number if number > low else low + max(1, _room(excess[low]))
         while high - low > 1:
             if holds(number, STEP**number):
                 low = number
             else:
                 high = number
             if high == FAR:
-                number, stride = low + stride, 2 * stride
+                number, stride = low + max(stride, _room(excess[low])), 2 * stride
             elif low > -FAR and 0.0 < excess[low] < excess[high] < float("inf"):
                 number = _crossing(low, high, log(excess[low]), log(excess[high]))
             else:
@@ -117,6 +117,11 @@ class Runs:
 
 def _number(rate: float) -> float:
     return log(rate) / log(STEP)
+
+
+def _room(excess: float) -> int:
+    """Steps to where a target would be missed, if what it is of grew with the rate to the power of 1.5."""
+    return int(-log(excess) / (1.5 * log(STEP))) if 0.0 < excess <= 1.0 else 0
 
 
 def _crossing(low: int, high: int, below: float, above: float) -> int:

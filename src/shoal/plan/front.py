@@ -17,7 +17,7 @@ from shoal.plan.screen import Load
 from shoal.plan.search import Candidate, Search
 from shoal.plan.setups import Verdict
 
-MOST = 6
+MOST = 5
 """Setups that are shown, evenly over cost."""
 Item = TypeVar("Item")
 Marks = tuple[float, float, float, float]
