@@ -11,6 +11,7 @@ import http.client
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -116,9 +117,8 @@ def prompt_of(seed: int, length: int = 64) -> list[int]:
     return [8 + (seed * 7919 + position * (seed % 13 + 1)) % (VOCAB - 8) for position in range(length)]
 
 
-@pytest.fixture(scope="module")
-def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
-    folder = tmp_path_factory.mktemp("tenants")
+@contextlib.contextmanager
+def running_tenanted(folder: Path) -> Iterator[Tenanted]:
     checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=LONG_CONTEXT)
     made = {name: new_key(tenant, scopes, utc_now()) for name, (tenant, scopes) in KEYS.items()}
     with editing(folder / "keys.json", create=True) as stored:
@@ -131,6 +131,19 @@ def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
     }
     with running_fleet(folder, deployment, headers=bearer(made["operator"][1])) as fleet:
         yield Tenanted(fleet, {name: text for name, (_, text) in made.items()})
+
+
+@pytest.fixture(scope="module")
+def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
+    with running_tenanted(tmp_path_factory.mktemp("tenants")) as tenanted:
+        yield tenanted
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Tenanted]:
+    """A fleet of one endpoint and no requests: others leave some behind, and the test of every route an endpoint."""
+    with running_tenanted(tmp_path) as tenanted:
+        yield tenanted
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -289,7 +302,7 @@ def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
 # --- a noisy tenant ---------------------------------------------------------------------------------------------------
 
 
-def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> None:
+def test_a_flood_of_one_tenant_leaves_room_for_another(alone: Tenanted) -> None:
     """Fault 34: all slots are taken and half of the queue, and still a request of another tenant is accepted, and goes
     before those that wait. Its control is the same request of the tenant that floods: refused.
 
@@ -297,20 +310,20 @@ def test_a_flood_of_one_tenant_leaves_room_for_another(tenanted: Tenanted) -> No
     """
     held, half = list[socket.socket](), QUEUE // 2
     with contextlib.ExitStack() as flood:
-        while tenanted.waiting() < half:
-            held.append(flood.enter_context(tenanted.endless("a", prompt_of(800 + len(held)))))
-            wait_until(lambda: sum(tenanted.load()) == len(held), "the request to be accepted")
-        refused = [tenanted.ask("a", prompt_of(850 + number)) for number in range(5)]
+        while alone.waiting() < half:
+            held.append(flood.enter_context(alone.endless("a", prompt_of(800 + len(held)))))
+            wait_until(lambda: sum(alone.load()) == len(held), "the request to be accepted")
+        refused = [alone.ask("a", prompt_of(850 + number)) for number in range(5)]
         assert {refused_for(answer) for answer in refused} == {"tenant_share"}
         with ThreadPoolExecutor(1) as thread:
             for waiting in range(half, half - 6, -2):
-                wait_until(lambda: tenanted.waiting() == waiting, "the free place to be taken")  # noqa: B023
-                taken = thread.submit(tenanted.ask, "b", prompt_of(900 + waiting), max_tokens=2)
-                wait_until(lambda: tenanted.waiting() == waiting + 1, "the other tenant's to wait too")  # noqa: B023
+                wait_until(lambda: alone.waiting() == waiting, "the free place to be taken")  # noqa: B023
+                taken = thread.submit(alone.ask, "b", prompt_of(900 + waiting), max_tokens=2)
+                wait_until(lambda: alone.waiting() == waiting + 1, "the other tenant's to wait too")  # noqa: B023
                 for _ in range(2):  # of those that run: the engine has one more than it has places for
                     held.pop(0).close()
                 assert taken.result().status_code == 200, taken.result().text
-                assert tenanted.waiting() >= waiting - 2, "those who waited before it still wait"
-    gone = [tenanted.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
+                assert alone.waiting() >= waiting - 2, "those who waited before it still wait"
+    gone = [alone.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
     assert set(gone) == {404}, "a flood of refused requests fills no journal"
-    wait_until(lambda: sum(tenanted.load()) == 0, "the flood to be over")
+    wait_until(lambda: sum(alone.load()) == 0, "the flood to be over")
