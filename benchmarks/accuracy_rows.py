@@ -39,6 +39,7 @@ from shoal.plan.steady_state import (
     offline,
     open_loop,
     static_batch,
+    steady,
 )
 
 Row = dict[str, str]
@@ -191,23 +192,25 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         queued = QUEUED.get((row["isl"], row["osl"])) if is_page else None
         return closed_loop(cost, work, queued, requests=queued) if queued else offline(cost, work), False
     if load.startswith("open-loop"):
-        few = row["stat"].endswith("of 300 requests")
         rate = float(row["request_rate"]) / replicas
-        found = open_loop(cost, work, rate, requests=300 if few else None)
-        if found.saturated and row["source"].startswith("MLPerf"):
+        if row["stat"].endswith("of 300 requests"):
+            return open_loop(cost, work, rate, requests=300), True
+        found = open_loop(cost, work, rate)
+        if not row["source"].startswith("MLPerf"):
+            return found, True
+        # Over a long run what comes in goes out, up to what there is; an estimate's run fills and empties the batch.
+        most = offline(cost, work).requests_per_second
+        share = min(rate, most) * work.outputs.mean / found.output_tokens_per_second
+        found = msgspec.structs.replace(
+            found,
+            output_tokens_per_second=found.output_tokens_per_second * share,
+            low=found.low * share,
+            high=found.high * share,
+        )
+        if steady(cost, work, rate).saturated:
             # It was served within the benchmark's limits, so no queue grew without end: where the model says that one
             # does, it is the capacity that is wrong, and the wait is that of a system near its own.
-            near = open_loop(cost, work, 0.95 * offline(cost, work).requests_per_second)
-            found = msgspec.structs.replace(found, ttft=near.ttft)
-        elif not few and not found.saturated:
-            # Over a long run what comes in goes out; the estimate's own run fills and empties the batch.
-            offered = rate * work.outputs.mean / found.output_tokens_per_second
-            found = msgspec.structs.replace(
-                found,
-                output_tokens_per_second=found.output_tokens_per_second * offered,
-                low=found.low * offered,
-                high=found.high * offered,
-            )
+            found = msgspec.structs.replace(found, ttft=steady(cost, work, 0.9 * most).ttft)
         return found, True
     concurrency = int(float(row["concurrency"]))
     poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)

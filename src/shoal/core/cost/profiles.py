@@ -101,6 +101,7 @@ PROFILES: dict[str, EngineProfile] = {
             float8_attention=1.1,
             reduce_seconds=-1e-6,
             reserves_output=True,
+            even_batches=True,
             front_seconds=5e-3,
             front_request_seconds=0.1e-3,
         ),
