@@ -3,10 +3,13 @@
 What a row leaves unsaid is filled in by rules, each with its source, the same for all rows:
 
 - InferenceX (its scripts, github.com/SemiAnalysisAI/InferenceX): lengths uniform in [0.8 L, L]; 10 requests a client,
-  all clients at once; the engine takes 0.9 of memory (SGLang 0.82 to 0.85), batches as large as the concurrency; FP8 KV
+  all clients at once; the engine takes 0.9 of memory (SGLang 0.82 to 0.85, TensorRT-LLM 0.9 of what its weights leave,
+  which is what its flag means), batches as large as the concurrency; FP8 KV
   in TensorRT-LLM, in vLLM but for MLA, and in SGLang on Blackwell, else 16 bits; chunks of 8,192 tokens, in SGLang on
   Blackwell 16,384 or more; TensorRT-LLM as many as a sequence may be long. Where aggregated rows claim more devices
   than a host has, their tp was multiplied by ep on the way into the sample: they ran on one host.
+- TensorRT-LLM's performance pages (docs/source, of the commits that rows name): the requests of QUEUED are queued at
+  once; mixtures run with attention_dp over all devices; gpt-oss on Hopper keeps its cache in 16 bits.
 - MLPerf: lengths of the datasets by the means that submitters' reports and the reference implementation state.
 - A layout that is not stated is the fewest devices that hold the weights and as much again of cache as a quarter.
 """
@@ -19,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.core.cost.calibration import Calibration
+from shoal.core.cost.memory import weight_bytes
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
@@ -35,6 +39,7 @@ from shoal.plan.steady_state import (
     offline,
     open_loop,
     static_batch,
+    steady,
 )
 
 Row = dict[str, str]
@@ -81,9 +86,34 @@ PRECISIONS: dict[str, WeightPrecision] = {
     "fp4": "float4",
     "int4": "int4",
     "int8": "int8",
+    "nvfp4": "float4",
+    "mxfp4": "float4",
+    "w8a8": "int8",
+    "w4a16": "int4",
+    "awq": "int4",
+    "gptq": "int4",
     "": "bfloat16",
 }
 HOST_DEVICES = 8
+QUEUED = {
+    ("128", "128"): 30000,
+    ("128", "2048"): 3000,
+    ("128", "4096"): 1500,
+    ("500", "2000"): 3000,
+    ("1000", "1000"): 3000,
+    ("1000", "2000"): 1500,
+    ("1024", "1024"): 3000,
+    ("1024", "8192"): 1500,
+    ("1024", "32768"): 1000,
+    ("2048", "128"): 3000,
+    ("2048", "2048"): 1500,
+    ("5000", "500"): 1500,
+    ("8192", "1024"): 1500,
+    ("20000", "2000"): 1000,
+    ("32768", "1024"): 1000,
+}
+"""Requests that TensorRT-LLM's performance pages queue, by input and output: of so few the batch often is all, and the
+rate that they print is from the first request to the last answer."""
 
 
 def read(row: Row) -> Question:
@@ -115,6 +145,8 @@ def read(row: Row) -> Question:
 
 def engine_name(row: Row) -> str:
     name = row["engine"].lower()
+    if row["source"].startswith("MLPerf") and name.startswith("tensorrt"):
+        return "tensorrt-executor"
     if "sglang" in name:
         return "sglang"
     if "tensorrt" in name or "trtllm" in name or "trt-llm" in name:
@@ -125,10 +157,17 @@ def engine_name(row: Row) -> str:
 def answer(row: Row, calibration: Calibration | None = None) -> Answer:
     """Raises CannotAnswer with the reason."""
     try:
-        shape = models.model_shape(row["model"])
-        device = catalogue.device(device_name(row["gpu"])).name
+        return _answer_row(row, calibration)
     except (models.ModelError, CatalogueError) as error:
         raise CannotAnswer(str(error)) from error
+    except (ValueError, ZeroDivisionError) as error:
+        # What is missing in a row, or is written as no other row has it, is that row's matter.
+        raise CannotAnswer(f"the row does not say enough: {error}") from error
+
+
+def _answer_row(row: Row, calibration: Calibration | None) -> Answer:
+    shape = models.model_shape(row["model"])
+    device = catalogue.device(device_name(row["gpu"])).name
     if row["mode"] == "disagg":
         return answer_disaggregated(row, shape, device, calibration)
     layout, groups = layout_of(row, shape, device)
@@ -149,10 +188,30 @@ def measure(row: Row, cost: CostModel, work: Workload, replicas: int) -> tuple[S
         batch = int(row["concurrency"] or 1)
         return static_batch(cost, work.inputs.high, work.outputs.high, batch), False
     if load.startswith("offline"):
-        return offline(cost, work), False
+        is_page = row["source"].startswith("TensorRT-LLM perf-overview")
+        queued = QUEUED.get((row["isl"], row["osl"])) if is_page else None
+        return closed_loop(cost, work, queued, requests=queued) if queued else offline(cost, work), False
     if load.startswith("open-loop"):
-        few = row["stat"].endswith("of 300 requests")
-        return open_loop(cost, work, float(row["request_rate"]) / replicas, requests=300 if few else None), True
+        rate = float(row["request_rate"]) / replicas
+        if row["stat"].endswith("of 300 requests"):
+            return open_loop(cost, work, rate, requests=300), True
+        found = open_loop(cost, work, rate)
+        if not row["source"].startswith("MLPerf"):
+            return found, True
+        # Over a long run what comes in goes out, up to what there is; an estimate's run fills and empties the batch.
+        most = offline(cost, work).requests_per_second
+        share = min(rate, most) * work.outputs.mean / found.output_tokens_per_second
+        found = msgspec.structs.replace(
+            found,
+            output_tokens_per_second=found.output_tokens_per_second * share,
+            low=found.low * share,
+            high=found.high * share,
+        )
+        if steady(cost, work, rate).saturated:
+            # It was served within the benchmark's limits, so no queue grew without end: where the model says that one
+            # does, it is the capacity that is wrong, and the wait is that of a system near its own.
+            found = msgspec.structs.replace(found, ttft=steady(cost, work, 0.9 * most).ttft)
+        return found, True
     concurrency = int(float(row["concurrency"]))
     poll = poll_steps(row, cost.engine.cluster.device.name, concurrency)
     wait = wait_steps(row, concurrency)
@@ -243,9 +302,11 @@ def number(text: str) -> int:
 
 def layout_of(row: Row, shape: ModelShape, device: str) -> tuple[Layout, int]:
     """Layout and attention_dp."""
-    if not row["tp"]:
-        return fewest(row, shape, device), 1
     tp, pp, ep, groups = (number(row[name]) for name in ("tp", "pp", "ep", "attn_dp"))
+    if shape.is_mixture and "MoE rows used attention DP" in row["note"]:
+        return Layout(pp=pp), tp
+    if not row["tp"]:
+        return (Layout(pp=pp), groups) if groups > 1 else (fewest(row, shape, device), 1)
     if row["source"].startswith("AIC") and groups > 1:
         # One device a group: recorded as tp = groups = the devices (vLLM), or as ep, and the groups times ep.
         return Layout(), tp if tp > 1 else ep
@@ -286,7 +347,9 @@ def model_of(
         own = cluster.device
         slow = msgspec.structs.replace(own, rates={name: rate * 0.5**0.5 for name, rate in own.rates.items()})
         cluster = msgspec.structs.replace(cluster, device=slow)
-    weights = PRECISIONS[row["weights"].lower()]
+    weights = PRECISIONS.get(row["weights"].lower())
+    if weights is None:
+        raise CannotAnswer(f"weights {row['weights']!r} are of no precision that is known")
     if "gpt-oss" in row["model"].lower():
         weights = "float4"  # What its only checkpoint is stored in; rows name the operands.
     inputs, outputs = (int(row[name]) if row[name].isdigit() else 0 for name in ("isl", "osl"))
@@ -304,32 +367,35 @@ def model_of(
         sequences = max(1, sequences - 1)
     if limits:
         sequences, chunk = int(limits.group(1)), int(limits.group(2))
-    return CostModel(
-        EngineShape(
-            model=shape,
-            cluster=cluster,
-            layout=layout,
-            attention_dp=groups,
-            weights=weights,
-            cache=cache_of(row, shape, device),
-            profile=engine,
-            max_batch_tokens=chunk,
-            max_sequences=sequences,
-            memory_share=0.85 if engine == "sglang" else 0.9,
-        ),
-        calibration,
+    shaped = EngineShape(
+        model=shape,
+        cluster=cluster,
+        layout=layout,
+        attention_dp=groups,
+        weights=weights,
+        cache=cache_of(row, shape, device),
+        profile=engine,
+        max_batch_tokens=chunk,
+        max_sequences=sequences,
+        memory_share=0.85 if engine == "sglang" else 0.9,
     )
+    if engine == "tensorrt-llm":
+        free = max(0.0, 1 - weight_bytes(shaped) / cluster.device.memory_bytes)
+        shaped = msgspec.structs.replace(shaped, memory_share=1 - 0.1 * free)
+    return CostModel(shaped, calibration)
 
 
 def cache_of(row: Row, shape: ModelShape, device: str) -> CachePrecision:
     stated = row["kv"].split(" ")[0].lower()
+    if "gpt-oss" in row["model"] and row["source"].startswith("TensorRT-LLM") and device.startswith(("H100", "H200")):
+        return "bfloat16"
     if stated in ("fp8", "fp16", "bf16"):
         return "float8" if stated == "fp8" else "bfloat16"
     if stated == "auto" or row["weights"] in ("", "bf16", "fp16"):
         return "bfloat16"
     engine = engine_name(row)
     blackwell = device.startswith(("B2", "B3", "GB"))
-    if engine == "tensorrt-llm" or (engine == "sglang" and blackwell):
+    if engine.startswith("tensorrt") or (engine == "sglang" and blackwell):
         return "float8"
     latent = any(layer.attention.latent_dim for layer in shape.layers)
     return "float8" if engine == "vllm" and not latent else "bfloat16"

@@ -16,7 +16,7 @@ from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.layout import Layout
 from shoal.plan import catalogue, models
-from shoal.plan.steady_state import Lengths, ServingEstimate, Workload, closed_loop, open_loop
+from shoal.plan.steady_state import Lengths, ServingEstimate, Workload, closed_loop, steady
 
 Row = dict[str, str]
 AXES = re.compile(r"(etp|tp|pp|dp|ep)(\d+)")
@@ -149,7 +149,7 @@ def _pool(pool: dict[str, Any]) -> str:
 
 
 def most_rate(plan: dict[str, Any]) -> tuple[float, float]:
-    """Of a plan for far too high a rate: the rate said to be met, and the closed form's bound; else 0."""
+    """Of a plan for far too high a rate: the rate said to be met, and the most that is carried; else 0."""
     told = plan.get("impossible") or {}
     nearest = re.search(r"--rate ([\d.,]+)/s", told.get("nearest", ""))
     bound = re.search(r"carry ([\d.,]+)/s at most", told.get("bound", ""))
@@ -209,6 +209,6 @@ def ask_ours(
     work = Workload(inputs=Lengths.fixed(lengths[0]), outputs=Lengths.fixed(lengths[1]))
     return Ours(
         closed=closed_loop(cost, work, found.concurrency, requests=max(40, 10 * found.concurrency)),
-        opened=open_loop(cost, work, found.rate / found.engines),
+        opened=steady(cost, work, found.rate / found.engines),
         exact=exact,
     )

@@ -42,6 +42,8 @@ TOO_MUCH = 1000
 """Requests a second that no cluster here carries: `shoal plan` then says what it does carry."""
 HALVINGS = 4
 """Of the interval in which the most that is met lies, each a plan of its own."""
+BEYOND = 1.1
+"""How far above what a plan says to be carried at most that is checked."""
 LAYOUTS = 3
 """Of the rival's, put to our cost model."""
 LIMIT = 600
@@ -202,7 +204,7 @@ def most(setting: Setting) -> tuple[Run, dict, float, int]:
     _, told = plan(setting, setting.gpus, TOO_MUCH)
     nearest, bound = most_rate(told)
     done, found = plan(setting, setting.gpus, nearest or 0.01)
-    low, high, asked = (nearest, max(bound, nearest), 2) if found["answer"] else (0.0, nearest, 2)
+    low, high, asked = (nearest, BEYOND * max(bound, nearest), 2) if found["answer"] else (0.0, nearest, 2)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         if not middle or high - low < 0.02 * high:

@@ -22,6 +22,8 @@ from typing import Any
 
 import msgspec
 
+from shoal.cli.simulation import REPORT_SECONDS
+from shoal.cli.trace_file import read_trace
 from shoal.core.config import SchedulerConfig
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import EngineShape
@@ -80,7 +82,7 @@ def simulation(scene: Scene, arrivals: list[Arrival]) -> FleetSimulation:
         config,
         remembered(cost.seconds),
         rules=Rules(),
-        report_interval=0.1,
+        report_interval=REPORT_SECONDS,
         sample_interval=10.0,
     )
 
@@ -110,9 +112,13 @@ def speeds(folder: Path, repeat: int, seconds: float) -> None:
     )
     file = folder / CONVERSATION
     if file.exists():
-        rows, rate, what = traces.read(file), None, "Azure conversation"
+        rows, rate, what = read_trace(file), None, "Azure conversation"
     else:
-        rows, rate, what = traces.synthetic(19_366, 1155, 211, 0.8, rng), 5.53, "Poisson, as Azure conversation"
+        rows, rate, what = (
+            traces.synthetic(19_366, 1155, 211, 0.8, rng),
+            5.53 * repeat,
+            "Poisson, as Azure conversation",
+        )
     load = [one for one in traces.arrivals(rows, rng, rate=rate, repeat=repeat) if one.at <= seconds]
     speed(LARGE, load, what + (f" x {repeat}" if repeat > 1 else "") + f", first {seconds:,.0f} s")
 
@@ -190,7 +196,7 @@ def _replayed(name: str, file: Path, meta: dict[str, Any]) -> list[Outcome]:
         max_batch_tokens=shape.max_batch_tokens,
         depth=2,  # asynchronous scheduling, vLLM's default
     )
-    load = traces.arrivals(traces.read(file), random.Random(0))
+    load = traces.arrivals(read_trace(file), random.Random(0))
     return FleetSimulation(Router(RoutingConfig()), load, 1, config, cost.seconds).run()
 
 

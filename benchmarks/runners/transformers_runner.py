@@ -47,6 +47,10 @@ class TransformersEngine:
         self.run([{"prompt": [100], "max_tokens": 1}])
         return {"first_token_at": time.monotonic()}
 
+    def adopt(self, model: Any, num_pages: int) -> None:
+        """Run a model that is there already, by continuous batching, with so many pages of cache."""
+        self._model, self._continuous, self._num_pages = model, True, num_pages
+
     def run(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return self._run_continuous(items) if self._continuous else self._run_padded(items)
 

@@ -188,7 +188,7 @@ def test_engines_of_a_cpu_need_no_cluster(fleet: Path, capsys: pytest.CaptureFix
         (["--to", "lws", "--on", "8xH100", "--model", "lama"], "nearest is llama-70b"),
         (["--to", "lws", "--on", "8xH100", "--name", "A_b"], "use a-b"),
         (["--to", "lws", "--on", "8xH100", "--max-replicas", "1"], "less than the 2 replicas"),
-        (["--to", "lws", "--on", "8xH100", "--rdma", "hca"], "--rdma: 'hca' is no LABEL=VALUE"),
+        (["--to", "lws", "--on", "8xH100", "--rdma", "hca"], "--rdma: 'hca' is no KEY=VALUE, as rdma/hca=1"),
         (["--to", "lws", "--on", "8xH100", "--rdma", "hca=x"], "write hca=1"),
         (["--to", "lws", "--on", "8xH100", "--node-selector", "x"], "--node-selector"),
         (["--to", "lws", "--on", "8xH100", "--host-memory", "64G"], "is not a size"),

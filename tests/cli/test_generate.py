@@ -85,7 +85,7 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, checkpoint: Path) -> None:
     requests = [{"prompt": f"fish number {n}", "max_tokens": 120 + 40 * (n % 5), **GREEDY} for n in range(60)]
     source = write(tmp_path / "in.jsonl", requests)
     target = tmp_path / "out.jsonl"
-    command = [*SHOAL, "generate", str(checkpoint), "-i", str(source), "-o", str(target), "--max-num-seqs", "2"]
+    command = [*SHOAL, "generate", str(checkpoint), "-i", str(source), "-o", str(target), "--max-num-seqs", "1"]
 
     def interrupt(number: int, at_least: int) -> tuple[int, str]:
         """End the command with a signal once so many answers are there."""

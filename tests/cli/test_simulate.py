@@ -118,6 +118,12 @@ def test_scaling_is_bounded_by_what_is_there(fleet: str, capsys: pytest.CaptureF
         (["--on", "8xH100", "--trace", "nowhere.csv"], "nowhere.csv: cannot be read"),
         (["--on", "8xH100", *LOAD, "--scale-on", "kv", "--scale-target", "3"], "at most 1"),
         (["--on", "8xH100", *LOAD, "--scale-on", "kv", "--max-replicas", "20"], "room for 8"),
+        (["--on", "8xH100", *LOAD, "--scale-target", "3"], "say with --scale-on"),
+        (["--on", "8xH100", *LOAD, "--max-replicas", "3"], "say with --scale-on"),
+        (["--on", "8xH100", *LOAD, "--interval", "10ms"], "--interval is 10ms: it must be at least 100"),
+        (["--on", "8xH100", *LOAD, "--duration", "0s"], "no request comes within --duration 0s"),
+        (["--on", "8xH100", *LOAD, "--requests-csv", "nowhere/requests.csv"], "nowhere/requests.csv: No such file"),
+        (["--on", "8xH100", *LOAD, "--faults", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--on", "8xL4", "--replicas", "1", *LOAD, "--weights", "float32"], "does not fit"),
     ],
 )
@@ -128,6 +134,43 @@ def test_what_cannot_be_is_said_in_a_line(
     error = capsys.readouterr().err
     assert says in error
     assert len(error.splitlines()) == 1
+
+
+def test_piped_it_says_its_result_and_nothing_else(fleet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", fleet, "--on", "8xH100", *LOAD, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""  # no bar
+    assert msgspec.json.decode(printed.out)["summary"]["completed"] == 60
+
+
+def test_what_is_cut_short_is_said(fleet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out = tmp_path / "long.csv", tmp_path / "requests.csv"
+    trace.write_text("time,input,output\n0,131000,500\n1,900,10\n2,140000,10\n", encoding="utf-8")
+    assert main(["simulate", fleet, "--on", "8xH100", "--trace", str(trace), "--requests-csv", str(out)]) == 0
+    assert "2 of 3 completed, 1 refused, 1 cut short" in capsys.readouterr().out
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    assert [(row["asked_tokens"], row["output_tokens"]) for row in rows] == [("500", "72"), ("10", "10"), ("10", "0")]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"", "is empty"),
+        (b"time,input,output\n0,5,nan\n", ":2: output is 'nan'"),
+        (b"time,input,output\n0,5,5\n99,5,5\n", "allow it with --longest-pause 99s"),
+    ],
+)
+def test_a_trace_that_is_wrong_is_told_alike_by_simulate_and_plan(
+    fleet: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_bytes(content)
+    messages = []
+    for command, status in ((["simulate", fleet], FAILURE), (["plan", "llama-3.1-8b"], USAGE)):
+        assert main([*command, "--on", "8xH100", "--trace", str(trace)]) == status
+        messages.append(capsys.readouterr().err)
+    assert says in messages[0] and messages[0] == messages[1]
 
 
 def test_files_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +185,9 @@ def test_files_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["simulate", str(tmp_path / "none.yaml"), "--on", "8xH100", *LOAD]) == FAILURE
     assert main(["simulate", written(tmp_path, FLEET), *LOAD]) == USAGE  # without --on
     faults = tmp_path / "faults"
+    faults.write_bytes(b"\xff")
+    assert main(["simulate", written(tmp_path, FLEET), "--on", "8xH100", *LOAD, "--faults", str(faults)]) == FAILURE
+    assert "is not UTF-8 text" in capsys.readouterr().err
     faults.write_text("# a comment\nkill,replica=0,at=1s # another\nnonsense\n", encoding="utf-8")
     assert main(["simulate", written(tmp_path, FLEET), "--on", "8xH100", *LOAD, "--faults", str(faults)]) == FAILURE
     assert "nonsense" in capsys.readouterr().err

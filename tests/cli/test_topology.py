@@ -82,11 +82,11 @@ def test_a_users_hardware(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["8xH1000"], 1, "error: 8xH1000: unknown device H1000; the nearest is H100"),
-        (["2x8xH100"], 1, "error: 2x8xH100: 2 nodes need a network"),
-        (["absent.yaml"], 1, "error: absent.yaml: No such file"),
-        (["8xH100", "--hardware", "absent.yaml"], 1, "error: absent.yaml: No such file"),
-        (["8xH100", "--write", "x.yaml"], 1, "error: --write is for what was detected"),
+        (["8xH1000"], 2, "error: 8xH1000: unknown device H1000; the nearest is H100"),
+        (["2x8xH100"], 2, "error: 2x8xH100: 2 nodes need a network"),
+        (["absent.yaml"], 2, "error: absent.yaml: No such file"),
+        (["8xH100", "--hardware", "absent.yaml"], 2, "error: absent.yaml: No such file"),
+        (["8xH100", "--write", "x.yaml"], 2, "error: --write is for what was detected"),
         (["--write", "/nowhere/x.yaml"], 1, "error: /nowhere/x.yaml: No such file or directory"),
         (["--jsn"], 2, "No such option"),
     ],

@@ -322,7 +322,7 @@ def cpu_ticks(pid):
         return int(stat.read().rsplit(")", 1)[1].split()[11])
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

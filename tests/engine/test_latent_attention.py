@@ -17,11 +17,12 @@ from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import shard_of
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult
 from shoal.engine.attention.base import AttentionBatch
+from shoal.engine.attention.latent_cache import LatentCache
 from shoal.engine.attention.native import NativeAttention
 from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.comm.base import NullComm
 from shoal.engine.context_parallel import TokenShares
-from shoal.engine.latent_attention import LatentAttention, LatentCache
+from shoal.engine.latent_attention import LatentAttention
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
@@ -72,7 +73,7 @@ def load(
 def new_cache(path: Path, dtype: torch.dtype = torch.float32) -> LatentCache:
     mla = spec_of(path).mla
     assert mla is not None
-    return LatentCache(2, 10, BLOCK, mla.latent_dim, dtype, CPU)
+    return LatentCache(2, 10, BLOCK, mla.kv_lora_rank, mla.qk_rope_head_dim, dtype, CPU)
 
 
 def run(attention: LatentAttention, x_TH: Tensor, cache: LatentCache, sizes: list[int]) -> Tensor:
@@ -120,8 +121,8 @@ def test_the_cache_holds_one_latent_a_token_and_nothing_else(checkpoint: Path) -
     run(load(checkpoint, TorchOps(CPU)), inputs(), cache, [LENGTH])
     assert (cache.num_blocks, cache.block_size) == (10, BLOCK)
     assert cache.nbytes == 10 * BLOCK * 2 * spec.kv_bytes_per_token(4) // spec.num_layers
-    assert not cache.keys_KPMD[0].any()
-    rows = cache.keys_KPMD[1].flatten(0, 2)
+    assert not cache.gather(0, torch.arange(10))[0].any()
+    rows = cache.gather(1, torch.arange(10))[0].flatten(0, 2)
     used = {TABLE[at // BLOCK] * BLOCK + at % BLOCK for at in range(LENGTH)}
     assert {at for at, row in enumerate(rows) if row.any()} == used
 
@@ -147,7 +148,8 @@ def test_what_ranks_contribute_adds_up_to_the_whole(checkpoint: Path, ranks: int
     for rank in range(ranks):
         cache = new_cache(checkpoint)
         parts.append(run(load(checkpoint, ops, Layout(tp=ranks), rank), x_TH, cache, [LENGTH]))
-        torch.testing.assert_close(cache.keys_KPMD[1], whole_cache.keys_KPMD[1])
+        blocks = torch.arange(10)
+        torch.testing.assert_close(cache.gather(1, blocks)[0], whole_cache.gather(1, blocks)[0])
     torch.testing.assert_close(torch.stack(parts).sum(dim=0), expected_TH, atol=1e-5, rtol=1e-5)
 
 
@@ -155,7 +157,7 @@ def test_attention_that_keeps_keys_and_values_is_refused(checkpoint: Path) -> No
     if (reason := unavailable_reason()) is not None:
         pytest.skip(reason)
     ops = NativeOps()
-    with pytest.raises(ValueError, match="portable attention, not by native"):
+    with pytest.raises(ValueError, match="portable or triton attention, not by native"):
         Decoder(spec_of(checkpoint), ops, NativeAttention(ops), "float32", device=CPU)
 
 

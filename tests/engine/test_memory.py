@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from shoal.core.config import EngineConfig
-from shoal.engine.memory import OutOfMemory, available_memory, format_bytes, plan_blocks
+from shoal.engine.memory import (
+    OutOfMemory,
+    Room,
+    available_memory,
+    estimated_room,
+    format_bytes,
+    plan_blocks,
+    room_on_host,
+)
 
 MIB, GIB = 1024**2, 1024**3
 CPU = torch.device("cpu")
@@ -74,9 +82,9 @@ def test_available_memory_of_this_machine_is_a_sane_number():
     assert 16 * MIB < available_memory(CPU) < 2**50
 
 
-def blocks(available, *, on_cpu=True, max_len=1024, block_bytes=MIB, **config):
+def blocks(available, *, room=room_on_host, max_len=1024, block_bytes=MIB, **config):
     return plan_blocks(
-        EngineConfig(model="m", **config), block_bytes=block_bytes, max_len=max_len, available=available, on_cpu=on_cpu
+        EngineConfig(model="m", **config), block_bytes=block_bytes, max_len=max_len, room=room(available)
     )
 
 
@@ -88,8 +96,21 @@ def test_default_on_a_cpu_is_the_least_of_three():
     assert blocks(100 * GIB, block_bytes=2 * MIB) == 2048
 
 
-def test_default_on_a_device_is_most_of_what_is_free():
-    assert blocks(2 * GIB, on_cpu=False) == int(2048 * 0.9)
+def test_the_estimate_for_a_device_is_most_of_what_is_free():
+    assert blocks(2 * GIB, room=estimated_room) == int(2048 * 0.9)
+
+
+def test_a_measured_room_is_taken_whole_and_told_of():
+    def room(available):
+        return Room(available, available // 2, "because of this and that")
+
+    assert blocks(2 * GIB, room=room) == 1024
+    with pytest.raises(
+        OutOfMemory, match=r"room for 10.0 MiB \(because of this and that\): set max_len to at most 160"
+    ):
+        plan_blocks(EngineConfig(model="m", max_len=1024), block_bytes=MIB, max_len=1024, room=room(20 * MIB))
+    with pytest.raises(OutOfMemory, match=r"20.0 MiB are available \(because of this and that\); set it to at most"):
+        blocks(20 * MIB, room=room, kv_cache_bytes=GIB)
 
 
 def test_an_explicit_size_is_taken_as_it_is():
@@ -103,8 +124,7 @@ def test_a_cache_that_holds_no_sequence_of_the_length_asked_for_says_what_would_
             EngineConfig(model="m", kv_cache_bytes=10 * MIB, max_len=1024),
             block_bytes=MIB,
             max_len=1024,
-            available=5 * GIB,
-            on_cpu=True,
+            room=room_on_host(5 * GIB),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.resolve import load_spec
 from shoal.core.layout import Layout
-from shoal.core.model_config import spec_from_config
 from shoal.core.model_spec import ModelSpec, MoESpec
+from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import shard_of
 from shoal.engine.moe import DenseMLP, MoEBlock, Router, load_mlp
 from shoal.engine.native import unavailable_reason
@@ -44,15 +44,23 @@ def ops(request: pytest.FixtureRequest) -> Any:
 
 
 def spec_of(path: Path) -> ModelSpec:
-    return spec_from_config(json.loads((path / "config.json").read_text()))
+    return load_spec(path)
 
 
 def load(
-    path: Path, ops: Any, precision: Any = "float32", layout: Layout | None = None, rank: int = 0, number: int = LAYER
+    path: Path,
+    ops: Any,
+    precision: Any = "float32",
+    layout: Layout | None = None,
+    rank: int = 0,
+    number: int = LAYER,
+    quantize: QuantScheme | None = None,
 ) -> MoEBlock:
     layout, spec = layout or Layout(), spec_of(path)
     source = open_weights(path)
-    reader = WeightReader(source, ops, precision, device=CPU, dtype=torch.float32)
+    reader = WeightReader(
+        source, ops, precision, device=CPU, dtype=torch.float32, stored=spec.quantization, quantize=quantize
+    )
     block = load_mlp(reader, spec, number, shard_of(spec, layout, rank))
     source.close()
     return cast("MoEBlock", block)

@@ -1,5 +1,7 @@
 """A worker on a real checkpoint: what it reports, how it refuses, and that its failures are values."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,8 +10,10 @@ from shoal.core.config import EngineConfig
 from shoal.core.start_report import StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
 from shoal.engine.memory import OutOfMemory
+from shoal.engine.native import unavailable_reason
 from shoal.engine.worker import Worker
 from tests.checkpoints import VOCAB, make_checkpoint
+from tests.quantized_checkpoints import make_twins
 
 KV_BYTES_PER_TOKEN = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
 
@@ -103,6 +107,8 @@ def test_warm_up_leaves_no_trace(checkpoint):
         ({"device": "cuda:99"}, ValueError, "'cuda:99' is not there"),
         ({"max_len": 512, "kv_cache_bytes": 20_000}, OutOfMemory, "set max_len to at most 16"),
         ({"kv_cache_bytes": 2**60}, OutOfMemory, "are available"),
+        ({"quantize": "fp8", "dtype": "int8"}, ValueError, "quantize is fp8 and dtype is int8: leave out one"),
+        ({"quantize": "fp8", "ops": "native"}, ValueError, "they store int8, not fp8: take quantize int8"),
     ],
 )
 def test_what_it_refuses(checkpoint, changes, error, message):
@@ -151,3 +157,37 @@ def test_a_worker_that_is_to_prepare_grammars_has_done_so_once_it_is_ready(check
     worker.start()
     assert len(loads) == wanted
     worker.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "stored", "ops"),
+    [
+        ({"quantize": "fp8", "ops": "auto"}, "fp8", "torch"),
+        ({"quantize": "int4"}, "int4", "torch"),
+        ({"quantize": "int8", "ops": "auto"}, "int8", "native"),
+        ({"dtype": "int8", "ops": "auto"}, "int8", "native"),
+        ({"quantize": "int8"}, "int8", "torch"),
+    ],
+)
+def test_what_is_quantised_at_load_and_by_which_arithmetic(checkpoint, changes, stored, ops):
+    if ops == "native" and unavailable_reason() is not None:
+        pytest.skip(unavailable_reason())
+    plain = Worker(config(checkpoint))
+    bytes_before = plain.start().weight_bytes
+    worker = Worker(config(checkpoint, **changes))
+    info = worker.start()
+    assert (info.dtype, info.ops) == (stored, ops)
+    assert info.weight_bytes < bytes_before
+    result = worker.step(first_step([9, 8, 7, 6, 5]))
+    assert isinstance(result, StepResult) and 0 <= result.sampled[0].token_id < VOCAB
+    plain.close()
+    worker.close()
+
+
+def test_a_quantised_checkpoint_is_served_and_not_quantised_again(checkpoint, tmp_path):
+    quantised, _ = make_twins(Path(checkpoint), tmp_path, "awq")
+    worker = Worker(config(str(quantised)))
+    assert worker.start().dtype == "int4"
+    worker.close()
+    with pytest.raises(ValueError, match=r"quantised already \(int4, awq\): leave out quantize"):
+        Worker(config(str(quantised), quantize="int8")).start()

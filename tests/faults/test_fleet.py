@@ -95,7 +95,8 @@ def test_a_fleet_of_both_kinds_of_endpoints(tmp_path: Path, checkpoint: Path) ->
     assert hang.detection is not None, "it was seen not ready"
     for row in (kill, hang, reset):
         assert row.tally.completed == row.tally.offered >= 8
-    assert gateway.tally.resumed, "clients that lost their gateway went on at the other one"
+    # In the midst of a stream, or asking again where no answer had begun.
+    assert gateway.tally.resumed + gateway.tally.unanswered, "clients that lost their gateway went on at the other one"
 
 
 @pytest.mark.full_faults

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,17 +19,23 @@ from shoal.bench.faults.injectors import Fault, NotInjected
 from shoal.bench.faults.proxy import ProxyThread, Rules
 from shoal.bench.http_client import ConnectionLost, Exchange, fetch
 from shoal.bench.processes import Process, descendants, find, open_files, resident_bytes
+from tests.serve.running import until, wait_until
 
-SLEEP = "import time; time.sleep(600)"
-PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '{SLEEP}']); time.sleep(600)"
+SLEEP = "import time; print(flush=True); time.sleep(600)"
+CHILD = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=-3)"
+PARENT = f"import subprocess, sys, time; {CHILD}; print(flush=True); time.sleep(600)"
 
 
 @contextlib.contextmanager
 def processes(program: str = SLEEP, count: int = 2) -> Iterator[list[Process]]:
-    started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(count)]
-    found = [find(one.pid) for one in started]
+    """They sleep when they are handed over."""
+    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(count)]
     try:
-        yield [one for one in found if one is not None]
+        for one in started:
+            assert one.stdout is not None and one.stdout.readline()
+        found = [process for one in started if (process := find(one.pid)) is not None]
+        wait_until(lambda: all(process.state == "S" for process in found), "all to sleep")
+        yield found
     finally:
         for one in started:
             for child in descendants(one.pid):
@@ -36,24 +43,34 @@ def processes(program: str = SLEEP, count: int = 2) -> Iterator[list[Process]]:
                     subprocess.run(["kill", "-9", str(child.pid)], check=False)
             one.kill()
             one.wait()
+            assert one.stdout is not None
+            one.stdout.close()
 
 
-async def prove(fault: Fault, window: float = 0.0) -> str:
+async def prove(fault: Fault, is_seen: Callable[[Any], object] = lambda fault: True) -> str:
+    """`is_seen`: whether the fault has lasted for long enough to be proved."""
     try:
         await fault.inject()
-        await asyncio.sleep(window)
+        await until(lambda: is_seen(fault), "the fault to last")
         return await fault.verify()
     finally:
         await fault.heal()
 
 
-@pytest.mark.parametrize(("make", "window"), [(injectors.Kill, 0.0), (injectors.Hang, 0.3), (injectors.Slow, 0.5)])
-def test_signals(make: Callable[[Process, Process], Fault], window: float) -> None:
+@pytest.mark.parametrize(
+    ("make", "is_seen"),
+    [
+        (injectors.Kill, lambda fault: True),
+        (injectors.Hang, lambda fault: len(fault._states) >= 3),
+        (injectors.Slow, lambda fault: fault._cycles >= 3),
+    ],
+)
+def test_signals(make: Callable[[Process, Process], Fault], is_seen: Callable[[Any], object]) -> None:
     with processes() as (target, other):
         with pytest.raises(NotInjected):
-            asyncio.run(prove(make(other, target), window))
+            asyncio.run(prove(make(other, target), is_seen))
         assert target.state == "S", "the control left it alone"
-        assert str(target.pid) in asyncio.run(prove(make(target, target), window))
+        assert str(target.pid) in asyncio.run(prove(make(target, target), is_seen))
         assert target.lives == (make is not injectors.Kill)
         assert target.state != "T", "healed"
 
@@ -69,9 +86,11 @@ def test_a_hang_that_is_interrupted_is_no_proof() -> None:
     async def act(target: Process) -> None:
         fault = injectors.Hang(target, target)
         await fault.inject()
-        await asyncio.sleep(0.2)
+        await until(lambda: fault._states, "a look at it")
         subprocess.run(["kill", "-CONT", str(target.pid)], check=True)
-        await asyncio.sleep(0.2)
+        await until(lambda: target.state == "S", "it to go on")
+        seen = len(fault._states)
+        await until(lambda: len(fault._states) > seen, "another look")
         try:
             await fault.verify()
         finally:
@@ -83,19 +102,13 @@ def test_a_hang_that_is_interrupted_is_no_proof() -> None:
 
 def test_a_child_dies_and_its_parent_lives() -> None:
     with processes(PARENT) as (target, other):
-        assert asyncio.run(_has_children(target, other))
+        wait_until(lambda: descendants(target.pid) and descendants(other.pid), "their children")
         with pytest.raises(NotInjected):
             asyncio.run(prove(injectors.KillChild(other, target)))
     with processes(PARENT, count=1) as (target,):
-        assert asyncio.run(_has_children(target))
+        wait_until(lambda: descendants(target.pid), "its child")
         assert "was alive" in asyncio.run(prove(injectors.KillChild(target, target)))
         assert target.lives
-
-
-async def _has_children(*parents: Process) -> bool:
-    from shoal.bench.processes import comes_true
-
-    return await comes_true(lambda: all(descendants(parent.pid) for parent in parents), 10)
 
 
 def test_flapping() -> None:
@@ -125,18 +138,20 @@ def test_processes_are_not_mixed_up() -> None:
 # --- connections ------------------------------------------------------------------------------------------------------
 
 
-class Slowly(http.server.BaseHTTPRequestHandler):
-    """A body of 20 kB in twenty parts, a part every 20 ms."""
+class InParts(http.server.BaseHTTPRequestHandler):
+    """A body of 20 kB: a part at once, and nineteen when there is to be more."""
+
+    more = threading.Event()
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("content-length", "20000")
         self.end_headers()
-        wait = threading.Event()
         with contextlib.suppress(OSError):
-            for _ in range(20):
+            self.wfile.write(b"x" * 1000)
+            self.more.wait()
+            for _ in range(19):
                 self.wfile.write(b"x" * 1000)
-                wait.wait(0.02)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -144,7 +159,7 @@ class Slowly(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
-    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slowly)
+    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), InParts)
     threading.Thread(target=one.serve_forever, daemon=True).start()
     yield one.server_address[1]
     one.shutdown()
@@ -154,23 +169,26 @@ def server() -> Iterator[int]:
 @pytest.fixture
 def proxies(server: int) -> Iterator[tuple[ProxyThread, ProxyThread]]:
     """One that is used, one that is not."""
+    InParts.more.set()
     both = ProxyThread("127.0.0.1", server), ProxyThread("127.0.0.1", server)
     yield both
     for proxy in both:
         proxy.close()
 
 
-async def under(fault: Fault, url: str, window: float = 0.3) -> tuple[str, bytes | Exception]:
-    """The proof, and what became of a download that was under way."""
+async def under(fault: Fault, used: ProxyThread) -> tuple[str, bytes | Exception]:
+    """The proof, and what became of a download that was under way: the first part has come, the others have not."""
 
     async def download() -> bytes:
-        return (await fetch(url, "/", seconds=20)).body
+        return (await fetch(used.url, "/", seconds=60)).body
 
+    InParts.more.clear()
+    before = used.counters().bytes_to_client
     task = asyncio.create_task(download())
-    await asyncio.sleep(0.1)
+    await until(lambda: used.counters().bytes_to_client >= before + 1000, "the first part")
     try:
         await fault.inject()
-        await asyncio.sleep(window)
+        InParts.more.set()
         proof = await fault.verify()
     finally:
         await fault.heal()
@@ -195,21 +213,21 @@ def test_links(
 ) -> None:
     used, unused = proxies
     with pytest.raises(NotInjected, match="no .* at the proxy"):
-        asyncio.run(under(make(unused, used), used.url))
-    proof, result = asyncio.run(under(make(used, used), used.url))
+        asyncio.run(under(make(unused, used), used))
+    proof, result = asyncio.run(under(make(used, used), used))
     assert int(proof.split()[0]) > 0
     if arrives:
         assert result == b"x" * 20000, "what was held comes late, whole and once"
     else:
         assert isinstance(result, ConnectionLost)
-    assert asyncio.run(fetch(used.url, "/", seconds=20)).body == b"x" * 20000, "healed"
+    assert asyncio.run(fetch(used.url, "/", seconds=60)).body == b"x" * 20000, "healed"
 
 
 def test_a_proxy_refuses(proxies: tuple[ProxyThread, ProxyThread]) -> None:
     used, _ = proxies
     used.set_rules(Rules(refuse=True))
     with pytest.raises(ConnectionLost):
-        asyncio.run(fetch(used.url, "/", seconds=5))
+        asyncio.run(fetch(used.url, "/", seconds=60))
     assert used.counters().refused == 1
     assert used.counters().bytes_to_server == 0
 
@@ -219,7 +237,7 @@ def test_a_partition_holds_new_connections_too(proxies: tuple[ProxyThread, Proxy
 
     async def act() -> bytes:
         used.set_rules(Rules(blocked=("to_client",)))
-        task = asyncio.create_task(fetch(used.url, "/", seconds=20))
+        task = asyncio.create_task(fetch(used.url, "/", seconds=60))
         await asyncio.sleep(0.3)
         assert not task.done()
         assert used.counters().bytes_to_client == 0
@@ -230,9 +248,11 @@ def test_a_partition_holds_new_connections_too(proxies: tuple[ProxyThread, Proxy
 
 
 def test_slow_connections_need_someone_to_connect_to(server: int) -> None:
-    assert "16 connections" in asyncio.run(prove(SlowLoris(f"http://127.0.0.1:{server}"), 0.1))
+    assert "16 connections" in asyncio.run(
+        prove(SlowLoris(f"http://127.0.0.1:{server}"), lambda fault: fault._sent >= 16)
+    )
     with pytest.raises(NotInjected):
-        asyncio.run(prove(SlowLoris("http://127.0.0.1:9"), 0.1))
+        asyncio.run(prove(SlowLoris("http://127.0.0.1:9")))
 
 
 ACCEPTS = (
@@ -253,8 +273,7 @@ def test_files_run_out() -> None:
         assert target is not None
         with processes(count=1) as (other,), pytest.raises(NotInjected):
             asyncio.run(prove(NoFiles(other, target, url)))
-        asyncio.run(asyncio.sleep(0.2))
-        assert "had all" in asyncio.run(prove(NoFiles(target, target, url, connections=64), 0.2))
+        assert "had all" in asyncio.run(prove(NoFiles(target, target, url, connections=64)))
 
         async def connects() -> None:
             (await Exchange.connect(url)).close()

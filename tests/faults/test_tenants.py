@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import threading
+import socket
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ from shoal.serve.access import OPEN, ROUTES
 from shoal.serve.tenants import SCOPES, Scope, editing, new_key, utc_now
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.serve.gateways import ENGINE, RunningFleet, running_fleet
-from tests.serve.running import wait_until
+from tests.serve.running import ENDLESS, LONG_CONTEXT, ROOM, wait_until, wire_bytes
 
 TENANTS = {
     "twin-a": {"cache_group": "twins"},
@@ -31,8 +31,6 @@ TENANTS = {
     "short": {"tokens_per_minute": 100},
     "single": {"concurrent_requests": 1},
 }
-LONG = 32768
-"""Tokens of the longest sequence: a minute of steps."""
 QUEUE = 16
 """Requests that may wait: a tenant alone has half of it."""
 KEYS: dict[str, tuple[str, tuple[Scope, ...]]] = {
@@ -76,14 +74,21 @@ class Tenanted:
         lines = self.operator.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("shoal:prefix_cache_hits_total"))
 
-    def wait_for(self, running: int, waiting: int) -> None:
-        """Requests with and without an endpoint."""
+    def load(self) -> tuple[int, int]:
+        """Requests that have an endpoint, and those that have none."""
+        model = self.fleet.model()
+        return model["running"], model["waiting"]
 
-        def is_so() -> bool:
-            model = self.fleet.model()
-            return bool(model["running"] == running and model["waiting"] == waiting)
+    def waiting(self) -> int:
+        return self.load()[1]
 
-        wait_until(is_so, 60, f"{running} requests to run and {waiting} to wait")
+    def endless(self, name: str, prompt: list[int]) -> socket.socket:
+        """The connection of a stream that nobody reads: it goes on until the connection is closed."""
+        address = urlsplit(self.fleet.url)
+        connection = socket.create_connection((address.hostname, address.port), timeout=60)
+        body = {"prompt": prompt, "stream": True, "max_tokens": ENDLESS, "ignore_eos": True}
+        connection.sendall(wire_bytes(self.clients[name], "/v1/completions", body))
+        return connection
 
     @contextlib.contextmanager
     def stream(self, name: str, prompt: list[int], **fields: Any) -> Iterator[tuple[str, Iterator[str]]]:
@@ -99,7 +104,7 @@ class Tenanted:
         """The status for a request line exactly as given."""
         address = urlsplit(self.fleet.url)
         assert address.hostname is not None
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=20)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
         try:
             connection.request(method, target, headers=bearer(key))
             return connection.getresponse().status
@@ -114,12 +119,12 @@ def prompt_of(seed: int, length: int = 64) -> list[int]:
 
 @contextlib.contextmanager
 def running_tenanted(folder: Path) -> Iterator[Tenanted]:
-    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=LONG)
+    checkpoint = make_checkpoint("llama", folder / "tiny", max_position_embeddings=LONG_CONTEXT)
     made = {name: new_key(tenant, scopes, utc_now()) for name, (tenant, scopes) in KEYS.items()}
     with editing(folder / "keys.json", create=True) as stored:
         stored += [key for key, _ in made.values()]
     deployment = {
-        "models": [{"name": "tiny", "model": str(checkpoint), "admission": {"max_requests": QUEUE}, **ENGINE}],
+        "models": [{"name": "tiny", "model": str(checkpoint), "admission": {"max_requests": QUEUE}, **ENGINE, **ROOM}],
         "journal": {"location": f"{folder}/journal.db"},
         "keys": f"{folder}/keys.json",
         "tenants": TENANTS,
@@ -136,7 +141,7 @@ def tenanted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenanted]:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Tenanted]:
-    """For one test, as others leave requests, and endpoints, behind."""
+    """A fleet of one endpoint and no requests: others leave some behind, and the test of every route an endpoint."""
     with running_tenanted(tmp_path) as tenanted:
         yield tenanted
 
@@ -259,11 +264,11 @@ def test_a_tenant_has_so_many_tokens_a_minute(tenanted: Tenanted) -> None:
 
 
 def test_a_tenant_has_so_many_requests_at_once(tenanted: Tenanted) -> None:
-    with tenanted.stream("single", prompt_of(602), max_tokens=2000):
+    with tenanted.stream("single", prompt_of(602), max_tokens=ENDLESS):
         assert refused_for(tenanted.ask("single", prompt_of(603))) == "concurrent_requests"
         assert tenanted.ask("b", prompt_of(603)).status_code == 200, "the control: another tenant"
     # Its client has left, and with it the request.
-    wait_until(lambda: tenanted.ask("single", prompt_of(603)).status_code == 200, 20, "the limit to be free again")
+    wait_until(lambda: tenanted.ask("single", prompt_of(603)).status_code == 200, "the limit to be free again")
 
 
 # --- a request sent twice ---------------------------------------------------------------------------------------------
@@ -283,14 +288,14 @@ def test_a_request_sent_twice_is_done_once_for_each_tenant(tenanted: Tenanted) -
 
 def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
     same = {"headers": {"idempotency-key": "order-67"}}
-    with tenanted.stream("single", prompt_of(701), max_tokens=2000):
+    with tenanted.stream("single", prompt_of(701), max_tokens=ENDLESS):
         refused = tenanted.ask("single", prompt_of(702), **same)
         assert refused_for(refused) == "concurrent_requests"
         gone = tenanted.clients["single"].get(f"/v1/streams/{refused.headers['x-request-id']}")
         assert gone.status_code == 404, "what never ran cannot be gone on with"
     assert tenanted.ask("b", prompt_of(702), max_tokens=0, **same).status_code == 400
     assert tenanted.ask("b", prompt_of(702), **same).status_code == 200, "the key is free for what is sent instead"
-    wait_until(lambda: tenanted.ask("single", prompt_of(702), **same).status_code == 200, 20, "the limit to be free")
+    wait_until(lambda: tenanted.ask("single", prompt_of(702), **same).status_code == 200, "the limit to be free")
     assert tenanted.ask("single", prompt_of(702), **same).status_code == 409, "the control: now it was used"
 
 
@@ -299,41 +304,26 @@ def test_a_request_that_was_refused_leaves_nothing(tenanted: Tenanted) -> None:
 
 def test_a_flood_of_one_tenant_leaves_room_for_another(alone: Tenanted) -> None:
     """Fault 34: all slots are taken and half of the queue, and still a request of another tenant is accepted, and goes
-    before those that wait. Its control is the same request of the tenant that floods: refused."""
-    slots, share = ENGINE["max_sequences"] + 1, QUEUE // 2  # an engine is sent one ahead of its own slots
-    ends = [threading.Event() for _ in range(slots + share)]
+    before those that wait. Its control is the same request of the tenant that floods: refused.
 
-    def hold(number: int) -> None:
-        """A slot, or a place in the queue and then a slot, until its end is called."""
-        with alone.stream("a", prompt_of(800 + number), max_tokens=LONG - 100) as (_, lines):
-            for _ in lines:
-                if ends[number].is_set():
-                    return
-
-    with ThreadPoolExecutor(slots + share + 1) as threads:
-        held: list[Future[None]] = []
-        try:
-            for number in range(slots + share):
-                held.append(threads.submit(hold, number))
-                alone.wait_for(min(number + 1, slots), max(number + 1 - slots, 0))
-            refused = [alone.ask("a", prompt_of(900 + number), max_tokens=2) for number in range(5)]
-            assert {refused_for(answer) for answer in refused} == {"tenant_share"}
-            for number in range(3):
-                waiting = share - 2 * number
-                taken = threads.submit(alone.ask, "b", prompt_of(900 + number), max_tokens=2)
-                alone.wait_for(slots, waiting + 1)
-                # Two slots: those who wait longer would keep them until their own ends are called.
-                ends[2 * number].set()
-                alone.wait_for(slots, waiting)
-                ends[2 * number + 1].set()
-                answer = taken.result(60)
-                assert answer.status_code == 200, answer.text
-                alone.wait_for(slots, waiting - 2)
-        finally:
-            for end in ends:
-                end.set()
-    for one in held:
-        one.result()
+    No request ends by itself, so that nothing moves but what is moved here.
+    """
+    held, half = list[socket.socket](), QUEUE // 2
+    with contextlib.ExitStack() as flood:
+        while alone.waiting() < half:
+            held.append(flood.enter_context(alone.endless("a", prompt_of(800 + len(held)))))
+            wait_until(lambda: sum(alone.load()) == len(held), "the request to be accepted")
+        refused = [alone.ask("a", prompt_of(850 + number)) for number in range(5)]
+        assert {refused_for(answer) for answer in refused} == {"tenant_share"}
+        with ThreadPoolExecutor(1) as thread:
+            for waiting in range(half, half - 6, -2):
+                wait_until(lambda: alone.waiting() == waiting, "the free place to be taken")  # noqa: B023
+                taken = thread.submit(alone.ask, "b", prompt_of(900 + waiting), max_tokens=2)
+                wait_until(lambda: alone.waiting() == waiting + 1, "the other tenant's to wait too")  # noqa: B023
+                for _ in range(2):  # of those that run: the engine has one more than it has places for
+                    held.pop(0).close()
+                assert taken.result().status_code == 200, taken.result().text
+                assert alone.waiting() >= waiting - 2, "those who waited before it still wait"
     gone = [alone.clients["a"].get(f"/v1/streams/{one.headers['x-request-id']}").status_code for one in refused]
     assert set(gone) == {404}, "a flood of refused requests fills no journal"
-    alone.wait_for(0, 0)
+    wait_until(lambda: sum(alone.load()) == 0, "the flood to be over")

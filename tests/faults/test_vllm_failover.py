@@ -161,7 +161,7 @@ def test_streams_of_a_server_that_hangs_go_on_elsewhere(servers: list[VllmServer
                 await attempt.wait_for_tokens(8)
             servers[0].signal(signal.SIGSTOP)
             try:
-                await asyncio.to_thread(wait_until, lambda: set(servers[0].states()) == {"T"}, 5, "all to be stopped")
+                await asyncio.to_thread(wait_until, lambda: set(servers[0].states()) == {"T"}, "all to be stopped")
                 await asyncio.sleep(0.5)
                 num_reports = len(fleet.reports)
                 await asyncio.sleep(2.5)

@@ -64,7 +64,7 @@ def test_ranks_on_two_hosts_answer_as_one_rank(
     secret, settings = tmp_path / "secret", tmp_path / "serve.yaml"
     secret.write_text("0123456789abcdef0123456789abcdef\n")
     # Both namespaces are one machine, with one /dev/shm: say that the link is to be used.
-    settings.write_text("engine: {threads: 1, launch: {comm: gloo}}\n")
+    settings.write_text("engine: {threads: 1, launch: {comm: gloo, silence_seconds: 30}}\n")
     serve = ["-m", "shoal", "serve", str(checkpoint), "--served-model-name", "tiny"]
     several = ["--config", str(settings), "--launcher", "env", "--launch-host", hosts.addresses[0]]
     several += ["--secret-file", str(secret), *flags]
@@ -74,14 +74,14 @@ def test_ranks_on_two_hosts_answer_as_one_rank(
         answer = ask(hosts)
         assert hosts.received_bytes(1) > 10_000, "the control: it went over the link"
         processes[0].send_signal(signal.SIGTERM)
-        assert [process.wait(30) for process in processes] == [0, 0]
+        assert [process.wait(60) for process in processes] == [0, 0]
         processes.append(hosts.run(0, [*serve, "--threads", "1"]))
         assert ask(hosts) == answer
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in processes:
-            process.wait(30)
+            process.wait(60)
 
 
 def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(
@@ -89,7 +89,7 @@ def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(
 ) -> None:
     pytest.importorskip("ray", reason="Ray is an extra")
     settings = tmp_path / "serve.yaml"
-    settings.write_text("engine: {threads: 1, launch: {comm: gloo}}\n")
+    settings.write_text("engine: {threads: 1, launch: {comm: gloo, silence_seconds: 30}}\n")
     cluster = f"{hosts.addresses[0]}:6399"
     node = ["-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0", "--disable-usage-stats"]
     node += [f"--object-store-memory={80 << 20}"]
@@ -101,7 +101,7 @@ def test_a_ray_cluster_over_two_hosts_places_a_stage_on_each(
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
     processes = [hosts.run(0, [*node, *head, f"--node-ip-address={hosts.addresses[0]}"], **token)]
     try:
-        wait_until(lambda: "True" in probe(hosts, cluster), SECONDS, "the first node of the cluster")
+        wait_until(lambda: "True" in probe(hosts, cluster), "the first node of the cluster")
         joining = [f"--address={cluster}", f"--node-ip-address={hosts.addresses[1]}"]
         processes.append(hosts.run(1, [*node, *joining], **token))
         processes.append(hosts.run(0, [*serve, *several], **token))
@@ -130,7 +130,7 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGTERM)
     for process in processes:
-        process.wait(30)
+        process.wait(60)
 
 
 def probe(hosts: Hosts, address: str) -> str:

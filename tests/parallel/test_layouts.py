@@ -11,7 +11,7 @@ import pytest
 
 from shoal.checkpoint.builtin import pull
 from shoal.checkpoint.resolve import resolve
-from shoal.core.config import EngineConfig, LaunchConfig
+from shoal.core.config import EngineConfig
 from shoal.core.layout import Layout, LayoutError
 from shoal.core.types import Output, Request
 from shoal.engine.executor import open_executor
@@ -22,7 +22,7 @@ from shoal.serve.metrics import own_engines
 from shoal.serve.pool import Pool
 from shoal.serve.session import open_session, single
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.parallel.engines import Counts, Tokens, requests, run_layout
+from tests.parallel.engines import LAUNCH, Counts, Tokens, requests, run_layout
 
 LAYOUTS = [
     Layout(tp=2),
@@ -35,7 +35,8 @@ LAYOUTS = [
     Layout(tp=2, cp=2),
     Layout(cp=2, pp=2),
 ]
-SMOLLM2_WORK = requests(49152, count=8, max_tokens=24)
+GLOO = msgspec.structs.replace(LAUNCH, comm="gloo")
+SMOLLM2_WORK = requests(49152, count=8, max_tokens=16)
 TINY_WORK = requests(VOCAB, count=6, max_tokens=32)
 
 
@@ -49,6 +50,16 @@ def expected(smollm2: Path) -> Tokens:
     return run_layout(smollm2, Layout(), SMOLLM2_WORK)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_expected(tiny: Path) -> Tokens:
+    return run_layout(tiny, Layout(), TINY_WORK)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_smollm2_nine_heads_and_three_kv_heads(smollm2: Path, expected: Tokens, layout: Layout) -> None:
     assert run_layout(smollm2, layout, SMOLLM2_WORK) == expected
@@ -60,15 +71,15 @@ def test_smollm2_nine_heads_and_three_kv_heads(smollm2: Path, expected: Tokens, 
         (Layout(tp=2), {"depth": 2}),
         (Layout(pp=2), {"depth": 4}),
         (Layout(tp=2, pp=2), {"max_batch_tokens": 64, "ops": "torch"}),
-        (Layout(tp=2), {"launch": LaunchConfig(comm="gloo")}),
-        (Layout(pp=2), {"launch": LaunchConfig(comm="gloo")}),
+        (Layout(tp=2), {"launch": GLOO}),
+        (Layout(pp=2), {"launch": GLOO}),
     ],
     ids=str,
 )
 def test_depth_chunks_arithmetic_and_transport_change_nothing(
-    smollm2: Path, expected: Tokens, layout: Layout, options: dict[str, object]
+    tiny: Path, tiny_expected: Tokens, layout: Layout, options: dict[str, object]
 ) -> None:
-    assert run_layout(smollm2, layout, SMOLLM2_WORK, **options) == expected
+    assert run_layout(tiny, layout, TINY_WORK, **options) == tiny_expected
 
 
 @pytest.mark.parametrize(
@@ -86,17 +97,30 @@ def test_biases_norms_and_windows(family: str, layout: Layout, tmp_path: Path) -
     assert run_layout(path, layout, TINY_WORK) == run_layout(path, Layout(), TINY_WORK)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "deepseek_v3"])
-def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokens]:
-    """A checkpoint with experts, and the tokens of one rank."""
-    changes = {"num_local_experts": 8} if request.param == "mixtral" else {}
-    path = make_checkpoint(request.param, tmp_path_factory.mktemp(request.param), **changes)
-    return path, run_layout(path, Layout(), TINY_WORK)
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tokens]]:
+    """By family: a checkpoint with experts, and the tokens of one rank."""
+    made = {}
+    for family in ("mixtral", "qwen3_moe", "deepseek_v3"):
+        changes = {"num_local_experts": 8} if family == "mixtral" else {}
+        path = make_checkpoint(family, tmp_path_factory.mktemp(family), **changes)
+        made[family] = path, run_layout(path, Layout(), TINY_WORK)
+    return made
 
 
-@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2), *LAYOUTS], ids=str)
-def test_experts(mixture: tuple[Path, Tokens], layout: Layout) -> None:
-    path, expected = mixture
+# What splits experts, for every way to route and to hold them; all else, for the family that has most of its own.
+EXPERTS_SPLIT = [Layout(ep=2), Layout(ep=4), Layout(tp=2, ep=2), Layout(tp=3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in ("mixtral", "qwen3_moe", "deepseek_v3") for layout in EXPERTS_SPLIT]
+    + [("deepseek_v3", Layout(tp=4)), ("deepseek_v3", Layout(pp=3)), ("deepseek_v3", Layout(cp=2))]
+    + [("deepseek_v3", Layout(tp=2, cp=2)), ("qwen3_moe", Layout(cp=2, pp=2)), ("mixtral", Layout(tp=2, pp=2))],
+    ids=str,
+)
+def test_experts(mixtures: dict[str, tuple[Path, Tokens]], family: str, layout: Layout) -> None:
+    path, expected = mixtures[family]
     assert run_layout(path, layout, TINY_WORK) == expected
 
 
@@ -119,19 +143,21 @@ def test_tokens_split_between_attentions_are_computed_once(
     assert counts.load.expert_imbalance > counts.load.rank_imbalance > 1
 
 
-def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(smollm2: Path) -> None:
-    long = requests(49152, count=1, max_tokens=8)[0]
-    long = msgspec.structs.replace(long, prompt=[7 + i % 4000 for i in range(300)])
-    one_rank = 200 * 30 * 2 * 3 * 64 * 4  # bytes of 200 tokens
+def test_a_prompt_that_does_not_fit_the_kv_of_one_rank_runs_on_two(tiny: Path) -> None:
+    long = requests(VOCAB, count=1, max_tokens=8)[0]
+    long = msgspec.structs.replace(long, prompt=[7 + i * i % 400 for i in range(300)])
+    one_rank = 200 * 3 * 2 * 2 * 16 * 4  # bytes of 200 tokens
     with pytest.raises(OutOfMemory, match="set max_len to at most"):
-        run_layout(smollm2, Layout(), [long], kv_cache_bytes=one_rank, max_len=320)
-    expected = run_layout(smollm2, Layout(), [long])
-    assert run_layout(smollm2, Layout(cp=2), [long], kv_cache_bytes=one_rank, max_len=320) == expected
+        run_layout(tiny, Layout(), [long], kv_cache_bytes=one_rank, max_len=320)
+    expected = run_layout(tiny, Layout(), [long])
+    assert run_layout(tiny, Layout(cp=2), [long], kv_cache_bytes=one_rank, max_len=320) == expected
 
 
-def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2: Path, expected: Tokens) -> None:
-    config = EngineConfig(model=str(smollm2), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512)
-    files = resolve(str(smollm2))
+def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(tiny: Path, tiny_expected: Tokens) -> None:
+    config = EngineConfig(
+        model=str(tiny), layout=Layout(tp=2, dp=2), kv_cache_bytes=64 << 20, max_len=512, launch=LAUNCH
+    )
+    files = resolve(str(tiny))
 
     class Collected:
         """Of one request of one sequence."""
@@ -156,19 +182,19 @@ def test_two_replicas_of_two_ranks_answer_as_one_rank_and_share_the_work(smollm2
     async def run() -> tuple[list[list[int]], list[int]]:
         async with open_session(single(config, "m"), {"m": files}) as session:
             pool = session.fleet.pools["m"]
-            answers = await asyncio.gather(*(answer(pool, request) for request in SMOLLM2_WORK))
+            answers = await asyncio.gather(*(answer(pool, request) for request in TINY_WORK))
             return answers, [engine.load.generated_tokens for engine in own_engines(pool) if engine.load]
 
     answers, generated = asyncio.run(run())
-    assert dict(zip(expected, answers, strict=True)) == expected
+    assert dict(zip(tiny_expected, answers, strict=True)) == tiny_expected
     assert len(generated) == 2 and min(generated) > 0
 
 
-def test_every_rank_writes_down_its_steps_and_the_driver_when_it_sent_them(smollm2: Path, tmp_path: Path) -> None:
-    run_layout(smollm2, Layout(pp=2), SMOLLM2_WORK[:2], step_log=str(tmp_path))
+def test_every_rank_writes_down_its_steps_and_the_driver_when_it_sent_them(tiny: Path, tmp_path: Path) -> None:
+    run_layout(tiny, Layout(pp=2), TINY_WORK[:2], step_log=str(tmp_path))
     ranks, submitted = read_ranks(tmp_path), {entry.plan_id: entry for entry in read_submitted(tmp_path)}
     plans = [[step.plan_id for step in ranks[rank] if step.plan_id > 0] for rank in (0, 1)]
-    assert plans[0] == plans[1] and len(plans[0]) >= SMOLLM2_WORK[0].max_tokens
+    assert plans[0] == plans[1] and len(plans[0]) >= TINY_WORK[0].max_tokens
     for first, last in zip(ranks[0], ranks[1], strict=True):
         assert last.ended > first.began and 0 <= last.waited <= last.ended - last.began
         assert first.waited == 0  # nobody stands before it
@@ -177,8 +203,8 @@ def test_every_rank_writes_down_its_steps_and_the_driver_when_it_sent_them(smoll
     assert sum(step.waited for step in ranks[1]) > 0
 
 
-def test_nothing_is_left_behind(smollm2: Path) -> None:
-    run_layout(smollm2, Layout(tp=2), SMOLLM2_WORK[:1])
+def test_nothing_is_left_behind(tiny: Path) -> None:
+    run_layout(tiny, Layout(tp=2), TINY_WORK[:1])
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"shoal-{os.getpid()}-")]
 
 

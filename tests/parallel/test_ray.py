@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from shoal.engine.parallel_executor import ParallelExecutor
 from shoal.engine.rendezvous import LaunchError
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.parallel.engines import first_plan, requests, run_layout
-from tests.serve.running import wait_until
+from tests.serve.running import alive, wait_until
 
 CPUS = 4
+SILENCE = 30.0
+"""Seconds: no rank hangs here, and none may be taken for lost because the machine is busy."""
 WORK = requests(VOCAB, count=4, max_tokens=16)
-LAUNCH = LaunchConfig(launcher="ray")
+LAUNCH = LaunchConfig(launcher="ray", silence_seconds=SILENCE)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +74,11 @@ def start(checkpoint: Path, layout: Layout, **launch: Any) -> ParallelExecutor:
         layout=layout,
         kv_cache_bytes=16 << 20,
         max_len=512,
-        launch=LaunchConfig(launcher="ray", **launch),
+        launch=LaunchConfig(launcher="ray", silence_seconds=SILENCE, **launch),
     )
     executor = open_executor(config)
     assert isinstance(executor, ParallelExecutor)
     return executor
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def kill_process(ray: Any, executor: ParallelExecutor) -> None:
@@ -104,25 +98,23 @@ def test_what_is_lost_is_noticed_and_placed_anew(
         executor.start()
         pids = [member.pid for member in executor._members]
         executor.submit(first_plan(1))
-        assert not isinstance(executor.poll(30), WorkerFailure | None), "the control: it ran before"
+        assert not isinstance(executor.poll(60), WorkerFailure | None), "the control: it ran before"
         kill(ray, executor)
-        began = time.monotonic()
         for number in itertools.count(2):  # an actor's death takes its time
             executor.submit(first_plan(number))
-            result = executor.poll(10)
+            result = executor.poll(60)
             if isinstance(result, WorkerFailure):
                 break
         assert "rank" in result.message
-        assert time.monotonic() - began < 3
     finally:
         executor.stop()
-    wait_until(lambda: not any(map(is_alive, pids)), 3, "the ranks to be gone")
+    wait_until(lambda: not any(map(alive, pids)), "the ranks to be gone")
     again = start(checkpoint, Layout(tp=2))
     try:
         again.start()
         assert not {member.pid for member in again._members} & set(pids)
         again.submit(first_plan(1))
-        assert not isinstance(again.poll(30), WorkerFailure | None)
+        assert not isinstance(again.poll(60), WorkerFailure | None)
     finally:
         again.stop()
 
@@ -133,15 +125,15 @@ def test_nothing_is_left_in_the_cluster(ray: Any, checkpoint: Path) -> None:
     pids = [member.pid for member in executor._members]
     assert ray.available_resources().get("CPU", 0) <= CPUS - 2, "the control: they were reserved"
     executor.stop()
-    wait_until(lambda: ray.available_resources().get("CPU") == CPUS, 10, "the reservations to be gone")
-    assert not any(map(is_alive, pids))
+    wait_until(lambda: ray.available_resources().get("CPU") == CPUS, "the reservations to be gone")
+    wait_until(lambda: not any(map(alive, pids)), "the ranks to be gone")
 
 
 def test_ranks_that_cannot_be_placed_are_an_error_that_says_what_there_is(ray: Any, checkpoint: Path) -> None:
     executor = start(checkpoint, Layout(tp=2, pp=3), join_seconds=1.0)
     with pytest.raises(LaunchError, match=r"3 groups of 2 on one node each, with 1 CPU a rank; .* free of 4"):
         executor.start()
-    wait_until(lambda: ray.available_resources().get("CPU") == CPUS, 10, "the reservations to be gone")
+    wait_until(lambda: ray.available_resources().get("CPU") == CPUS, "the reservations to be gone")
 
 
 def test_without_ray_it_says_how_to_get_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,30 +22,33 @@ SECRET = b"s" * 32
 
 
 class Waiting:
-    """A driver that waits for two ranks on a thread."""
+    """A driver that waits for two ranks on a thread, until it is told that they are late."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
+        self._late = 0.0
         self.rendezvous = Rendezvous("127.0.0.1", 0, SECRET, 2)
         self.members: list[Member] = []
         self.error: LaunchError | None = None
-        self._thread = threading.Thread(target=self._wait, args=(seconds,))
+        self._thread = threading.Thread(target=self._wait)
         self._thread.start()
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self) -> None:
         try:
-            self.members = self.rendezvous.wait(seconds, lambda: None)
+            self.members = self.rendezvous.wait(60.0, lambda: None, clock=lambda: time.monotonic() + self._late)
         except LaunchError as error:
             self.error = error
 
     def end(self) -> str:
+        """What it says when its time is up."""
+        self._late = 60.0
         self._thread.join()
         self.rendezvous.close()
         return str(self.error)
 
 
 @contextmanager
-def waiting(seconds: float) -> Iterator[Waiting]:
-    driver = Waiting(seconds)
+def waiting() -> Iterator[Waiting]:
+    driver = Waiting()
     try:
         yield driver
     finally:
@@ -52,30 +56,30 @@ def waiting(seconds: float) -> Iterator[Waiting]:
 
 
 def test_two_ranks_join_in_any_order_and_can_talk() -> None:
-    with waiting(20) as driver:
-        channels = {rank: join(driver.rendezvous.address, SECRET, rank, 2, 5) for rank in (1, 0)}
+    with waiting() as driver:
+        channels = {rank: join(driver.rendezvous.address, SECRET, rank, 2, 60) for rank in (1, 0)}
         assert driver.end() == "None"
         assert [member.rank for member in driver.members] == [0, 1]
         channels[1].send(b"x" * 1_000_000)
-        assert driver.members[1].channel.receive(5) == b"x" * 1_000_000
+        assert driver.members[1].channel.receive(60) == b"x" * 1_000_000
         assert driver.members[0].channel.receive(0.01) is None
         channels[0].close()
         with pytest.raises(ChannelClosed):
-            driver.members[0].channel.receive(5)
+            driver.members[0].channel.receive(60)
 
 
 def test_a_rank_that_never_arrives_is_named() -> None:
-    with waiting(0.5) as driver:
-        join(driver.rendezvous.address, SECRET, 0, 2, 5)
+    with waiting() as driver:
+        join(driver.rendezvous.address, SECRET, 0, 2, 60)
         assert "rank 1 of 2 did not join at 127.0.0.1:" in driver.end()
-    with waiting(0.2) as driver:
+    with waiting() as driver:
         assert "ranks 0, 1 of 2 did not join" in driver.end()
 
 
 def test_a_wrong_secret_is_refused_on_both_sides() -> None:
-    with waiting(1.0) as driver:
+    with waiting() as driver:
         with pytest.raises(LaunchError, match="rank 0 was refused: the secret is wrong"):
-            join(driver.rendezvous.address, b"t" * 32, 0, 2, 5)
+            join(driver.rendezvous.address, b"t" * 32, 0, 2, 60)
         error = driver.end()
     assert "ranks 0, 1 of 2" in error and "turned away: it has another secret" in error
 
@@ -89,22 +93,22 @@ def test_a_wrong_secret_is_refused_on_both_sides() -> None:
     ],
 )
 def test_a_rank_that_does_not_belong_is_told_why(rank: int, world_size: int, reason: str) -> None:
-    with waiting(1.0) as driver:
-        join(driver.rendezvous.address, SECRET, 1, 2, 5)
+    with waiting() as driver:
+        join(driver.rendezvous.address, SECRET, 1, 2, 60)
         with pytest.raises(LaunchError, match=reason):
-            join(driver.rendezvous.address, SECRET, rank, world_size, 5)
+            join(driver.rendezvous.address, SECRET, rank, world_size, 60)
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", struct.pack(">I", 5) + b"\xc1\xc1\xc1\xc1\xc1", b""])
 def test_a_stranger_costs_nothing_and_ranks_still_join(said: bytes) -> None:
-    with waiting(20) as driver:
+    with waiting() as driver:
         host, _, port = driver.rendezvous.address.rpartition(":")
         with socket.create_connection((host, int(port))) as stranger:
             stranger.sendall(said)
             if not said:
                 stranger.shutdown(socket.SHUT_WR)
             for rank in (0, 1):
-                join(driver.rendezvous.address, SECRET, rank, 2, 5)
+                join(driver.rendezvous.address, SECRET, rank, 2, 60)
         assert driver.end() == "None"
 
 
@@ -116,13 +120,13 @@ def test_a_driver_that_does_not_know_the_secret_is_not_obeyed() -> None:
             connection, _ = impostor.accept()
             channel = Channel(connection)
             channel.send(b"\x82\xa4type\xa9Challenge\xa5nonce\xc4\x01x")
-            channel.receive(5)
+            channel.receive(60)
             channel.send(b"\x82\xa4type\xa7Welcome\xa5proof\xc4\x01x")
 
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(LaunchError, match="does not know the secret"):
-            join(f"127.0.0.1:{impostor.getsockname()[1]}", SECRET, 0, 2, 5)
+            join(f"127.0.0.1:{impostor.getsockname()[1]}", SECRET, 0, 2, 60)
         thread.join()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,12 @@ from shoal.serve.engine_client import EngineClient, EngineStartError
 from shoal.serve.warm_spares import require_possible_spares
 from tests.checkpoints import make_checkpoint
 from tests.parallel.test_faults import config_of, outputs_of, request, tokens, with_engine
-from tests.serve.running import alive, wait_until
+from tests.serve.running import ENDLESS, LONG_CONTEXT, alive, until, wait_until
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=8192)
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint"), max_position_embeddings=LONG_CONTEXT)
 
 
 def rank_processes(engine_pid: int) -> list[int]:
@@ -33,12 +32,6 @@ def rank_processes(engine_pid: int) -> list[int]:
     return sorted(pids)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):  # bounds a hang
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 @pytest.mark.parametrize("num_spares", [0, 1])
 def test_a_spare_takes_over_and_another_is_started(checkpoint: Path, num_spares: int) -> None:
     """And without one, which is the control, ranks that were not there before."""
@@ -46,14 +39,14 @@ def test_a_spare_takes_over_and_another_is_started(checkpoint: Path, num_spares:
 
     async def body(client: EngineClient) -> None:
         expected = tokens(await outputs_of(client, request("first")))
-        await until(lambda: client.num_spares == num_spares)
+        await until(lambda: client.num_spares == num_spares, "the spare")
         before = rank_processes(client.pid)
         first, spare = before[:2], before[2:]
         assert len(spare) == 2 * num_spares
-        running = asyncio.create_task(outputs_of(client, request("runs", 5, 7000)))
-        await until(lambda: client.load is not None and client.load.num_running == 1)
+        running = asyncio.create_task(outputs_of(client, request("runs", 5, ENDLESS)))
+        await until(lambda: client.load is not None and client.load.num_running == 1, "it to run")
         waiting = asyncio.create_task(outputs_of(client, request("waits")))
-        await asyncio.sleep(0.1)
+        await until(lambda: client.load is not None and client.load.num_waiting == 1, "the other one to wait")
         assert not running.done(), "the control: it runs until the fault"
         os.kill(first[1], signal.SIGKILL)
         assert (await running)[-1].finish == "lost"
@@ -65,27 +58,27 @@ def test_a_spare_takes_over_and_another_is_started(checkpoint: Path, num_spares:
             assert len(after) == 2 and not set(before) & set(after)
             return
         assert set(spare) <= set(after)
-        await until(lambda: client.num_spares == 1 and len(rank_processes(client.pid)) == 4)
+        await until(lambda: client.num_spares == 1 and len(rank_processes(client.pid)) == 4, "another spare")
         next_spare = set(rank_processes(client.pid)) - set(spare)
         seen.extend(next_spare)
         # What took over is watched and replaced as the first was.
         os.kill(spare[0], signal.SIGKILL)
-        await until(lambda: client.load is not None and client.load.failures == 2)  # it is noticed while nothing runs
+        await until(lambda: client.load is not None and client.load.failures == 2, "the loss of a rank that idles")
         outputs = await outputs_of(client, request("after the second"))
         assert tokens(outputs) == expected, outputs
         assert next_spare <= set(rank_processes(client.pid))
 
-    with_engine(config_of(checkpoint, Layout(tp=2), max_len=8000, warm_spares=num_spares), body)
-    wait_until(lambda: not any(map(alive, seen)), 10, "the ranks to be gone")
+    with_engine(config_of(checkpoint, Layout(tp=2), warm_spares=num_spares), body)
+    wait_until(lambda: not any(map(alive, seen)), "the ranks to be gone")
 
 
 def test_a_spare_that_dies_while_it_waits_is_replaced(checkpoint: Path) -> None:
     async def body(client: EngineClient) -> None:
-        await until(lambda: client.num_spares == 1)
+        await until(lambda: client.num_spares == 1, "the spare")
         before = rank_processes(client.pid)
         os.kill(before[2], signal.SIGKILL)
-        await until(lambda: client.num_spares == 0)
-        await until(lambda: client.num_spares == 1)
+        await until(lambda: client.num_spares == 0, "its loss")
+        await until(lambda: client.num_spares == 1, "another spare")
         after = rank_processes(client.pid)
         assert len(after) == 4 and set(before) & set(after) == set(before[:2])
         assert client.load is not None and client.load.failures == 0
@@ -98,12 +91,12 @@ def test_an_engine_that_stops_while_a_spare_starts_leaves_nothing(checkpoint: Pa
     pids: list[int] = []
 
     async def body(client: EngineClient) -> None:
-        await until(lambda: len(rank_processes(client.pid)) == 4)
+        await until(lambda: len(rank_processes(client.pid)) == 4, "the spare's ranks")
         pids.extend([client.pid, *rank_processes(client.pid)])
         assert any("/dev/shm/shoal-" in Path(f"/proc/{pid}/maps").read_text() for pid in pids), "the control"
 
     with_engine(config_of(checkpoint, Layout(tp=2), warm_spares=1), body)
-    wait_until(lambda: not any(map(alive, pids)), 10, "the ranks to be gone")
+    wait_until(lambda: not any(map(alive, pids)), "the ranks to be gone")
     assert not shared_files(pids[0])
 
 

@@ -78,8 +78,8 @@ class FakeNvml:
             raise NVMLError("Not Supported")
         return 1
 
-    def nvmlDeviceGetNvLinkVersion(self, gpu: FakeGpu, link: int) -> int:
-        return gpu.version
+    def nvmlDeviceGetCudaComputeCapability(self, gpu: FakeGpu) -> tuple[int, int]:
+        return {1: 6, 2: 7, 3: 8, 4: 9, 5: 10}[gpu.version], 0
 
     def nvmlDeviceGetNvLinkRemoteDeviceType(self, gpu: FakeGpu, link: int) -> int:
         if link >= len(gpu.links):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.core.layout import Layout
-from shoal.plan.candidates import Shape, crosses_nodes, engines_that_fit, refusal, shapes, sizes_for
+from shoal.plan.candidates import Shape, crosses_nodes, engines_that_fit, lost_engines, refusal, shapes, sizes_for
 from shoal.plan.catalogue import cluster
 from shoal.plan.models import model_shape
 
@@ -76,3 +76,11 @@ def test_a_shape_reads_as_it_is_written() -> None:
     assert str(Shape(tp=8, pp=2, attention_dp=4)) == "tp8 x pp2 x attention-dp4"
     assert str(Shape()) == "tp1"
     assert Shape(tp=8, pp=2).layout == Layout(tp=8, pp=2)
+
+
+def test_slices_of_a_gpu_fail_together() -> None:
+    sliced = cluster("14xH100:1g.10gb")
+    assert sliced.slices == 7
+    assert [lost_engines(14, devices, sliced, "gpu") for devices in (1, 2, 7)] == [7, 4, 1]
+    assert lost_engines(3, 1, sliced, "gpu") == 3
+    assert lost_engines(8, 1, cluster("8xH100"), "gpu") == 1

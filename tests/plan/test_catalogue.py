@@ -44,7 +44,8 @@ def test_a_figure_without_a_source_would_be_found(tmp_path: Path) -> None:
 def test_what_was_asked_for_is_there() -> None:
     devices = "A100-40GB-SXM A100-40GB-PCIe A100-80GB-SXM A100-80GB-PCIe H100-PCIe H100-SXM H100-NVL H200-SXM H200-NVL"
     devices += " H20 B200 B300 GB200 GB300 L4 L40S RTX-4090 RTX-5090 RTX-PRO-6000 RTX-3090 A10 A40 RTX-A6000"
-    devices += " MI300X MI325X MI355X cpu"
+    devices += " MI300X MI325X MI350X MI355X cpu"
+    devices += " GH200-96GB GH200-144GB H800-SXM A800-80GB-SXM L20 RTX-6000-Ada A30 A10G V100-32GB-SXM T4"
     assert set(devices.split()) == set(KNOWN.devices)
     links = "nvlink3 nvlink4 nvlink5 pcie4 pcie4-no-p2p pcie5 pcie5-no-p2p infinity-fabric hdr ndr xdr shared-memory"
     links += " roce-100 roce-200 roce-400 efa tcp-10 tcp-25 tcp-100"
@@ -77,6 +78,33 @@ def test_the_figures_that_guides_get_wrong(
     assert device.memory_bytes / 2**30 == pytest.approx(gibibytes, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [  # as tools, reports of benchmarks and clouds write them
+        ("NVIDIA H100-NVL-94GB", "H100-NVL"),
+        ("H100-NVL-94GB", "H100-NVL"),
+        ("NVIDIA GH200-GraceHopper-Superchip GH200-96GB aarch64", "GH200-96GB"),
+        ("gh200_sxm", "GH200-96GB"),
+        ("GH200 144GB", "GH200-144GB"),
+        ("gb200_sxm", "GB200"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB-SXM"),
+        ("A100 40 GB", "A100-40GB-SXM"),
+        ("AMD Instinct MI355X 288GB HBM3e", "MI355X"),
+        ("Tesla V100-SXM2-32GB", "V100-32GB-SXM"),
+        ("NVIDIA L4 24GB", "L4"),
+        ("B300-SXM-288GB", "B300"),
+    ],
+)
+def test_devices_are_known_with_what_is_written_around_their_names(text: str, name: str) -> None:
+    assert KNOWN.device(text).name == name
+
+
+@pytest.mark.parametrize("text", ["H100-64GB", "A100-20GB", "NVIDIA", "80GB", "NVIDIA HBM3 SXM5", "V100 48GB"])
+def test_a_memory_that_no_such_device_has_is_not_explained_away(text: str) -> None:
+    with pytest.raises(CatalogueError, match="the nearest is"):
+        KNOWN.device(text)
+
+
 @pytest.mark.parametrize("device", KNOWN.devices.values(), ids=lambda device: device.name)
 def test_devices_agree_with_themselves(device: DeviceSpec) -> None:
     widths = [device.rates[dtype] for dtype in ("float32", "bfloat16", "float8", "float4") if dtype in device.rates]
@@ -88,7 +116,7 @@ def test_devices_agree_with_themselves(device: DeviceSpec) -> None:
         if profile.endswith("gb"):  # the name says how many GB it has, up to how the vendor rounds
             assert int(profile.split(".")[1][:-2]) == pytest.approx(device.memory_bytes * memory / 1e9, rel=0.15)
     if device.vendor == "nvidia" and device.scale_up.startswith("nvlink"):
-        version = {"sm80": "3", "sm90": "4", "sm10": "5"}[device.architecture[:4]]
+        version = {"sm70": "2", "sm80": "3", "sm90": "4", "sm10": "5"}[device.architecture[:4]]
         assert device.scale_up.startswith(f"nvlink{version}")
 
 

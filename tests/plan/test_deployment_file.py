@@ -53,6 +53,13 @@ def test_serve_loads_it_with_the_same_engines(tmp_path: Path, shape: Shape, repl
 def test_on_a_cpu_it_is_for_a_cpu() -> None:
     content = deployment(setup(Shape()), cluster("cpu"), name="m", model="m", max_len=100)
     assert content["models"][0]["device"] == "cpu"
+    with pytest.raises(NotServable, match="keeps KV in float8 on GPUs alone; plan with --kv bfloat16"):
+        deployment(setup(Shape(), cache="float8"), cluster("cpu"), name="m", model="m", max_len=100)
+
+
+def test_a_cache_of_few_bits_is_kept() -> None:
+    content = deployment(setup(Shape(), cache="float8"), cluster("8xH100"), name="m", model="m", max_len=100)
+    assert content["models"][0]["kv_dtype"] == "float8"
 
 
 def test_what_serve_can_store_is_what_its_configuration_says() -> None:
@@ -65,7 +72,6 @@ def test_what_serve_can_store_is_what_its_configuration_says() -> None:
     [
         (setup(Shape(), weights="float8"), "has float8; plan with --precision int8"),
         (setup(Shape(), weights="int4"), "has int4; plan with --precision bfloat16"),
-        (setup(Shape(), cache="float8"), "--kv bfloat16"),
         (setup(Shape(attention_dp=8)), "--no-attention-dp"),
     ],
 )

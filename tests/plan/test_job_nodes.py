@@ -118,5 +118,12 @@ def test_a_ray_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", Ray)  # type: ignore[arg-type]
     assert ray_job(ray_nodes("auto"), "auto").nodes == (JobNode("10.0.0.1", 0),)
     assert Ray.calls == ["init", "shutdown"]
-    with pytest.raises(ValueError, match="Ray at 10.0.0.9:6379 does not answer: no cluster there"):
-        ray_nodes("10.0.0.9:6379")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"Ray at {address} does not answer: no cluster there"):
+            ray_nodes(address)
+    tried = len(Ray.calls)
+    for silent in (address, "nonsense", "127.0.0.1:99999999"):
+        with pytest.raises(ValueError, match=f"Ray at {silent} does not answer: write HOST:PORT"):
+            ray_nodes(silent)
+    assert len(Ray.calls) == tried, "Ray would try for minutes"

@@ -85,6 +85,17 @@ MUST_SHIP = [
 
 # Numbers a token, over all layers, written from the published configurations and not through our shapes.
 CACHE = {
+    "llama-30b": 60 * 2 * 6656,
+    "llama-65b": 80 * 2 * 8192,
+    "codellama-70b": 80 * 2 * 8 * 128,
+    "yi-34b": 60 * 2 * 8 * 128,
+    "gemma-2-9b": 42 * 2 * 8 * 256,
+    "gemma-2-27b": 46 * 2 * 16 * 128,
+    "falcon-40b": 60 * 2 * 8 * 64,
+    "starcoder2-15b": 40 * 2 * 4 * 128,
+    "command-r-plus": 64 * 2 * 8 * 128,
+    "phi-4": 40 * 2 * 10 * 128,
+    "phi-3-mini": 32 * 2 * 3072,
     "llama-2-7b": 32 * 2 * 4096,
     "llama-2-13b": 40 * 2 * 5120,
     "llama-2-70b": 80 * 2 * 8 * 128,

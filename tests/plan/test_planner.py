@@ -135,13 +135,31 @@ def test_a_target_within_the_band_is_flagged_and_one_far_away_is_not() -> None:
 def test_nothing_on_the_front_is_beaten_by_another() -> None:
     found = plan(*SEVENTY)
     marks = [
-        (one.setup.cost, one.prediction.ttft_p99.value, one.prediction.itl_p99.value, -one.prediction.capacity)
+        (one.setup.cost, one.prediction.ttft_p99.value, one.prediction.itl_p99.value, -(one.capacity or 0.0))
         for one in found.front
     ]
     assert len(marks) > 3
     for one in marks:
         for other in marks:
             assert one is other or any(a < b * 1.05 for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_shown_to_carry_more_than_is_asked_meets_the_targets_and_nothing_else_does() -> None:
+    found = plan(*SEVENTY)
+    assert found.answer is not None and found.answer.capacity is not None
+    for one in (found.answer, *found.equals, *found.front):
+        assert one.meets == (one.capacity is not None and one.capacity >= found.asked.rate)
+        assert one.meets or one.capacity is None
+    dollars = found.answer.dollars_per_million_output
+    at_most = found.answer.dollars_per_million_at_capacity
+    assert dollars is not None and at_most is not None
+    assert at_most == pytest.approx(dollars * found.asked.rate / found.answer.capacity)
+
+
+def test_of_setups_that_cost_the_same_the_answer_carries_most() -> None:
+    found = plan(*SEVENTY)
+    assert found.answer is not None and found.equals
+    assert all((one.capacity or 0.0) <= (found.answer.capacity or 0.0) * 1.05 for one in found.equals)
 
 
 def test_it_says_not_to_disaggregate_when_that_needs_more() -> None:

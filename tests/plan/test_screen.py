@@ -13,7 +13,7 @@ from shoal.plan.catalogue import cluster
 from shoal.plan.goal import Target, demand_of
 from shoal.plan.models import model_shape
 from shoal.plan.screen import Curve, Traffic, traffic_of
-from shoal.plan.steady_state import open_loop
+from shoal.plan.steady_state import steady
 
 
 def curve(input: float = 1000, output: float = 200, chunk: int = 512, **more: object) -> Curve:
@@ -101,7 +101,7 @@ def test_the_closed_form_is_near_the_event_loop(share: float, layout: Layout) ->
         stages=layout.pp,
     )
     rate = found.loads[-1].rate * share
-    load, run = found.at(rate), open_loop(cost, demand.workload(), rate)
+    load, run = found.at(rate), steady(cost, demand.workload(), rate)
     assert load is not None and not run.saturated
     assert load.itl_mean == pytest.approx(run.tpot.mean, rel=0.25)
     assert load.itl_p99 == pytest.approx(run.itl.p99, rel=0.4)

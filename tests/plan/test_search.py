@@ -129,9 +129,6 @@ def test_deepseek_v3_spreads_its_experts_over_many_gpus() -> None:
     )
     shape = shape_of(found)
     assert shape.ep * shape.attention_dp > 1
-    assert found.answer is not None
-    whole = [one for one in found.equals if one.setup.pools[0].engine.shape in (Shape(tp=16), Shape(tp=8, pp=2))]
-    assert all(one.prediction.capacity < found.answer.prediction.capacity for one in whole)
 
 
 def test_the_least_tp_that_meets_a_target_is_taken_and_more_only_for_a_harder_one() -> None:

@@ -5,7 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.core.cost.model import CostModel
-from shoal.plan.steady_state import capacity, closed_loop, disaggregated, offline, open_loop, static_batch
+from shoal.core.cost.types import StepShape
+from shoal.plan.steady_state import (
+    FIRST,
+    closed_loop,
+    disaggregated,
+    exponential,
+    offline,
+    open_loop,
+    static_batch,
+    steady,
+)
 from shoal.plan.workload import Lengths, Weighted, Workload, scattered
 from tests.core.cost.engines import DEEPSEEK, LLAMA_8B, LLAMA_70B, LLAMA_405B, engine
 
@@ -38,7 +48,7 @@ def test_one_client_alone_sees_a_prompt_and_then_steps():
 def test_the_same_question_has_the_same_answer():
     cost = CostModel(engine(tp=4))
     assert closed_loop(cost, CHAT, 16) == closed_loop(cost, CHAT, 16)
-    assert open_loop(cost, CHAT, 5.0) == open_loop(cost, CHAT, 5.0)
+    assert steady(cost, CHAT, 5.0) == steady(cost, CHAT, 5.0)
 
 
 def test_a_cache_that_is_too_small_makes_requests_wait():
@@ -58,24 +68,86 @@ def test_what_does_not_fit_is_refused_with_its_number():
     assert "one sequence takes up to 2000010" in offline(CostModel(engine(tp=8)), long).refused
 
 
-def test_an_open_loop_below_its_capacity_keeps_up_and_above_it_does_not():
+def test_a_load_below_the_most_is_kept_up_with_and_one_above_it_is_not():
     cost = CostModel(engine(tp=8))
     most = offline(cost, CHAT).requests_per_second
-    calm, crowded = open_loop(cost, CHAT, 0.5 * most), open_loop(cost, CHAT, 2.0 * most)
+    calm, crowded = steady(cost, CHAT, 0.5 * most), steady(cost, CHAT, 1.2 * most)
     assert not calm.saturated
     assert crowded.saturated
-    assert calm.requests_per_second == pytest.approx(0.5 * most, rel=0.15)  # It begins and ends empty.
+    assert steady(cost, CHAT, 5 * most).saturated
+    assert calm.requests_per_second == pytest.approx(0.5 * most, rel=0.05)
     assert crowded.ttft.p90 > 3 * calm.ttft.p90
 
 
-def test_capacity_meets_its_targets():
+@pytest.mark.parametrize("load", [0.6, 0.75, 0.9])
+@pytest.mark.parametrize("before", [100, 400])
+def test_arrivals_of_a_run_are_those_of_a_long_one(load, before):
+    """By the waits of a queue whose service takes `load` mean gaps: their mean is known (Pollaczek-Khinchine)."""
+
+    def waits(first, count):
+        wait, found = 0.0, []
+        for number in range(count):
+            wait = max(0.0, wait + load - exponential(first + number))
+            found.append(wait)
+        return found
+
+    run, long = sorted(waits(FIRST, before + 1600)[before:]), sorted(waits(0, 100_000))
+    assert sum(run) / 1600 == pytest.approx(load**2 / (2 * (1 - load)), rel=0.15)
+    assert run[int(0.99 * 1600)] == pytest.approx(long[99_000], rel=0.15)
+
+
+def test_neither_ramp_is_counted():
+    """A load generator's run begins and ends with an empty engine; a load that lasts has neither."""
     cost = CostModel(engine(tp=8))
-    rate, found = capacity(cost, CHAT, ttft=1.0, itl=0.1)
-    assert rate > 0
-    assert found.ttft.p99 <= 1.0
-    assert found.itl.p99 <= 0.1
-    nothing, _ = capacity(cost, CHAT, itl=1e-3)
-    assert nothing == 0
+    rate = 0.8 * offline(cost, CHAT).requests_per_second
+    run, lasting = open_loop(cost, CHAT, rate, requests=300), steady(cost, CHAT, rate, requests=300)
+    assert lasting.concurrency > 1.1 * run.concurrency
+    assert lasting.tpot.mean > run.tpot.mean
+    usual, longer = (steady(cost, CHAT, rate, requests=requests) for requests in (1600, 6400))
+    assert usual.tpot.mean == pytest.approx(longer.tpot.mean, rel=0.1)
+    assert usual.concurrency == pytest.approx(longer.concurrency, rel=0.1)
+
+
+def test_engines_behind_a_router_wait_less_than_one_alone():
+    cost = CostModel(engine(tp=8))
+    rate = 0.8 * offline(cost, CHAT).requests_per_second
+    alone, together = steady(cost, CHAT, rate), steady(cost, CHAT, 4 * rate, engines=4)
+    assert together.ttft.p99 < alone.ttft.p99
+    assert together.tpot.mean == pytest.approx(alone.tpot.mean, rel=0.1)
+    assert together.utilisation == pytest.approx(alone.utilisation, rel=0.1)
+    assert together.requests_per_second == pytest.approx(4 * alone.requests_per_second, rel=0.1)
+
+
+def test_a_pipeline_stalls_when_its_steps_become_longer():
+    """Behind a short step, the stages of a longer one are waited for: gaps are longer than its time alone."""
+    cost = CostModel(engine(tp=4, pp=2, max_batch_tokens=512))
+    found = steady(cost, Workload(inputs=Lengths.fixed(2000), outputs=Lengths.fixed(300)), 2.0)
+    chunk = cost.engine.max_batch_tokens
+    step = StepShape(
+        prefill_tokens=chunk, prefill_rows=1, prefill_pairs=chunk * 1000.0, prefill_context=2000, decode_rows=8,
+        decode_context=8 * 2150, sampled=8,
+    )  # fmt: skip
+    assert found.itl.p99 > 1.1 * cost.seconds(step)
+
+
+def test_pieces_of_a_prompt_are_as_many_steps_as_it_fills():
+    """Those that are computed together, too."""
+    cost = CostModel(engine(tp=8))
+    chunk = cost.engine.max_batch_tokens
+    work = Workload(inputs=Lengths.fixed(5 * chunk + 1), outputs=Lengths.fixed(1))
+    one = closed_loop(cost, work, 1, requests=1)
+    steps = [
+        cost.seconds(
+            StepShape(
+                prefill_tokens=n, prefill_rows=1, prefill_pairs=n * (before + (n + 1) / 2), prefill_context=before + n,
+                sampled=0 if n == chunk else 1,
+            )
+        )
+        for before, n in [*((number * chunk, chunk) for number in range(5)), (5 * chunk, 1)]
+    ]  # fmt: skip
+    profile = cost.profile
+    front = profile.front_seconds + profile.front_request_seconds + (5 * chunk + 1) * profile.front_token_seconds
+    assert one.ttft.mean == pytest.approx(sum(steps) + front, rel=0.01)
 
 
 def test_pools_decode_without_interruption():
@@ -133,3 +205,10 @@ def test_quantiles_count_weights():
     values.add(5.0, 2)
     assert values.mean() == pytest.approx(1.08)
     assert values.quantiles((0.5, 0.99)) == [1.0, 5.0]
+
+
+def test_an_engine_that_prefills_apart_takes_in_who_came_meanwhile():
+    """Requests that come during a step of prompts do not wait for a sequence to end."""
+    cost = CostModel(engine(tp=8, profile="sglang"))
+    found = closed_loop(cost, Workload(inputs=Lengths.uniform(800, 1000), outputs=Lengths.uniform(800, 1000)), 4)
+    assert found.ttft.p99 < 0.1 * found.end_to_end.p50

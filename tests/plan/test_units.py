@@ -83,3 +83,9 @@ def test_any_text_is_a_quantity_or_refused(text: str) -> None:
             assert "write" in str(refusal)
         else:
             assert value >= 0
+
+
+@pytest.mark.parametrize("text", ["0", "0%", "120%", "1.5"])
+def test_a_share_is_above_nothing_and_at_most_all(text: str) -> None:
+    with pytest.raises(units.UnitError, match="above 0 and at most 100%"):
+        units.share(text)

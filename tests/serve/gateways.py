@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.serve.running import wait_until
+from tests.serve.running import PATIENCE, wait_until
 
-ENGINE = {"dtype": "float32", "threads": 1, "max_sequences": 8, "max_batch_tokens": 128, "check": True}
+ENGINE = {"dtype": "float32", "threads": 1, "max_sequences": 8, "max_batch_tokens": 128}
+ENGINE |= {"check": True, "kv_cache_bytes": 8 << 20}
 
 
 class RunningFleet:
@@ -38,8 +39,8 @@ class RunningFleet:
         (endpoint,) = [endpoint for endpoint in self.endpoints().values() if endpoint["requests"]]
         return endpoint
 
-    def wait_for_state(self, name: str, state: str, seconds: float = 20) -> None:
-        wait_until(lambda: self.endpoints()[name]["state"] == state, seconds, f"{name} to be {state}")
+    def wait_for_state(self, name: str, state: str) -> None:
+        wait_until(lambda: self.endpoints()[name]["state"] == state, f"{name} to be {state}")
 
 
 def pid_of(endpoint: dict[str, Any]) -> int:
@@ -62,13 +63,13 @@ def running_fleet(folder: Path, deployment: dict[str, Any], **client: Any) -> It
         line = process.stdout.readline()
         assert "://" in line, f"the fleet did not start: {line!r}"
         fleet = RunningFleet(process, line.split()[-1].removesuffix("/v1"), **client)
-        wait_until(lambda: fleet.client.get("/ready").status_code == 200, 30, "the fleet to be ready")
+        wait_until(lambda: fleet.client.get("/ready").status_code == 200, "the fleet to be ready")
         yield fleet
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import virtual_time
 from tests.serve.journal_writer import token
+from tests.serve.running import wait_until
 
 
 def tokens(index: int, end: int, start: int = 0) -> list[int]:
@@ -22,7 +22,7 @@ def tokens(index: int, end: int, start: int = 0) -> list[int]:
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(body())
+    virtual_time.run(body())
 
 
 @contextlib.contextmanager
@@ -33,16 +33,13 @@ def redis_server(directory: Path, port: int) -> Iterator[subprocess.Popen[bytes]
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        for _ in range(500):
+
+        def answers() -> bool:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.02)
-        yield server
-        server.terminate()
+                return probe.connect_ex(("127.0.0.1", port)) == 0
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            wait_until(answers, "redis-server to answer")
+            yield server
+        finally:
+            server.terminate()

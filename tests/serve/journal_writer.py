@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from itertools import count
 
 from shoal.core.types import Request, Sampling
 from shoal.serve.journal import Journal, open_store
-from shoal.serve.journal_store import JournalConfig, JournalEntry
+from shoal.serve.journal_sqlite import SqliteStore
+from shoal.serve.journal_store import JournalConfig, JournalEntry, Store
 
 
 def entry(request_id: str, tenant: str = "t", n: int = 1) -> JournalEntry:
@@ -31,7 +33,16 @@ def token(index: int, position: int) -> int:
 
 def journal(location: str, gateway: str, **changes: object) -> Journal:
     config = JournalConfig(**{"location": location, "commit_seconds": 0.002, **changes})  # type: ignore[arg-type]
-    return Journal(open_store(config, gateway), config)
+    return Journal(store_of(config, gateway), config, clock=now)
+
+
+def store_of(config: JournalConfig, gateway: str) -> Store:
+    return open_store(config, gateway) if "://" in config.location else SqliteStore(config, gateway, now)
+
+
+def now() -> float:
+    """By its name at the time of the call: tests/virtual_time.py puts another clock there."""
+    return time.monotonic()
 
 
 async def write(location: str) -> None:

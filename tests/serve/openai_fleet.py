@@ -61,11 +61,11 @@ class RecordedAttempt:
     def aborted(self, index: int) -> None:
         del self._open[index]
 
-    async def wait(self, seconds: float = 20) -> None:
+    async def wait(self, seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
             await self.over.wait()
 
-    async def wait_for_tokens(self, count: int, seconds: float = 20) -> None:
+    async def wait_for_tokens(self, count: int, seconds: float = 60) -> None:
         """Of each of its sequences."""
         async with asyncio.timeout(seconds):
             while any(len(self.tokens.get(i, [])) < count for i in self._open) and not self.over.is_set():

@@ -10,6 +10,7 @@ from typing import Any
 from shoal.core.admission import AdmissionConfig
 from shoal.core.degradation import Degrader
 from shoal.core.engine_core import sequences_of
+from shoal.core.failover import FailoverConfig
 from shoal.core.fleet_types import EndpointFailure, EndpointReport, FailureKind
 from shoal.core.health import HealthConfig
 from shoal.core.retry_budget import RetryBudget
@@ -19,7 +20,7 @@ from shoal.serve.endpoint import Attempt, EndpointInfo, EndpointListener
 from shoal.serve.errors import ApiError
 from shoal.serve.fleet import Fleet, SupervisionConfig
 from shoal.serve.flight import Flight
-from shoal.serve.pool import FailoverConfig, Pool
+from shoal.serve.pool import Pool
 
 LENGTH = 12
 

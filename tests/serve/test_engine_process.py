@@ -22,13 +22,16 @@ from shoal.engine.in_process import InProcExecutor
 from shoal.serve.engine_client import EngineClient, EngineLost, RequestRejected
 from shoal.serve.engine_process import EngineLoop, WorkerLost
 from shoal.serve.messages import Add, Started, Step, Stop, encode, from_engine
-from tests.serve.running import alive, running, state_of, wait_until
+from tests.serve.running import PATIENCE, alive, running, state_of, until, wait_until
 
 GREEDY = Sampling(temperature=0.0)
 
 
 def config_of(checkpoint: Path, **changes: Any) -> EngineConfig:
-    return EngineConfig(model=str(checkpoint), **({"threads": 1, "max_sequences": 4, "check": True} | changes))
+    return EngineConfig(
+        model=str(checkpoint),
+        **({"threads": 1, "max_sequences": 4, "check": True, "kv_cache_bytes": 8 << 20} | changes),
+    )
 
 
 def request(name: str, max_tokens: int = 8, **changes: Any) -> Request:
@@ -92,9 +95,7 @@ def test_leaving_the_iterator_aborts_and_refusals_are_raised(checkpoint: Path) -
         await anext(outputs)
         assert client.load is not None and client.load.num_running == 1
         await outputs.aclose()  # type: ignore[attr-defined]
-        async with asyncio.timeout(20):
-            while client.load.num_running:
-                await asyncio.sleep(0.01)
+        await until(lambda: client.load is not None and client.load.num_running == 0, "the engine to be idle")
         assert client.load.num_free_blocks == client.load.num_blocks and client.load.generated_tokens < 8000
         with pytest.raises(RequestRejected, match="token ids"):
             await tokens_of(client, request("bad", prompt=[99999]))
@@ -122,10 +123,10 @@ def test_a_stopped_engine_dies_with_its_parent_too(checkpoint: Path) -> None:
     """It cannot notice the end of its standard input while it is stopped: the kernel must end it."""
     with running(checkpoint) as server:
         os.kill(server.engine_pid, signal.SIGSTOP)
-        wait_until(lambda: state_of(server.engine_pid) == "T", 5, "the engine to stop")
+        wait_until(lambda: state_of(server.engine_pid) == "T", "the engine to stop")
         server.process.kill()
         server.process.wait()
-        wait_until(lambda: not alive(server.engine_pid), 5, "the engine to die with its parent")
+        wait_until(lambda: not alive(server.engine_pid), "the engine to die with its parent")
 
 
 def test_the_grammar_compiler_dies_with_its_parent(checkpoint: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_grammar_compiler_dies_with_its_parent(checkpoint: Path) -> None:
         assert len(children) == 2 and all(map(alive, children)), "control: engine and compiler live"
         server.process.kill()
         server.process.wait()
-        wait_until(lambda: not any(map(alive, children)), 5, "both to die with their parent")
+        wait_until(lambda: not any(map(alive, children)), "both to die with their parent")
 
 
 def children_of(pid: int) -> list[int]:
@@ -174,11 +175,13 @@ def engine_socket(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     front, back = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     front.bind("inproc://engine")
     back.connect("inproc://engine")
-    thread = threading.Thread(target=lambda: EngineLoop(config_of(checkpoint, max_sequences=1), back, None).run())
+    thread = threading.Thread(
+        target=lambda: EngineLoop(config_of(checkpoint, max_sequences=1, kv_cache_bytes=None), back, None).run()
+    )
     thread.start()
     yield front
     front.send(encode(Stop()))
-    thread.join(20)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     front.close(0)
     back.close(0)
@@ -192,7 +195,7 @@ def test_a_failed_step_ends_what_ran_and_what_waits_goes_on(
     tokens: dict[str, list[int]] = {"runs": [], "waits": []}
     started = False
     while len(finals) < 2:
-        assert engine_socket.poll(20_000), "the engine says nothing"
+        assert engine_socket.poll(60_000), "the engine says nothing"
         message = from_engine.decode(engine_socket.recv())
         if isinstance(message, Started):
             started = True

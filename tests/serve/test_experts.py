@@ -32,10 +32,10 @@ def test_rows_are_counted_from_the_first_request_on(mixture: Path, mixture_serve
         engines = client.get("/v1/experts").json()["engines"]
         return [sum(layer["experts"]) for engine in engines for layer in engine["layers"]]
 
-    wait_until(lambda: rows_by_layer() == [0] * 3, 20, "a report in which warm-up is not counted")
+    wait_until(lambda: rows_by_layer() == [0] * 3, "a report in which warm-up is not counted")
     body = {"prompt": list(range(10, 30)), "max_tokens": 5, "ignore_eos": True, "temperature": 0}
     assert client.post("/v1/completions", json=body).status_code == 200
-    wait_until(lambda: rows_by_layer() == [(20 + 4) * 3] * 3, 20, "every row to be counted")
+    wait_until(lambda: rows_by_layer() == [(20 + 4) * 3] * 3, "every row to be counted")
 
     (engine,) = client.get("/v1/experts").json()["engines"]
     assert [layer["layer"] for layer in engine["layers"]] == [0, 1, 2]

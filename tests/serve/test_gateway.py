@@ -70,7 +70,7 @@ def fleet(checkpoint: Path, folder: Path, keys: dict[str, str]) -> Iterator[Runn
         "keys": f"{folder}/keys.json",
         "tenants": {"acme": {"requests_per_minute": 600}},
         "audit": {"directory": f"{folder}/audit"},
-        "supervision": {"restart_seconds": 3.0},
+        "supervision": {"restart_seconds": 0.5, "restart_most_seconds": 0.5},
     }
     with running_fleet(folder, deployment, headers={"authorization": f"Bearer {keys['ops']}"}) as one:
         yield one
@@ -91,19 +91,22 @@ def test_models_are_served_by_name(fleet: RunningFleet, keys: dict[str, str]) ->
 
 
 def test_a_model_that_is_down_is_served_by_its_fallback_and_comes_back(
-    fleet: RunningFleet, keys: dict[str, str]
+    fleet: RunningFleet, checkpoint: Path, keys: dict[str, str]
 ) -> None:
     assert "x-shoal-degraded-from" not in ask(fleet, keys["acme"], model="big").headers, "control"
+    weights = checkpoint / "model.safetensors"
+    away = weights.rename(checkpoint / "away")  # it cannot come back before it is let
     os.kill(pid_of(fleet.endpoints()["big-0"]), signal.SIGKILL)
-    wait_until(lambda: fleet.model()["served_by"] == "small", 10, "the fallback")
+    wait_until(lambda: fleet.model()["served_by"] == "small", "the fallback")
     answer = ask(fleet, keys["acme"], model="big")
     assert answer.json()["model"] == "small" and answer.headers["x-shoal-degraded-from"] == "big"
     with fleet.client.stream("POST", "/v1/completions", json=ASKED | {"model": "big", "stream": True}) as streamed:
         assert streamed.headers["x-shoal-degraded-from"] == "big"
     late = ask(fleet, keys["acme"], {"x-shoal-fallback": "never"}, model="big", timeout=0.2)
     assert late.json()["model"] == "big", "it opted out"
-    fleet.wait_for_state("big-0", "ready", 30)
-    wait_until(lambda: ask(fleet, keys["acme"], model="big").json()["model"] == "big", 20, "the return")
+    away.rename(weights)
+    fleet.wait_for_state("big-0", "ready")
+    wait_until(lambda: ask(fleet, keys["acme"], model="big").json()["model"] == "big", "the return")
     assert fleet.model()["degradations"] == 1
 
 
@@ -142,7 +145,7 @@ def test_what_happened_is_in_the_audit_log(fleet: RunningFleet, folder: Path, ke
     answer = ask(fleet, keys["acme"], model="small")
     ask(fleet, "sk-wrong", model="small")
     fleet.process.send_signal(signal.SIGTERM)
-    assert fleet.process.wait(30) == 0
+    assert fleet.process.wait(60) == 0
     assert shoal("audit", "verify", f"{folder}/audit").returncode == 0
     exported = shoal("audit", "export", f"{folder}/audit", "--format", "jsonl").stdout
     records = [json.loads(line) for line in exported.splitlines()]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoal.serve.http_client import HttpClient, HttpError
+from tests import virtual_time
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +61,7 @@ def test_where_an_answer_ends(answer: bytes, then_close: bool) -> None:
         async with answering(answer, then_close=then_close) as url:
             assert await fetch(url) == (200, b"hi")
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_what_is_no_answer(answer: bytes, then_close: bool, kind: str, message: 
                 await fetch(url)
             assert caught.value.kind == kind
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_nobody_there() -> None:
@@ -95,7 +96,7 @@ def test_nobody_there() -> None:
             await fetch("http://host.invalid:1")
         assert caught.value.kind == "unreachable"
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_a_header_cannot_be_smuggled_in() -> None:
@@ -116,7 +117,7 @@ def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
                 await fetch(url)
             assert caught.value.kind == "unreachable"
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def self_signed(directory: Path) -> tuple[Path, Path]:
@@ -169,4 +170,4 @@ def test_connections_are_kept_ready_and_used_again() -> None:
             assert len(connections) < 6, "three at once need three, and at most two more are opened ahead"
             client.close()
 
-    asyncio.run(main())
+    virtual_time.run(main())

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from shoal.serve.journal import Journal, open_store
+from shoal.bench.faults.deployment import free_port
+from shoal.serve.journal import Journal
 from shoal.serve.journal_store import Batch, JournalConfig, StoreError
-from tests.serve.journal_stores import free_port, redis_server, run, tokens
-from tests.serve.journal_writer import entry, journal, token
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("did not happen")
+from tests.serve.journal_stores import redis_server, run, tokens
+from tests.serve.journal_writer import entry, journal, now, store_of, token
+from tests.serve.running import until
 
 
 def test_a_full_disk_turns_the_journal_off_and_serving_goes_on_and_room_turns_it_on(tmp_path: Path) -> None:
@@ -35,7 +28,7 @@ def test_a_full_disk_turns_the_journal_off_and_serving_goes_on_and_room_turns_it
     )
 
     async def body() -> None:
-        subject = Journal(open_store(config, "a"), config)
+        subject = Journal(store_of(config, "a"), config, clock=now)
         await subject.open()
         big = msgspec.structs.replace(entry("big"), body=b" " * 600_000)
         subject.accepted(entry("small"))
@@ -114,7 +107,7 @@ def test_what_ended_first_makes_room(tmp_path: Path) -> None:
     config = JournalConfig(location=str(tmp_path / "journal.db"), max_bytes=1_000_000, commit_seconds=0.002)
 
     async def body() -> None:
-        subject = Journal(open_store(config, "a"), config)
+        subject = Journal(store_of(config, "a"), config, clock=now)
         await subject.open()
         for number in range(60):
             name = f"r{number}"
@@ -155,7 +148,7 @@ def test_what_comes_during_a_commit_is_one_batch_and_too_much_turns_it_off() -> 
         subject = Journal(store, config)  # type: ignore[arg-type]
         await subject.open()
         subject.accepted(entry("r"))
-        await eventually(lambda: len(store.batches) == 1)
+        await until(lambda: len(store.batches) == 1, "the first commit")
         for position in range(1000):
             subject.progress("r", 0, [token(0, position)])
         await asyncio.sleep(0.02)
@@ -165,14 +158,14 @@ def test_what_comes_during_a_commit_is_one_batch_and_too_much_turns_it_off() -> 
         assert [fragment.token_ids for fragment in store.batches[1].log] == [tokens(0, 1000)]
         store.may.clear()
         subject.progress("r", 0, [1])
-        await eventually(lambda: len(store.batches) == 3)
+        await until(lambda: len(store.batches) == 3, "the third commit")
         for position in range(3000):
             subject.progress("r", 0, [token(0, position)])
         assert subject.state == "off: the store is too slow for this load"
         store.may.set()
         await subject.close()
 
-    run(body)
+    asyncio.run(body())  # by the real clock: a thread waits for what happens here
 
 
 def test_an_idle_gateway_writes_nothing(tmp_path: Path) -> None:
@@ -183,7 +176,7 @@ def test_an_idle_gateway_writes_nothing(tmp_path: Path) -> None:
         subject = Journal(store, config)  # type: ignore[arg-type]
         await subject.open()
         subject.accepted(entry("r"))
-        await eventually(lambda: len(store.batches) >= 4)  # renews its lease
+        await until(lambda: len(store.batches) >= 4, "its lease to be renewed")
         subject.ended("r")
         await subject.settled()
         before = len(store.batches)

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from shoal.core.types import Rejected, Sampling
+from tests import virtual_time
 from tests.serve.openai_fleet import (
     ALL,
     CONSTRAINED,
@@ -22,7 +23,7 @@ from tests.serve.openai_fleet import (
     undisturbed,
 )
 from tests.serve.openai_server import Fault, OpenAIServer
-from tests.serve.running import RunningServer
+from tests.serve.running import RunningServer, until
 
 # --- going on elsewhere ---------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def test_a_request_goes_on_as_it_would_have(sampling: Sampling, n: int, after: i
         else:
             assert sent["prompt"] == [3, 1, 4]
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, PENALISED])
@@ -71,7 +72,7 @@ def test_a_replay_that_diverges_continues_from_what_was_delivered(sampling: Samp
             control = await result(endpoint, request(id="control", sampling=sampling, resume={0: given}))
             assert control.reason is None and server.bodies[-1]["prompt"] == [3, 1, 4]
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_a_replay_that_ends_too_early_diverges() -> None:
@@ -83,7 +84,7 @@ def test_a_replay_that_ends_too_early_diverges() -> None:
             assert attempt.reason is None and len(server.bodies) == 3, "probe, replay, continuation"
             assert server.bodies[-1]["prompt"] == [3, 1, 4, *given]
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_a_structured_output_that_diverges_fails_rather_than_break_its_grammar() -> None:
@@ -96,7 +97,7 @@ def test_a_structured_output_that_diverges_fails_rather_than_break_its_grammar()
             assert "structured output cannot be continued" in failure(attempt).message
             assert not attempt.outputs
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_only_an_end_that_was_not_heard() -> None:
@@ -106,7 +107,7 @@ def test_only_an_end_that_was_not_heard() -> None:
             attempt = await result(endpoint, request(resume={0: given}))
             assert attempt.finished[0].finish == "length" and attempt.tokens[0] == []
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 def test_a_shoal_server_is_told_what_was_generated() -> None:
@@ -117,7 +118,7 @@ def test_a_shoal_server_is_told_what_was_generated() -> None:
             assert server.bodies[-1]["resume"] == {"0": [5, 6], "2": []}
             assert server.bodies[-1]["n"] == 3
 
-    asyncio.run(main())
+    virtual_time.run(main())
 
 
 # --- a real shoal server --------------------------------------------------------------------------------------------
@@ -138,9 +139,7 @@ def test_a_real_server_generates(server: RunningServer) -> None:
             )
             assert stopped.tokens[0] == first.tokens[0][: first.tokens[0].index(stop) + 1]
             assert stopped.finished[0].stop_token == stop
-            async with asyncio.timeout(5):
-                while not any(report.num_running is not None for report in fleet.reports):
-                    await asyncio.sleep(0.05)
+            await until(lambda: any(report.num_running is not None for report in fleet.reports), "a report")
             refused = await result(endpoint, request(id="long", prompt=[1] * 9000))
             assert isinstance(refused.reason, Rejected) and refused.reason.field == "prompt"
 

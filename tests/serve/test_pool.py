@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from shoal.core.fleet_types import EndpointReport, FailureKind
 from shoal.core.retry_budget import RetryBudget
 from shoal.core.types import Rejected
+from tests import virtual_time
 from tests.serve.scripted_fleet import LENGTH, Scene, ScriptedEndpoint, token
 
 
 def play(scene: Callable[[], Any]) -> None:
-    asyncio.run(scene())
+    virtual_time.run(scene())
 
 
 KINDS: tuple[FailureKind, ...] = ("lost", "refused", "overloaded", "hung", "error", "drained")
@@ -58,7 +59,7 @@ def test_whatever_endpoints_do_each_token_comes_once_and_each_request_ends(actio
                     assert finish == "length" and len(client.tokens[index]) == LENGTH
             assert all(not member.attempts and not member.num_sequences for member in scene.fleet.members())
 
-    asyncio.run(scene())
+    virtual_time.run(scene())
 
 
 def test_a_moved_request_goes_on_with_what_it_has() -> None:
@@ -260,7 +261,7 @@ def test_without_any_endpoint_a_request_is_refused_after_a_while() -> None:
 def test_retries_have_a_budget(kind: FailureKind) -> None:
     async def scene() -> None:
         async with Scene(2) as scene:
-            scene.pool._budget = RetryBudget(ratio=0.0, floor=2.0)
+            scene.pool.dispatch.budget = RetryBudget(ratio=0.0, floor=2.0)
             request_id = scene.ask()
             for _ in range(3):
                 ((endpoint, attempt_id),) = scene.running()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.serve.gateways import ENGINE, RunningFleet, running_fleet
-from tests.serve.running import running, wait_until
+from tests.serve.running import ENDLESS, LONG_CONTEXT, ROOM, running, wait_until
 
 ASKED: dict[str, Any] = {
     "prompt": [7, 8, 9, 10],
@@ -89,13 +89,13 @@ def go_on(fleet: RunningFleet, received: Received, events: int | None = None) ->
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("llama", tmp_path_factory.mktemp("tiny"), max_position_embeddings=4096)
+    return make_checkpoint("llama", tmp_path_factory.mktemp("tiny"), max_position_embeddings=LONG_CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def fleet(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningFleet]:
     folder = tmp_path_factory.mktemp("fleet")
-    model = {"name": "tiny", "model": str(checkpoint), **ENGINE}
+    model = {"name": "tiny", "model": str(checkpoint), **ENGINE, "max_len": 4096}
     with running_fleet(folder, {"models": [model], "journal": {"location": f"{folder}/journal.db"}}) as one:
         yield one
 
@@ -168,11 +168,11 @@ def test_a_request_is_done_once_for_one_idempotency_key(fleet: RunningFleet) -> 
 
 
 def test_what_a_limit_refuses_leaves_nothing_in_the_journal(checkpoint: Path, tmp_path: Path) -> None:
-    model = {"name": "tiny", "model": str(checkpoint), **ENGINE}
+    model = {"name": "tiny", "model": str(checkpoint), **ENGINE, **ROOM}
     journal, headers = tmp_path / "journal.db", {"idempotency-key": "order-67"}
     deployment = {"models": [model], "journal": {"location": str(journal)}}
     with running_fleet(tmp_path, deployment | {"tenants": {"default": {"concurrent_requests": 1}}}) as fleet:
-        with fleet.client.stream("POST", "/v1/completions", json=ASKED | {"max_tokens": 4000}) as running:
+        with fleet.client.stream("POST", "/v1/completions", json=ASKED | {"max_tokens": ENDLESS}) as running:
             assert running.status_code == 200
             refused = fleet.client.post("/v1/completions", json={"prompt": [1]}, headers=headers)
             assert refused.status_code == 429, refused.text
@@ -182,13 +182,13 @@ def test_what_a_limit_refuses_leaves_nothing_in_the_journal(checkpoint: Path, tm
         def again() -> int:
             return fleet.client.post("/v1/completions", json={"prompt": [1]}, headers=headers).status_code
 
-        wait_until(lambda: again() == 200, 10, "the key to be free, and room")
+        wait_until(lambda: again() == 200, "the key to be free, and room")
         assert again() == 409, "the control: of a request that was accepted"
 
 
 def test_another_gateway_goes_on_when_the_first_is_killed(checkpoint: Path, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(running(checkpoint)) for _ in range(2)]
+        servers = [stack.enter_context(running(checkpoint, engine={"max_len": 4096})) for _ in range(2)]
         endpoints = [{"openai": server.url} for server in servers]
         deployment = {
             "models": [{"name": "tiny", "model": str(checkpoint), "endpoints": endpoints}],

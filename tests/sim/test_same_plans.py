@@ -16,6 +16,7 @@ import msgspec
 from shoal.core.block_pool import BlockPool
 from shoal.core.config import EngineConfig, SchedulerConfig
 from shoal.core.cost.types import StepShape
+from shoal.core.dispatch import Dispatch
 from shoal.core.engine_core import EngineCore
 from shoal.core.replay import AddRecord, CommitRecord, PlanRecord, Record, RecordingCore, decode_all, replay
 from shoal.core.router import Router, RoutingConfig
@@ -182,5 +183,10 @@ def test_replicas_and_gateway_hold_the_production_classes() -> None:
     )
     assert type(simulation.replicas["r000"].core) is EngineCore
     assert type(simulation.chooser) is Router
-    for part in (simulation.gateway.queue, simulation.members["r000"].watch, simulation.members["r000"].breaker):
+    assert type(simulation.gateway.dispatch) is Dispatch
+    for part in (
+        simulation.gateway.dispatch.queue,
+        simulation.members["r000"].watch,
+        simulation.members["r000"].breaker,
+    ):
         assert type(part).__module__.startswith("shoal.core.")

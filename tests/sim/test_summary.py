@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.core.admission import AdmissionConfig
 from shoal.core.config import SchedulerConfig
 from shoal.core.cost.types import StepShape
+from shoal.core.failover import FailoverConfig
 from shoal.core.router import Router, RoutingConfig
 from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, check
 from shoal.sim.fleet_simulation import FleetSimulation, FrontEnd
@@ -96,6 +98,43 @@ def test_a_run_that_is_cut_short_says_so() -> None:
     assert summary.e2e.p50 is None
 
 
+def test_rates_of_a_run_that_is_cut_are_over_the_time_until_then() -> None:
+    summary = summarise(simulate([arrival(0, 1.0, 10, 1000)], lambda shape: 0.1, until=5.0), Target(), 1, 3600.0)
+    assert summary.completed == 0
+    assert summary.seconds == pytest.approx(4.0, abs=0.11)
+    assert summary.output_tokens_per_second == pytest.approx(10, rel=0.05)
+    assert summary.dollars == pytest.approx(5.0, abs=0.11)
+
+
+def test_the_window_reaches_to_the_end_of_what_failed() -> None:
+    late = Rules(failover=FailoverConfig(wait_seconds=7.0))
+    requests = [arrival(n, 0.0, 10, 40) for n in range(2)]
+    simulation = FleetSimulation(Router(RoutingConfig()), requests, 1, CONFIG, lambda shape: 0.1, rules=late)
+    simulation.at(2.0, lambda: simulation.kill("r000", "told", back_after=100.0))
+    simulation.run()
+    summary = summarise(simulation, Target(), 1, None)
+    assert (summary.failed, summary.completed) == (2, 0)
+    assert summary.seconds == pytest.approx(9.0, abs=0.2)
+    assert summary.output_tokens == sum(outcome.generated for outcome in simulation.outcomes.values()) > 0
+    assert summary.ttft.p50 is None and summary.tpot.p50 is None  # they failed: as good as never
+
+
+def test_what_does_not_fit_is_refused_unread_and_what_reaches_the_limit_is_cut_short() -> None:
+    requests = [arrival(0, 0.0, 10**12, 5), arrival(1, 0.0, 2047, 5), arrival(2, 0.0, 2048, 5), arrival(3, 0.0, 100, 9)]
+    simulation = simulate(requests, lambda shape: 0.1)
+    assert [(o.status, o.generated) for o in simulation.outcomes.values()] == [
+        ("rejected", 0),
+        ("done", 1),
+        ("rejected", 0),
+        ("done", 9),
+    ]
+    summary = summarise(simulation, Target(tpot=0.1), 1, None)
+    assert (summary.shortened, summary.output_tokens) == (1, 10)
+    assert summary.tpot.count == 3  # one token has no next
+    (longest,) = simulate([arrival(0, 0.0, 2000, 500)], lambda shape: 0.1).outcomes.values()
+    assert (longest.generated, longest.tpot) == (48, pytest.approx(0.1))
+
+
 def test_samples_add_up() -> None:
     requests = [arrival(n, 0.3 * n, 100, 20) for n in range(40)]
     simulation = simulate(requests, StepTime(), replicas=2, sample_interval=1.0)
@@ -172,6 +211,35 @@ def test_more_come_with_load_after_a_start_and_go_without(measure: str, target: 
     summary = summarise(simulation, Target(), 2, 1.0)
     assert summary.gpus == 2 * simulation.most_replicas
     assert summary.gpu_hours < summary.gpus * summary.seconds / 3600
+
+
+def test_fewer_at_once_where_nothing_is_waited_for() -> None:
+    simulation = FleetSimulation(
+        Router(RoutingConfig()), wave(), 3, CONFIG, StepTime(base=0.05), rules=Rules(), start_seconds=10.0, spares=1
+    )
+    kept: list[int] = []
+    scaler = Autoscaling(measure="running", target=0.6, least=1, most=3, down_seconds=0.0)
+    Autoscaler(scaler, simulation)
+    simulation.at(40.0, lambda: kept.append(simulation.num_replicas))
+    simulation.run()
+    drained = [one.endpoint for one in simulation.events if one.kind == "draining"]
+    assert drained and "r003" not in drained  # the spare is no part of it
+    assert simulation.most_replicas <= 4
+    assert not any(outcome.endpoint == "r003" for outcome in simulation.outcomes.values())
+
+
+def test_those_that_still_end_what_they_have_hold_their_devices() -> None:
+    """Load that comes and goes faster than long outputs end: never more than fit, though some are draining."""
+    bursts = [arrival(100 * burst + n, 40.0 * burst, 100, 900) for burst in range(4) for n in range(24)]
+    patient = Rules(admission=AdmissionConfig(max_wait_seconds=1e9))
+    simulation = FleetSimulation(
+        Router(RoutingConfig()), bursts, 1, CONFIG, StepTime(base=0.1), rules=patient, start_seconds=1.0
+    )
+    Autoscaler(Autoscaling(measure="queue", target=1.0, least=1, most=3, interval=5.0, down_seconds=0.0), simulation)
+    simulation.run()
+    assert any(one.kind == "draining" for one in simulation.events)
+    assert simulation.most_replicas == 3
+    assert all(outcome.status == "done" for outcome in simulation.outcomes.values())
 
 
 def test_bounds_are_checked() -> None:

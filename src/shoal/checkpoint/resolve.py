@@ -13,6 +13,7 @@ from shoal.checkpoint.errors import CheckpointError, ModelNotFound
 from shoal.checkpoint.gguf_file import GGUFFile
 from shoal.core.model_config import spec_from_config, spec_from_gguf
 from shoal.core.model_spec import ModelSpec, UnsupportedModel
+from shoal.core.quantization_config import scheme_from_config
 
 _HUB_WEIGHTS = ["model*.safetensors"]
 """Not every *.safetensors: some repositories hold the same weights a second time under another name."""
@@ -85,7 +86,8 @@ def load_spec(path: Path) -> ModelSpec:
         config = path / "config.json"
         if not config.exists():
             raise CheckpointError(config, "is missing")
-        return spec_from_config(msgspec.json.decode(config.read_bytes(), type=dict))
+        content = msgspec.json.decode(config.read_bytes(), type=dict)
+        return msgspec.structs.replace(spec_from_config(content), quantization=scheme_from_config(content))
     except UnsupportedModel as error:
         raise CheckpointError(path, str(error)) from None
     except msgspec.DecodeError as error:

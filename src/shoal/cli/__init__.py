@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     except usage_error as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "shoal"
-        _say(f"{error.format_message()} (see `{command} --help`)")  # type: ignore[attr-defined]
+        _say(f"{error.format_message().replace(': Value error, ', ': ')} (see `{command} --help`)")  # type: ignore[attr-defined]
         return USAGE
     except typer.Exit as ending:
         return ending.exit_code
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if message is None:
             raise
         _say(message)
-        return FAILURE
+        return USAGE if _is_usage(error) else FAILURE
 
 
 def _for_user(error: Exception) -> str | None:
@@ -66,6 +66,13 @@ def _for_user(error: Exception) -> str | None:
         return _with_flags(str(error))
     told = (CommandError, ConfigError, CheckpointError, ModelNotFound, PullError, EngineLost, ListenError, StoreError)
     return str(error) if isinstance(error, (*told, KeyFileError, CatalogueError)) else None
+
+
+def _is_usage(error: Exception) -> bool:
+    from shoal.cli.errors import UsageError
+    from shoal.plan.hardware_file import CatalogueError
+
+    return isinstance(error, UsageError | CatalogueError)
 
 
 def _with_flags(message: str) -> str:

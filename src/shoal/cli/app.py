@@ -16,6 +16,7 @@ from shoal.cli.export import export
 from shoal.cli.fleet_app import fleet_app
 from shoal.cli.keys import keys_app
 from shoal.cli.plan_commands import explain, plan
+from shoal.cli.profile import profile
 from shoal.cli.simulate import simulate
 from shoal.cli.topology_command import topology
 from shoal.config import parse_bytes
@@ -32,6 +33,7 @@ app.add_typer(audit_app, name="audit")
 app.add_typer(bench, name="bench")
 app.command()(simulate)
 app.command()(calibrate)
+app.command()(profile)
 app.command()(export)
 app.command()(diagnose)
 app.command()(topology)
@@ -45,6 +47,7 @@ _PARALLEL = "Parallelism"
 ENGINE_FLAGS = {
     "model": "model",
     "dtype": "dtype",
+    "quantize": "quantize",
     "device": "device",
     "threads": "threads",
     "max_model_len": "max_len",
@@ -53,6 +56,7 @@ ENGINE_FLAGS = {
     "block_size": "block_size",
     "kv_cache_memory": "kv_cache_bytes",
     "kv_cache_dtype": "kv_dtype",
+    "attention_backend": "attention",
     "prefix_caching": "prefix_caching",
     "depth": "depth",
     "warm_spares": "warm_spares",
@@ -112,6 +116,10 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,
     typer.Option(help="Precision of the weights. [default: float32]", rich_help_panel=_ENGINE),
 ]
+Quantize = Annotated[
+    Literal["fp8", "int8", "int4"] | None,
+    typer.Option(help="Make the matrices of a float checkpoint this at load.", rich_help_panel=_ENGINE),
+]
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [default: auto]", rich_help_panel=_ENGINE)
 ]
@@ -132,8 +140,12 @@ KVCacheMemory = Annotated[
     int | None,
     typer.Option(parser=_size, metavar="SIZE", help="As 2GiB. [default: from what is free]", rich_help_panel=_ENGINE),
 ]
+AttentionBackend = Annotated[
+    Literal["auto", "native", "triton", "varlen", "flashinfer", "portable"] | None,
+    typer.Option(help="auto is the best that serves the model on the device. [default: auto]", rich_help_panel=_ENGINE),
+]
 KVCacheDtype = Annotated[
-    Literal["auto", "float32", "bfloat16"] | None,
+    Literal["auto", "float32", "bfloat16", "float8", "int8"] | None,
     typer.Option(help="auto is float32 with float32 weights, else bfloat16. [default: auto]", rich_help_panel=_ENGINE),
 ]
 PrefixCaching = Annotated[
@@ -292,6 +304,7 @@ def serve(
         Path | None, typer.Option(metavar="FILE", help="Write that as JSON.", rich_help_panel=_SERVER)
     ] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -300,6 +313,7 @@ def serve(
     block_size: BlockSize = None,
     kv_cache_memory: KVCacheMemory = None,
     kv_cache_dtype: KVCacheDtype = None,
+    attention_backend: AttentionBackend = None,
     prefix_caching: PrefixCaching = None,
     depth: Depth = None,
     tensor_parallel_size: TensorParallelSize = None,
@@ -357,6 +371,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For requests that do not say. [default: random]")] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,
@@ -394,6 +409,7 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int | None, typer.Option(help="For the same answers every time.")] = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_model_len: MaxModelLen = None,

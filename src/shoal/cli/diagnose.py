@@ -62,7 +62,7 @@ def diagnose(
         str | None, typer.Option(metavar="TIME", help="Target, as 30ms. [default: compared with the median]")
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="The engine's limit, which no metric tells. [default: inferred]")
+        int | None, typer.Option(min=1, help="The engine's limit. [default: shoal's own metric; else inferred]")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", envvar="SHOAL_API_KEY", help="That may ask for metrics.")

@@ -29,7 +29,7 @@ _OWN_PLACES = {"tls", "journal", "audit"}
 _REPLACED = {"host", "port", "allow_remote", "api_key", "keys", "cluster_secret", "drain_seconds", "models"}
 _DECIDED = {"model", "device", "layout"}
 _OWN_FILES = {"step_log", "expert_load"}
-_PATIENCE = {"join_seconds", "silence_seconds", "collective_seconds", "comm"}
+_PATIENCE = {"join_seconds", "silence_seconds", "collective_seconds", "comm", "one_shot_bytes"}
 _ROLES: dict[str, Role] = {"both": "serve", "serve": "serve", "prefill": "prefill", "decode": "decode"}
 
 
@@ -109,7 +109,8 @@ def _say(kind: str, text: str) -> None:
 def _pair(text: str, flag: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
-        raise CommandError(f"{flag}: {text!r} is no LABEL=VALUE, as nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3")
+        example = "rdma/hca=1" if flag == "--rdma" else "nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3"
+        raise CommandError(f"{flag}: {text!r} is no KEY=VALUE, as {example}")
     return key, value
 
 

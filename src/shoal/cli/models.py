@@ -65,20 +65,15 @@ class Fit(msgspec.Struct, frozen=True):
 
 def fit(spec: ModelSpec, model: str, dtype: WeightPrecision, max_len: int, available: int, device: str) -> Fit:
     """By the engine's own rule for sizing its cache. `available` is in bytes."""
-    from shoal.engine.memory import OutOfMemory, plan_blocks
+    from shoal.engine.memory import OutOfMemory, estimated_room, plan_blocks, room_on_host
 
     config = EngineConfig(model=model, dtype=dtype, max_len=max_len)
-    on_cpu = device == "cpu"
     # As the worker chooses it where it is not told: the KV cache is as precise as the weights, but not below bfloat16.
     per_token, weights = spec.kv_bytes_per_token(4 if dtype == "float32" else 2), spec.weight_bytes(dtype)
+    left = max(0, available - weights)
+    room = room_on_host(left) if device == "cpu" else estimated_room(left)
     try:
-        blocks = plan_blocks(
-            config,
-            block_bytes=per_token * config.block_size,
-            max_len=max_len,
-            available=max(0, available - weights),
-            on_cpu=on_cpu,
-        )
+        blocks = plan_blocks(config, block_bytes=per_token * config.block_size, max_len=max_len, room=room)
     except OutOfMemory:
         return Fit(dtype, weights, per_token, False, 0, 0)
     tokens = blocks * config.block_size

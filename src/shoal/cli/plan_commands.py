@@ -84,7 +84,17 @@ def plan(
     output_tokens: Annotated[Any, _option(units.count, "TOKENS", "Of an answer.", _LOAD, "--output")] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Azure CSV, Mooncake JSONL, or a CSV of lengths.", rich_help_panel=_LOAD),
+        typer.Option(metavar="FILE", help="Azure CSV, Mooncake JSONL, a request log, lengths.", rich_help_panel=_LOAD),
+    ] = None,
+    longest_pause: Annotated[
+        Any,
+        _option(
+            units.duration,
+            "TIME",
+            "In a trace; a longer one is a gap. [default: a quarter of it, at least 1min]",
+            _LOAD,
+            "--longest-pause",
+        ),
     ] = None,
     max_len: Annotated[
         Any,
@@ -203,6 +213,7 @@ def plan(
         input=input_tokens,
         output=output_tokens,
         trace=trace,
+        longest_pause=longest_pause,
         max_len=max_len,
         targets={key: value for key, value in targets.items() if value is not None},
         budget=budget,
@@ -260,8 +271,8 @@ def explain(
             on=on,
             layout=layout,
             batch=batch,
-            context=context or 2000,
-            prompt=prompt or 2000,
+            context=2000 if context is None else context,
+            prompt=2000 if prompt is None else prompt,
             precision=precision,
             kv=kv,
             engine=engine,

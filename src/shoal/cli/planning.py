@@ -13,12 +13,14 @@ from rich.table import Table
 
 from shoal import __version__
 from shoal.cli.calibration_file import read_calibration
-from shoal.cli.errors import CommandError
+from shoal.cli.errors import CommandError, UsageError
 from shoal.cli.terminal import error_console, format_bytes, print_json
+from shoal.cli.trace_file import read_trace
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, WeightPrecision
 from shoal.core.hardware import Cluster
 from shoal.core.model_shape import ModelShape
+from shoal.core.request_trace import TraceError
 from shoal.plan import catalogue, models
 from shoal.plan.candidates import Shape, refusal
 from shoal.plan.deployment_file import NotServable, as_yaml, deployment
@@ -29,7 +31,7 @@ from shoal.plan.goal import Demand, Goal, GoalError, Survive, Target, demand_of,
 from shoal.plan.html_report import page
 from shoal.plan.planner import Plan, make_plan
 from shoal.plan.report import Section, sections, summary
-from shoal.plan.trace import TraceError, read_trace
+from shoal.plan.trace import trace_of
 
 WIDE = 160
 """Columns of output that is piped."""
@@ -44,6 +46,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     input: int | None
     output: int | None
     trace: Path | None
+    longest_pause: float | None
     max_len: int | None
     targets: dict[tuple[str, str], float]
     budget: float | None
@@ -96,7 +99,7 @@ def run_plan(request: Request, *, everything: bool, html: Path | None, write: Pa
             shape, goal, _options(request, precision), read_calibration(request.calibration, cluster.device)
         )
     except (GoalError, TraceError) as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     if write is not None:
         _write_deployment(made, cluster, write, name=shape.name, model=checkpoint)
     if html is not None:
@@ -112,6 +115,9 @@ def run_plan(request: Request, *, everything: bool, html: Path | None, write: Pa
 def run_explain(asked: Explained, *, as_json: bool) -> None:
     shape, _, precision = _model(asked.model)
     cluster = _cluster(asked.on, asked.hardware, None)
+    for flag, tokens in (("--context", asked.context), ("--prompt", asked.prompt)):
+        if not 1 <= tokens <= shape.max_len:
+            raise UsageError(f"{flag} is {tokens:,}: {shape.name} takes 1 to {shape.max_len:,} tokens")
     split = parse_layout(asked.layout)
     _require_possible(split, shape, cluster)
     engine = EngineShape(
@@ -192,7 +198,7 @@ def _model(name: str) -> tuple[ModelShape, str, WeightPrecision]:
     try:
         shape = models.model_shape(name)
     except models.ModelError as error:
-        raise CommandError(str(error)) from None
+        raise UsageError(str(error)) from None
     try:
         published = models.published_model(name)
     except models.ModelError:
@@ -213,11 +219,12 @@ def _demand(request: Request) -> Demand:
     if request.trace is not None:
         for flag, value in (("--input", request.input), ("--output", request.output)):
             if value is not None:
-                raise CommandError(f"{flag} and --trace both say how long requests are; give one of them")
-        return demand_of_trace(read_trace(request.trace), request.rate, request.max_len)
+                raise UsageError(f"{flag} and --trace both say how long requests are; give one of them")
+        rows = read_trace(request.trace, longest_pause=request.longest_pause)
+        return demand_of_trace(trace_of(rows, request.trace.name), request.rate, request.max_len)
     for flag, given in (("--rate", request.rate), ("--input", request.input), ("--output", request.output)):
         if given is None:
-            raise CommandError(f"{flag} is missing: give --rate, --input and --output, or --trace FILE")
+            raise UsageError(f"{flag} is missing: give --rate, --input and --output, or --trace FILE")
     return demand_of(request.rate or 0, request.input or 0, request.output or 0, request.max_len)
 
 
@@ -236,17 +243,17 @@ _AXES = {"tp": "tp", "pp": "pp", "ep": "ep", "cp": "cp", "attention-dp": "attent
 
 
 def parse_layout(text: str) -> Shape:
-    """tp8xpp2, "tp8 x pp2", attention-dp16. Raises CommandError."""
+    """tp8xpp2, "tp8 x pp2", attention-dp16. Raises UsageError."""
     sizes: dict[str, int] = {}
     for word in re.split(r"\s*[x,]\s*|\s+", text.strip().lower()):
         match = re.fullmatch(r"([a-z-]+?)[=-]?(\d+)", word)
         if match is None or match[1] not in _AXES or int(match[2]) < 1:
-            raise CommandError(
+            raise UsageError(
                 f"--layout {text!r}: {word!r} is no axis with a size; write tp4, tp8xpp2 (axes: {', '.join(_AXES)})"
             )
         name = _AXES[match[1]]
         if name in sizes:
-            raise CommandError(f"--layout {text!r} says {match[1]} twice")
+            raise UsageError(f"--layout {text!r} says {match[1]} twice")
         sizes[name] = int(match[2])
     return Shape(**sizes)
 
@@ -254,9 +261,9 @@ def parse_layout(text: str) -> Shape:
 def _require_possible(shape: Shape, model: ModelShape, cluster: Cluster) -> None:
     why = refusal(shape, model)
     if why is not None:
-        raise CommandError(f"--layout {shape}: {why}")
+        raise UsageError(f"--layout {shape}: {why}")
     if shape.devices > cluster.num_devices:
-        raise CommandError(
+        raise UsageError(
             f"--layout {shape} is {shape.devices} GPUs, and {cluster.name or 'the cluster'} has {cluster.num_devices}"
         )
 

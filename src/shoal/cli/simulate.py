@@ -50,8 +50,13 @@ def simulate(
         int, typer.Option(min=1, help="Copies of the trace over one another.", rich_help_panel=_LOAD)
     ] = 1,
     longest_pause: Annotated[
-        str, typer.Option(metavar="TIME", help="In a trace; a longer one is a gap.", rich_help_panel=_LOAD)
-    ] = "10min",
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="In a trace; a longer one is a gap. [default: a quarter of it, at least 1min]",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal runs.", rich_help_panel=_LOAD)] = 0,
     model: Annotated[str, typer.Option(help="Which of the deployment's. [default: its first]")] = "",
     replicas: Annotated[

@@ -16,31 +16,35 @@ from shoal.cli.calibration_file import read_calibration
 from shoal.cli.errors import CommandError
 from shoal.cli.simulation_report import Result, Setup, print_result, write_requests
 from shoal.cli.terminal import error_console, format_bytes, passing_bar, print_json
+from shoal.cli.trace_file import read_trace
 from shoal.config import ConfigError, load_config
 from shoal.core.config import SchedulerConfig
 from shoal.core.cost.calibration import Calibration
 from shoal.core.cost.model import CostModel
 from shoal.core.cost.types import CachePrecision, EngineShape, StepShape, WeightPrecision
 from shoal.core.hardware import Cluster, LinkSpec
+from shoal.core.request_trace import TraceError
 from shoal.core.router import Router
 from shoal.plan import catalogue, units
 from shoal.plan.models import ModelError, model_shape
+from shoal.plan.units import show_duration
 from shoal.serve.deployment import Deployment, DeploymentError, ModelDeployment, check
 from shoal.sim.autoscale import Autoscaler, Autoscaling, AutoscalingError, Measure
 from shoal.sim.faults import Fault, FaultError, parse, schedule
 from shoal.sim.fleet_simulation import FleetSimulation, FrontEnd
 from shoal.sim.gateway import Rules
-from shoal.sim.law import StepLaw, remembered
+from shoal.sim.law import Laws, remembered
 from shoal.sim.requests import Arrival
 from shoal.sim.summary import Target, summarise
-from shoal.sim.traces import TraceError, arrivals, read, synthetic
+from shoal.sim.traces import arrivals, synthetic
 
 VOCABULARY = 1 << 31
 """Token ids of a simulation are names, one a prompt or a block of it: they need not be the model's."""
 Number = TypeVar("Number", int, float)
-REPORT_SECONDS = 0.1
+REPORT_SECONDS = 1.0
 """Live, an engine reports its load with every step. It tells a router what other gateways sent, and here are none."""
 _DEFAULT_SECONDS = 600.0
+_SHORTEST_INTERVAL = 0.1
 _TYPICAL_STEP = StepShape(decode_rows=1, decode_context=1, sampled=1)
 _SCALE_TARGETS = {"queue": 4.0, "running": 0.7, "kv": 0.7}
 
@@ -59,7 +63,7 @@ class Options:
     duration: str | None = None
     prefix: str | None = None
     repeat: int = 1
-    longest_pause: str = "10min"
+    longest_pause: str | None = None
     seed: int = 0
     model: str = ""
     replicas: int | None = None
@@ -91,12 +95,16 @@ class Engine:
     scheduler: SchedulerConfig
     calibration: Calibration | None
 
-    def slower_link(self, factor: float) -> StepLaw:
-        """The law of steps where links have 1/factor of their bandwidth."""
+    def slower_link(self, factor: float) -> Laws:
+        """Where links have 1/factor of their bandwidth."""
         cluster = self.shape.cluster
         network = None if cluster.network is None else _slower(cluster.network, factor)
         slow = msgspec.structs.replace(cluster, scale_up=_slower(cluster.scale_up, factor), network=network)
-        return CostModel(msgspec.structs.replace(self.shape, cluster=slow), self.calibration).seconds
+        return _laws(CostModel(msgspec.structs.replace(self.shape, cluster=slow), self.calibration))
+
+
+def _laws(cost: CostModel) -> Laws:
+    return Laws(remembered(cost.seconds), cost.stage_seconds if cost.engine.layout.pp > 1 else None)
 
 
 def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: Path | None, as_json: bool) -> None:
@@ -113,6 +121,8 @@ def run_simulation(file: Path, options: Options, *, course: bool, requests_csv: 
         engine = _engine(model, options)
         load = _load(options)
         simulation = _simulation(deployment, model, engine, load, options)
+        if requests_csv is not None:
+            requests_csv.touch()  # before the minutes that a run may take
         seconds = _run(simulation, len(load))
     except (TraceError, FaultError, AutoscalingError, ModelError, catalogue.CatalogueError) as error:
         raise CommandError(str(error)) from None
@@ -256,7 +266,7 @@ def _load(options: Options) -> list[Arrival]:
         if options.input_tokens or options.output_tokens:
             raise CommandError("--input and --output are of a load without a trace; leave them, or --trace")
         pause = _duration("--longest-pause", options.longest_pause)
-        rows = read(options.trace, longest_pause=pause or 0.0)[: options.requests]
+        rows = read_trace(options.trace, longest_pause=pause)[: options.requests]
     else:
         if rate is None or options.input_tokens is None or options.output_tokens is None:
             raise CommandError("give a --trace, or --rate with --input and --output")
@@ -292,7 +302,7 @@ def _simulation(
 ) -> FleetSimulation:
     replicas = options.replicas or model.num_engines
     room = engine.shape.cluster.num_devices // engine.shape.num_devices
-    scaling = _scaling(options, room)
+    scaling = _scaling(options, room - model.spares)
     if replicas + model.spares > room:
         raise CommandError(
             f"{replicas + model.spares} replicas of {engine.shape.num_devices} devices need "
@@ -300,23 +310,20 @@ def _simulation(
             f"{engine.shape.cluster.num_devices}: room for {room}"
         )
     if not load:
-        raise CommandError("no request comes: the trace begins after --duration")
-    failover, front = model.failover, engine.cost.profile
+        raise CommandError(f"no request comes within --duration {options.duration}")
+    front, laws = engine.cost.profile, _laws(engine.cost)
     simulation = FleetSimulation(
         Router(model.routing),
         load,
         replicas,
         engine.scheduler,
-        remembered(engine.cost.seconds),
-        stage_law=engine.cost.stage_seconds if model.layout.pp > 1 else None,
+        laws.step,
+        stage_law=laws.stage,
         rules=Rules(
             admission=model.admission,
             health=deployment.health,
+            failover=model.failover,
             retry_ratio=deployment.retry_ratio,
-            most_retries=failover.most_retries,
-            most_lost=failover.most_lost,
-            again_seconds=failover.again_seconds,
-            wait_seconds=failover.wait_seconds,
             hung_seconds=deployment.supervision.hung_seconds,
         ),
         spares=model.spares,
@@ -330,7 +337,7 @@ def _simulation(
             processes=1 if front.name == "shoal" else replicas,
         ),
         router_block_size=model.routing.block_size,
-        sample_interval=max(_duration("--interval", options.interval) or 0.0, 0.1),
+        sample_interval=_interval(options),
         until=_duration("--until", options.until) or float("inf"),
     )
     schedule(_faults(options), simulation, engine.slower_link, model.launch.silence_seconds)
@@ -339,8 +346,19 @@ def _simulation(
     return simulation
 
 
+def _interval(options: Options) -> float:
+    seconds = _duration("--interval", options.interval) or 0.0
+    if seconds < _SHORTEST_INTERVAL:
+        raise CommandError(f"--interval is {options.interval}: it must be at least {show_duration(_SHORTEST_INTERVAL)}")
+    return seconds
+
+
 def _scaling(options: Options, room: int) -> Autoscaling | None:
     if options.scale_on is None:
+        if options.scale_target is not None or options.max_replicas is not None or options.min_replicas > 1:
+            raise CommandError(
+                "--scale-target, --min-replicas and --max-replicas are of scaling: say with --scale-on what on"
+            )
         return None
     most = room if options.max_replicas is None else options.max_replicas
     if most > room:
@@ -357,9 +375,16 @@ def _scaling(options: Options, room: int) -> Autoscaling | None:
 def _faults(options: Options) -> list[Fault]:
     texts = list(options.faults)
     if options.faults_file is not None:
-        lines = options.faults_file.read_text(encoding="utf-8").splitlines()
+        lines = _lines(options.faults_file)
         texts += [line for line in (line.partition("#")[0].strip() for line in lines) if line]
     return [parse(text, units.duration) for text in texts]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"--faults: {file} is not UTF-8 text (byte {error.start:,})") from None
 
 
 def _run(simulation: FleetSimulation, count: int) -> float:

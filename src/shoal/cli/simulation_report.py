@@ -49,13 +49,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_requests(file: Path, outcomes: Iterable[Outcome]) -> None:
     """Seconds; empty for what never was."""
-    names = "id arrived prompt_tokens output_tokens cached_tokens endpoint ttft tpot e2e status moves retries reason"
+    names = (
+        "id arrived prompt_tokens asked_tokens output_tokens cached_tokens endpoint ttft tpot e2e status moves retries "
+        "reason"
+    )
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(names.split())
         for o in outcomes:
             times = ["" if value is None else f"{value:.6f}" for value in (o.ttft, o.tpot, o.e2e)]
-            row = [o.id, f"{o.arrived:.6f}", o.num_prompt, o.num_output, o.num_cached, o.endpoint, *times]
+            row = [o.id, f"{o.arrived:.6f}", o.num_prompt, o.num_output, o.generated, o.num_cached, o.endpoint, *times]
             writer.writerow([*row, o.status, o.moves, o.retries, o.reason])
 
 
@@ -115,6 +118,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
             (summary.rejected, "refused"),
             (summary.failed, "failed"),
             (summary.unfinished, "unfinished"),
+            (summary.shortened, "cut short at the longest sequence that fits"),
             (summary.moves, "moved"),
             (summary.retries, "sent anew"),
         )

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.cli.errors import CommandError
+from shoal.cli.errors import CommandError, UsageError
 from shoal.cli.fleet_table import fleet_console
 from shoal.cli.terminal import printable
 from shoal.core.hardware import Cluster, LinkSpec
@@ -32,7 +32,7 @@ LEGEND = "NV# NVLinks · PIX one PCIe switch · PXB several · PHB one host brid
 def show_cluster(text: str, hardware: Sequence[Path], *, as_json: bool, write: Path | None) -> None:
     """What a name or a topology file means to the planner."""
     if write is not None:
-        raise CommandError("--write is for what was detected: leave out the topology")
+        raise UsageError("--write is for what was detected: leave out the topology")
     cluster = parse_cluster(text, load(tuple(hardware)))
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(cluster)).decode())

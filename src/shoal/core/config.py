@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from shoal.core.layout import Layout
+from shoal.core.quantization import Quantization
 
 WeightPrecision = Literal["float32", "bfloat16", "int8"]
 ExpertDispatchKind = Literal["replicate", "all_gather", "all_to_all"]
@@ -58,6 +59,9 @@ class LaunchConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A rank that waits so long for another in a collective gives up."""
     comm: Literal["auto", "shared_memory", "gloo", "nccl"] = "auto"
     """auto: nccl on GPUs, shared memory among CPU ranks of one host, else gloo."""
+    one_shot_bytes: int | None = None
+    """Sums of up to so many bytes between GPUs of one host go through memory that all of them map, where they can, and
+    not through NCCL; 0: none do; None is 512 KiB among up to 4 ranks, 256 KiB among up to 8."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,9 +70,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     """Path of a checkpoint directory or a .gguf file."""
     dtype: WeightPrecision = "float32"
-    """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32."""
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16."""
+    """Precision of the stored weights. Activations are float32 on a CPU, bfloat16 on a GPU unless dtype is float32 and
+    nothing is quantised. int8 is quantize int8, by another name."""
+    quantize: Quantization | None = None
+    """What the matrices of a float checkpoint are made at load: fp8, int8 or int4. dtype is then of the others."""
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float8", "int8"] = "auto"
+    """Precision of the KV cache; auto is float32 on a CPU with float32 weights, else bfloat16. float8 (e4m3) and int8
+    are for GPUs, by Triton attention; of latents they are for any device."""
+    load_format: Literal["auto", "random"] = "auto"
+    """Where weights come from. auto: the checkpoint's files; random: nowhere, for benchmarks and profiles: of the
+    checkpoint only config.json is read."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     max_len: int | None = None
@@ -98,8 +109,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prepare_grammars: bool = False
     """Be ready for grammars before the engine is. Else the first one makes the sequences beside it wait for a second;
     an engine of several always is, for requests of others may come to it at any time."""
-    ops: Literal["auto", "native", "torch"] = "auto"
-    """Arithmetic: native CPU kernels where they are built, or torch."""
+    ops: Literal["auto", "native", "triton", "torch"] = "auto"
+    """Arithmetic: native CPU kernels where they are built, Triton ones on a GPU where triton is, or torch."""
+    attention: Literal["auto", "native", "triton", "varlen", "flashinfer", "portable"] = "auto"
+    """Attention backend: auto is the first of native, triton and portable that serves the model on the device."""
     step_log: str | None = None
     """Directory in which every rank writes down when it ran each step (engine/step_log.py)."""
     check: bool = False

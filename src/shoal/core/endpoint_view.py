@@ -144,7 +144,8 @@ class EndpointView:
     def progressed(self, tokens: int, now: float) -> bool:
         """Whether a speed was learned."""
         running = len(self.running)
-        self._sign = max(self._sign, now)
+        if now > self._sign:
+            self._sign = now
         if not running or tokens < 1:
             return False
         self.progress += tokens / running

@@ -149,13 +149,14 @@ class EngineCore:
         A `WorkerFailure` ends everything that runs and drops every plan in flight; what waits goes on, on workers that
         start afresh. Results of dropped plans are ignored.
         """
-        if not self._in_flight or plan_id < self._in_flight[0].plan_id:
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or plan_id < step.plan_id:
             return []
-        if plan_id != self._in_flight[0].plan_id:
-            raise ValueError(f"commit of plan {plan_id}, but plan {self._in_flight[0].plan_id} is the oldest in flight")
+        if plan_id != step.plan_id:
+            raise ValueError(f"commit of plan {plan_id}, but plan {step.plan_id} is the oldest in flight")
         if isinstance(result, WorkerFailure):
             return self._fail_all(result.message)
-        step = self._in_flight.popleft()
+        self._in_flight.popleft()
         self._steps += 1
         sampled = {item.slot: item for item in result.sampled}
         failed = {item.slot: item.message for item in result.failed}

@@ -73,7 +73,10 @@ class Line:
             peers.observe(x, y)
         if self.count >= TRUSTED:
             expected = was.intercept + was.slope * x
-            y = min(max(y, expected / MOST_SURPRISE), expected * MOST_SURPRISE)
+            if y * MOST_SURPRISE < expected:
+                y = expected / MOST_SURPRISE
+            elif y > expected * MOST_SURPRISE:
+                y = expected * MOST_SURPRISE
         self.count = count = self.count + 1
         weight = 1 / count
         if weight < self.rate:
@@ -91,8 +94,11 @@ class Line:
             believed, ridge = shape.slope * mean_y / (shape.intercept + shape.slope * mean_x), RIDGE
         pull = ridge * mean_x * mean_x
         slope = (covariance + pull * believed) / (variance + pull)
-        slope = min(max(slope, 0.0), steepest)
-        self.coefficients = Coefficients(max(mean_y - slope * mean_x, 0.0), slope)
+        if slope < 0.0:
+            slope = 0.0
+        # At the steepest the line goes through the origin.
+        intercept = mean_y - slope * mean_x
+        self.coefficients = Coefficients(intercept, slope) if intercept > 0.0 else Coefficients(0.0, steepest)
 
 
 BUCKETS_A_DOUBLING = 4

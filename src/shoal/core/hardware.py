@@ -92,6 +92,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """To the host's memory."""
     dollars_per_device_hour: float | None = None
     price_source: str = ""
+    slices: int = 1
+    """MIG slices of a device that each of the devices here is one of: they fail together."""
     name: str = ""
     """As the user wrote it."""
 

@@ -57,9 +57,10 @@ class ProgressWatch:
         self._busy = busy
 
     def stepped(self, now: float) -> None:
-        if self._busy and now > self.progress_at:
-            self._steps.append(now - self.progress_at)
-        self.progress_at = max(self.progress_at, now)
+        if now > self.progress_at:
+            if self._busy:
+                self._steps.append(now - self.progress_at)
+            self.progress_at = now
 
     def alive(self, now: float) -> None:
         """A sign of life: as good as a step for one that has nothing to do, and nothing otherwise."""

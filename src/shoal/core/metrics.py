@@ -23,6 +23,7 @@ _TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15
 _LENGTHS = (1.0, 8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0, 32768.0, 131072.0)
 
 RUNNING = Metric("shoal:num_requests_running", "gauge", "Sequences that hold a slot")
+SLOTS = Metric("shoal:max_num_seqs", "gauge", "Slots of all engines: sequences that can run at once")
 WAITING = Metric("shoal:num_requests_waiting", "gauge", "Sequences that wait for a slot or for KV blocks")
 KV_USAGE = Metric("shoal:kv_cache_usage_perc", "gauge", "Share of KV blocks held by running sequences, 0 to 1")
 KV_FILL = Metric("shoal:kv_cache_fill_ratio", "gauge", "Share of held KV entries that hold a live token, 0 to 1")

@@ -29,6 +29,8 @@ class AttentionShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     head_dim: int
     parameters: int
     """Of the projections' matrices."""
+    whole: int = 0
+    """Of them, those that every tensor-parallel rank has whole: down to a latent, and an indexer's."""
     vectors: int = 0
     """Parameters of norms and biases within attention."""
     value_dim: int = 0
@@ -38,6 +40,7 @@ class AttentionShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rope_dim: int = 0
     """Of latent_dim, the part that is rotated and not expanded."""
     index_dim: int = 0
+    index_heads: int = 0
     state_elements: int = 0
 
     def cache_elements(self) -> int:
@@ -151,6 +154,7 @@ def _attention(spec: ModelSpec, layer: int) -> AttentionShape:
     return msgspec.structs.replace(
         common,
         kind="latent",
+        whole=spec.hidden_size * ((spec.mla.q_lora_rank or 0) + spec.mla.latent_dim),
         head_dim=spec.mla.qk_head_dim,
         value_dim=spec.mla.v_head_dim,
         latent_dim=spec.mla.latent_dim,

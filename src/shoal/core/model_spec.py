@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from shoal.core.quantization import QuantScheme
+
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -125,6 +127,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Layers behind the last in the file, which predict further tokens (DeepSeek-V3). Neither run nor counted."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    quantization: QuantScheme | None = None
+    """How the checkpoint's matrices are stored; None is in floats."""
 
     # --- counts -----------------------------------------------------------------------------------------------------
 

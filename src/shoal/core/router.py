@@ -26,7 +26,8 @@ PolicyName = Literal["predicted_completion", "least_tokens", "prefix_affinity", 
 DEFAULT_CAPACITY = 1 << 18
 """Tokens of prompts remembered of an endpoint that does not say how large its KV cache is."""
 SPEEDS_A_MEDIAN = 64
-"""Observations of speed after which the median endpoint is looked for again; at first after 1, 2, 4, 8 and so on."""
+"""Observations of speed after which the median endpoint is looked for again, or as many as there are endpoints if these
+are more; at first after 1, 2, 4, 8 and so on."""
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +79,8 @@ class Router:
         self._speeds = FleetSpeeds()
         self._turn = 0
         self._learned = 0
+        self._next_median = 1
+        """How many speeds will have been learned when the median endpoint is looked for again."""
 
     # --- endpoints --------------------------------------------------------------------------------------------------
 
@@ -190,7 +193,8 @@ class Router:
 
     def _has_learned(self) -> None:
         self._learned += 1
-        if self._learned % SPEEDS_A_MEDIAN == 0 or self._learned & (self._learned - 1) == 0:
+        if self._learned >= self._next_median:
+            self._next_median = self._learned + min(self._learned, max(SPEEDS_A_MEDIAN, len(self.views)))
             self._find_typical()
 
     def _find_typical(self) -> None:

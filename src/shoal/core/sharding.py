@@ -6,6 +6,8 @@ for both have queries that read it.
 
 from __future__ import annotations
 
+from math import lcm
+
 import msgspec
 
 from shoal.core.config import ExpertDispatchKind
@@ -84,6 +86,19 @@ def split_evenly(size: int, parts: int, alignment: int = 1) -> list[Span]:
     return [Span(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
+_GROUPS_A_RANK = 8
+"""One group more or less is then an eighth of a rank's work at most."""
+
+
+def _split_features(spec: ModelSpec, size: int, ranks: int) -> list[Span]:
+    """An MLP's, between groups that share a scale where that leaves ranks nearly equal.
+
+    Elsewhere a group may be cut, and its scale is on both ranks.
+    """
+    alignment = ALIGNMENT if spec.quantization is None else lcm(ALIGNMENT, spec.quantization.alignment)
+    return split_evenly(size, ranks, alignment if size >= _GROUPS_A_RANK * alignment * ranks else ALIGNMENT)
+
+
 def split_heads(num_heads: int, num_kv_heads: int, ranks: int) -> list[Heads]:
     """Query heads in order, each rank with the key/value heads that its own read; one may be on several ranks.
 
@@ -157,7 +172,7 @@ def shard_of(
     kv_heads = spec.num_heads if spec.mla is not None else spec.num_kv_heads  # latent KV is shared by all heads
     return Shard(
         heads=split_heads(spec.num_heads, kv_heads, ranks)[index],
-        mlp=split_evenly(spec.intermediate_size, ranks, ALIGNMENT)[index],
+        mlp=_split_features(spec, spec.intermediate_size, ranks)[index],
         vocab=split_evenly(spec.vocab_size, ranks, ALIGNMENT)[index],
         layers=split_layers(spec, layout.pp)[place.pp],
         is_first=place.pp == 0,
@@ -166,8 +181,8 @@ def shard_of(
         expert_dispatch=expert_dispatch,
         expert_place=place.ep,
         placements=placements or (contiguous(num_experts, layout.ep),) * spec.num_layers,
-        expert_features=split_evenly(features, layout.tp, ALIGNMENT)[place.tp],
-        shared_features=Span(0, shared) if all_shared else split_evenly(shared, ranks, ALIGNMENT)[index],
+        expert_features=_split_features(spec, features, layout.tp)[place.tp],
+        shared_features=Span(0, shared) if all_shared else _split_features(spec, shared, ranks)[index],
     )
 
 

@@ -8,6 +8,7 @@ from shoal.checkpoint.errors import CheckpointError
 from shoal.core.model_spec import ModelSpec
 from shoal.engine.latent_attention import latent_shapes
 from shoal.engine.moe import mlp_shapes
+from shoal.engine.quantization.stored import CACHE_SCALES, IGNORED_TENSORS, is_quantized, stored_kinds, stored_shapes
 from shoal.engine.weights import WeightSource
 
 
@@ -44,17 +45,26 @@ def _heads_shapes(spec: ModelSpec, number: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_QUANTISED = (".qweight", ".weight_packed", ".weight_scale_inv")
+_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 """What GPTQ, AWQ, compressed-tensors and fp8 files have in the place of `.weight` or beside it."""
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 def check_shapes(source: WeightSource, spec: ModelSpec) -> None:
     """Raise CheckpointError for the first tensor that is missing, has another shape, or has no place in the model."""
-    shapes = expected_shapes(spec)
-    present = dict.fromkeys(source.names())
-    quantised = any(name.endswith(_QUANTISED) for name in present)
-    hint = ": the file holds quantised weights, which are not read; take the original checkpoint" if quantised else ""
+    scheme, present = spec.quantization, dict.fromkeys(source.names())
+    plain = expected_shapes(spec)
+    stored: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for name in list(plain):
+        module = name.removesuffix(".weight")
+        if scheme is not None and len(plain[name]) == 2 and is_quantized(present, scheme, module):
+            n, k = plain.pop(name)
+            if scheme.weights == "int4" and (n % 8 or k % 8):
+                raise CheckpointError(source.path, f"matrix {module} of ({n}, {k}) is not made of words of 8 numbers")
+            stored |= stored_shapes(scheme, module, (n, k))
+    shapes = {name: (shape,) for name, shape in plain.items()} | stored
+    quantised = scheme is None and any(name.endswith(_QUANTISED) for name in present)
+    hint = ": the file holds quantised weights, and no quantization_config says how" if quantised else ""
     missing = [name for name in shapes if name not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -63,11 +73,12 @@ def check_shapes(source: WeightSource, spec: ModelSpec) -> None:
         # Leaving out a bias or a norm computes another model.
         if name not in shapes and not _may_be_left_out(name, spec):
             raise CheckpointError(source.path, f"the model's configuration has no place for tensor {name}{hint}")
-    for name, shape in shapes.items():
-        found = source.shape(name)
-        if found != shape:
+    for name, allowed in shapes.items():
+        found = source.shape(name, stored_kinds(scheme, name)) if scheme and name in stored else source.shape(name)
+        if found not in allowed:
+            says = " or ".join(str(shape) for shape in allowed)
             raise CheckpointError(
-                source.path, f"tensor {name} has shape {found}, the model's configuration says {shape}"
+                source.path, f"tensor {name} has shape {found}, the model's configuration says {says}"
             )
 
 
@@ -75,5 +86,7 @@ def _may_be_left_out(name: str, spec: ModelSpec) -> bool:
     """What is not of a layer; rotary frequencies, which old files hold and which are derived; layers for drafting."""
     layer = _LAYER.match(name)
     if layer is None or name.endswith("rotary_emb.inv_freq"):
+        return True
+    if name.endswith(CACHE_SCALES if spec.quantization is None else IGNORED_TENSORS):
         return True
     return spec.num_layers <= int(layer[1]) < spec.num_layers + spec.num_draft_layers

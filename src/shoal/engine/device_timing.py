@@ -144,7 +144,7 @@ def figures(question: Question) -> DeviceFigures:
             ops.close()
     reduces = {ranks: _all_reduces(question, ranks) for ranks in question.ranks if ranks > 1}
     return DeviceFigures(
-        name=_cpu_name() if on_cpu else str(torch.get_device_module(device).get_device_name(device)),
+        name=device_name(question.device),
         memory_bytes=_memory_bytes() if on_cpu else available_memory(device),
         read_bandwidth=read,
         copy_bandwidth=copy,
@@ -211,6 +211,14 @@ def _synchroniser(device: torch.device) -> Callable[[], None]:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_name(device: str) -> str:
+    """As the system calls it: of a device as torch names them."""
+    import torch
+
+    kind = torch.device(device)
+    return _cpu_name() if kind.type == "cpu" else str(torch.get_device_module(kind).get_device_name(kind))
 
 
 def _cpu_name() -> str:

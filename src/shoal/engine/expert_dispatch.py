@@ -35,6 +35,9 @@ class LocalDispatch:
     def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
         num_tokens, num_visits = ids_TK.shape
         local_R = experts.local_E[ids_TK].flatten()
+        together_TH = experts.weighted(x_TH, local_R, weights_TK)
+        if together_TH is not None:
+            return together_TH
         x_RH = x_TH.repeat_interleave(num_visits, dim=0)
         if experts.holds_all:
             y_RH = experts.forward(x_RH, local_R)

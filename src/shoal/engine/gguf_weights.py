@@ -18,7 +18,7 @@ from shoal.checkpoint.errors import CheckpointError
 from shoal.checkpoint.gguf_file import GGUFFile, TensorEntry
 from shoal.core.sharding import Span
 from shoal.engine.read_ahead import Extent
-from shoal.engine.weights import Part, read_part
+from shoal.engine.weights import FLOATS, Part, read_part
 
 SUPPORTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -102,7 +102,8 @@ class GGUFWeights:
     def names(self) -> list[str]:
         return list(self._entries)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, kinds: tuple[str, ...] = FLOATS) -> tuple[int, ...]:
+        """Whatever the file's element type is, floats are made of it."""
         return self._entries[name][0].shape
 
     def extent(self, part: Part) -> Extent:

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from shoal.core.config import LaunchConfig
+from shoal.core.config import EngineConfig
 from shoal.core.layout import Axis
 from shoal.engine.channel import Channel, ChannelClosed
 from shoal.engine.comm.base import Comm, CommError
@@ -17,17 +17,28 @@ SHARED_BUFFER_BYTES = 4 * 1024**2
 """Of a rank in a group: longer messages go in pieces."""
 
 
-def open_groups(groups: list[Group], rank: int, channel: Channel, launch: LaunchConfig) -> dict[Axis, Comm]:
-    """Waits for the other ranks of each group. Raises CommError."""
+def open_groups(
+    groups: list[Group], rank: int, channel: Channel, config: EngineConfig, local_rank: int
+) -> dict[Axis, Comm]:
+    """Waits for the other ranks of each group. Raises CommError, ValueError for a device that is not there."""
     store: Any = None
     comms: dict[Axis, Comm] = {}
     for group in groups:
-        if group.backend == "shared_memory":
-            comms[group.axis] = _open_shared(group, rank, launch.collective_seconds)
+        if _backend(group, config) == "shared_memory":
+            comms[group.axis] = _open_shared(group, rank, config.launch.collective_seconds)
         else:
             store = store or _control_store(channel)
-            comms[group.axis] = _open_process_group(group, rank, store, channel.local_address, launch)
+            comms[group.axis] = _open_process_group(group, rank, store, channel.local_address, config, local_rank)
     return comms
+
+
+def _backend(group: Group, config: EngineConfig) -> str:
+    """What the driver chose, which has no torch to ask what `auto` is: on devices it is NCCL."""
+    if config.launch.comm != "auto" or group.backend == "nccl" or config.device == "cpu":
+        return group.backend
+    from shoal.engine.devices import device_of_rank
+
+    return "nccl" if device_of_rank(config.device, 0).type == "cuda" else group.backend
 
 
 def _open_shared(group: Group, rank: int, seconds: float) -> Comm:
@@ -46,17 +57,25 @@ def _open_shared(group: Group, rank: int, seconds: float) -> Comm:
     return SharedMemoryComm(group.path, index, len(group.ranks), timeout=seconds)
 
 
-def _open_process_group(group: Group, rank: int, store: Any, host: str, launch: LaunchConfig) -> Comm:
+def _open_process_group(group: Group, rank: int, store: Any, host: str, config: EngineConfig, local_rank: int) -> Comm:
     from shoal.engine.comm.process_group import open_group
+    from shoal.engine.devices import device_of_rank, make_current
 
+    backend, device = _backend(group, config), None
+    if backend == "nccl":
+        device = device_of_rank(config.device, local_rank)
+        make_current(device)
     return open_group(
-        group.backend,
+        backend,
         group.ranks.index(rank),
         len(group.ranks),
         store,
         name=group.path,
         host=host,
-        timeout=launch.collective_seconds,
+        timeout=config.launch.collective_seconds,
+        device=device,
+        # Stages hand on, and ranks of a context gather: only ranks that split layers add up small messages.
+        one_shot_bytes=config.launch.one_shot_bytes if group.axis == "tensor" else 0,
     )
 
 

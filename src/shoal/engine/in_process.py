@@ -21,8 +21,9 @@ class InProcExecutor:
     native kernels give up the interpreter lock while they compute.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._worker = Worker(config)
+    def __init__(self, config: EngineConfig, worker: Worker | None = None) -> None:
+        """`worker` None: one of this configuration."""
+        self._worker = worker or Worker(config)
         self._threaded = config.depth > 1
         self._plans: deque[StepPlan] = deque()
         """Submitted and without a result, oldest first. Only the driver's thread touches it."""

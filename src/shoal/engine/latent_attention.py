@@ -4,11 +4,10 @@ The latent, and beside it a rotated key that all heads share, is what the cache 
 expanded: what would expand a head's keys is applied to its queries, what would expand its values to its output, which
 is the same product in another order. What remains in between is attention with one key/value head, whose keys are the
 cached rows and whose values are those rows again, less their rotated part. Portable attention computes it in torch, on
-any device, so results are the same in every batch up to rounding, not bit for bit.
+any device, and Triton attention on a GPU, so results are the same in every batch up to rounding, not bit for bit.
 
 Shapes: T tokens, P of this rank's share of them, H hidden, N query heads of this rank, Q size of a head's part without
-position, D of its rotated part, A = Q + D, V of a head's values, C of the latent, L = C + D, K blocks of the cache, B
-tokens a block.
+position, D of its rotated part, A = Q + D, V of a head's values, C of the latent, L = C + D.
 """
 
 from __future__ import annotations
@@ -18,40 +17,14 @@ from torch import Tensor
 
 from shoal.core.model_spec import MLASpec, ModelSpec
 from shoal.core.sharding import Shard
-from shoal.engine.attention.base import AttentionBatch
-from shoal.engine.attention.portable import PortableAttention, PortableCache
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch
+from shoal.engine.attention.latent_cache import LatentCache
 from shoal.engine.context_parallel import TokenShares
 from shoal.engine.ops import PackedLinear
 from shoal.engine.weight_reader import NamedRows, WeightReader
 
 _NORM_EPS = 1e-6
 """Of the norms of both low ranks, whatever the model's is: the reference leaves them at their default."""
-
-
-class LatentCache(PortableCache):
-    """Latents and rotated keys of each layer as (K, B, 1, L): keys and values at once."""
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        latent_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        # Zeros, for the reason that portable attention gives.
-        shape = (num_blocks, block_size, 1, latent_dim)
-        latents = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        super().__init__(latents, latents)
-        self.nbytes = sum(latent.nbytes for latent in latents)
-
-    def write(self, layer: int, latent_T1L: Tensor, batch: AttentionBatch) -> None:
-        """Store the step's latents. Comes before attention, so tokens of one step see each other."""
-        latents = self.keys_KPMD[layer]
-        if batch.kept_T is not None:
-            latent_T1L = latent_T1L[batch.kept_T]
-        latents.flatten(0, 1)[batch.slot_mapping_T.long()] = latent_T1L.to(latents.dtype)
 
 
 class LatentAttention:
@@ -64,7 +37,7 @@ class LatentAttention:
         mla: MLASpec,
         number: int,
         shard: Shard,
-        attention: PortableAttention,
+        attention: AttentionBackend,
         cos_sin_PD: Tensor,
     ) -> None:
         """Read the weights of layer `number`. `cos_sin_PD` holds [cos | sin] of each position's D/2 angles."""
@@ -126,7 +99,9 @@ class LatentAttention:
         q_PNL = torch.cat([absorbed_PNC, turned_PND], dim=2)
 
         rows = shares.all(torch.cat([kv_P1L, q_PNL], dim=1))
-        cache.write(layer, rows[:, :1], batch)
+        kept = rows[:, :1] if batch.kept_T is None else rows[batch.kept_T, :1]
+        if len(kept):
+            self._attention.write(cache, layer, kept, kept[..., :latent_dim], batch)
         out_TNL, lse_TN = self._attention.forward(cache, layer, rows[:, 1:], batch, scale=self._scale, need_lse=True)
         out_PNV = _by_head(shares.merge(out_TNL[..., :latent_dim], lse_TN), self._values_NCV)
         return ops.linear(out_PNV.flatten(1), self._output)

@@ -1,12 +1,14 @@
 """How many KV blocks an engine gets: what was asked for, or what the machine has room for.
 
-Sizes are bytes. On a CPU the cache is allocated but not touched, so pages that no sequence ever uses cost nothing.
+What a GPU has room for is measured (`sizing.py`). Sizes are bytes. On a CPU the cache is allocated but not touched:
+pages that no sequence ever uses cost nothing.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +19,7 @@ DEFAULT_CPU_KV_BYTES = 4 * 1024**3
 CPU_KV_FRACTION = 0.4
 """Of the memory that is available once the weights are loaded: others use the machine too."""
 DEVICE_KV_FRACTION = 0.9
-"""Of an accelerator's free memory: the rest is for activations that grow and for fragmentation."""
+"""Of an accelerator's memory that weights leave, where no step has been measured: an estimate for people."""
 
 _CGROUP_V2 = ("memory.max", "memory.current")
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -25,6 +27,26 @@ _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 class OutOfMemory(RuntimeError):
     """The model or its KV cache does not fit. The message says what would."""
+
+
+class Room(NamedTuple):
+    """For a KV cache."""
+
+    available: int
+    """What can be asked for at the most."""
+    default: int
+    """What is taken unasked."""
+    why: str = ""
+    """How that came about, for people."""
+
+
+def room_on_host(available: int) -> Room:
+    return Room(available, min(int(available * CPU_KV_FRACTION), DEFAULT_CPU_KV_BYTES))
+
+
+def estimated_room(available: int) -> Room:
+    """On an accelerator, before anything is loaded; `available` is what the weights leave."""
+    return Room(available, int(available * DEVICE_KV_FRACTION))
 
 
 def available_memory(device: torch.device, *, root: Path = Path("/")) -> int:
@@ -93,7 +115,7 @@ def _reclaimable(stat: Path) -> int:
         return 0
 
 
-def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, available: int, on_cpu: bool) -> int:
+def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, room: Room) -> int:
     """Number of KV blocks. `block_bytes` is one block of all layers on this rank; `max_len` the longest sequence
     wanted, in tokens.
 
@@ -101,17 +123,13 @@ def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, availab
     `config.max_len` fits; where that is None the caller may shorten sequences, so one block is enough.
     """
     blocks_per_sequence = -(-max_len // config.block_tokens)
-    if config.kv_cache_bytes is not None:
-        budget = config.kv_cache_bytes
-        if budget > available:
-            raise OutOfMemory(
-                f"kv_cache_bytes asks for {format_bytes(budget)} and {format_bytes(available)} are available; "
-                f"set it to at most {available}"
-            )
-    elif on_cpu:
-        budget = min(int(available * CPU_KV_FRACTION), DEFAULT_CPU_KV_BYTES)
-    else:
-        budget = int(available * DEVICE_KV_FRACTION)
+    available, why = room.available, f" ({room.why})" if room.why else ""
+    budget = room.default if config.kv_cache_bytes is None else config.kv_cache_bytes
+    if budget > available:
+        raise OutOfMemory(
+            f"kv_cache_bytes asks for {format_bytes(budget)} and {format_bytes(available)} are available{why}; "
+            f"set it to at most {available}"
+        )
     num_blocks = min(budget // block_bytes, blocks_per_sequence * config.max_sequences)
     needed = 1 if config.max_len is None else blocks_per_sequence
     if num_blocks < needed:
@@ -122,7 +140,7 @@ def plan_blocks(config: EngineConfig, *, block_bytes: int, max_len: int, availab
         raise OutOfMemory(
             f"the KV cache of one sequence of {needed * config.block_tokens} tokens needs "
             f"{format_bytes(needed * block_bytes)}, and there is room for {format_bytes(budget)} "
-            f"({format_bytes(available)} are available): {advice}"
+            f"({room.why or format_bytes(available) + ' are available'}): {advice}"
         )
     return num_blocks
 

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from shoal.core.config import WeightPrecision
 from shoal.core.model_spec import ModelSpec
+from shoal.core.quantization import QuantScheme
 from shoal.core.sharding import ALIGNMENT, Shard, split_evenly, whole
-from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache
-from shoal.engine.attention.portable import PortableAttention
+from shoal.engine.attention.base import AttentionBackend, AttentionBatch, KVCache, ScaledKVCache, kv_bytes_per_token
+from shoal.engine.attention.latent_cache import LatentCache, latent_bytes_per_token
 from shoal.engine.checkpoint_shapes import check_shapes
 from shoal.engine.comm.base import Comm, NullComm
 from shoal.engine.context_parallel import TokenShares
-from shoal.engine.latent_attention import LatentAttention, LatentCache
+from shoal.engine.latent_attention import LatentAttention
 from shoal.engine.moe import MLP, Experts, MoEBlock, Summed, load_mlp
 from shoal.engine.ops import Ops, PackedLinear
+from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadAhead, ReadFigures
 from shoal.engine.rope import cos_sin_table
 from shoal.engine.token_split import token_split
@@ -47,6 +49,7 @@ class Layer:
         "cos_sin_PD",
         "input_norm_H",
         "k_norm_D",
+        "kv_scales",
         "latent",
         "mlp",
         "mlp_norm_H",
@@ -70,6 +73,8 @@ class Layer:
     k_norm_D: Tensor | None
     cos_sin_PD: Tensor
     window: int | None
+    kv_scales: tuple[Tensor, Tensor] | None
+    """Of an FP8 cache's keys and values, (M) each, where the checkpoint has them."""
 
 
 class Decoder:
@@ -88,19 +93,22 @@ class Decoder:
         tensor: Comm | None = None,
         context: Comm | None = None,
         stages: Comm | None = None,
+        quantize: QuantScheme | None = None,
     ) -> None:
-        """`dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
+        """`precision` is of the weights that are stored in floats and stay so, `quantize` what is made of the others.
+        `dtype` is of activations, and of the KV cache unless `kv_dtype` is given.
 
         `max_len` bounds the positions that rotary tables are made for. `shard` is what this rank holds, None
         everything; `tensor` joins the ranks that hold parts of the same layers, `context` those that keep parts of the
         same sequences, `stages` those of a pipeline.
         """
-        if spec.mla is not None and not isinstance(attention, PortableAttention):
-            raise ValueError(f"latent attention is computed by portable attention, not by {attention.name}")
+        if spec.mla is not None and not attention.serves_latents:
+            raise ValueError(f"latent attention is computed by portable or triton attention, not by {attention.name}")
         self.spec = spec
         self.ops = ops
         self.attention = attention
         self.precision = precision
+        self.quantize = quantize
         self.device = device
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
@@ -126,8 +134,13 @@ class Decoder:
         anything is read.
         """
         check_shapes(source, self.spec)
-        plan = WeightPlan(source)
         tables = self._angles()
+        if isinstance(source, RandomWeights):  # made where they are wanted: there is nothing to read ahead
+            made = self._reader(source, self.ops, self.device, source.fetch)
+            self._build(made, tables)
+            self.num_weight_bytes = made.num_bytes
+            return ReadFigures(0, 0.0, 0.0)
+        plan = WeightPlan(source)
         self._build(self._reader(source, cast("Ops", plan.ops), torch.device("meta"), plan.fetch), tables)
         extents = [[source.extent(part) for part in parts] for parts in plan.groups]
         with ReadAhead(extents, progress=progress) as ahead:
@@ -154,7 +167,15 @@ class Decoder:
     def _reader(self, source: WeightSource, ops: Ops, device: torch.device, fetch: Fetch) -> WeightReader:
         plus_one = self.spec.norm_plus_one
         return WeightReader(
-            source, ops, self.precision, device=device, dtype=self.dtype, norm_plus_one=plus_one, fetch=fetch
+            source,
+            ops,
+            self.precision,
+            device=device,
+            dtype=self.dtype,
+            norm_plus_one=plus_one,
+            fetch=fetch,
+            stored=self.spec.quantization,
+            quantize=self.quantize,
         )
 
     def _build(self, reader: WeightReader, tables: dict[int | None, Tensor]) -> None:
@@ -182,8 +203,7 @@ class Decoder:
         if spec.mla is None:
             self._load_heads(reader, layer, prefix + "self_attn.")
         else:
-            portable = cast("PortableAttention", self.attention)
-            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, portable, cos_sin_PD)
+            layer.latent = LatentAttention(reader, spec, spec.mla, number, self.shard, self.attention, cos_sin_PD)
         mlp = load_mlp(reader, spec, number, self.shard, self.tensor)
         layer.mlp = Summed(mlp, self.tokens) if mlp.contributes else mlp
         if isinstance(mlp, MoEBlock):
@@ -217,12 +237,16 @@ class Decoder:
         )
         layer.q_norm_D = reader.norm(attention + "q_norm.weight") if spec.qk_norm else None
         layer.k_norm_D = reader.norm(attention + "k_norm.weight") if spec.qk_norm else None
+        layer.kv_scales = None
+        if self.kv_dtype == torch.float8_e4m3fn:
+            layer.kv_scales = reader.cache_scales(attention, shard.heads.kv, spec.num_kv_heads)
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         spec, mla = self.spec, self.spec.mla
         if mla is not None:
-            return LatentCache(len(self.layers), num_blocks, block_size, mla.latent_dim, self.kv_dtype, self.device)
-        return self.attention.allocate(
+            sizes = mla.kv_lora_rank, mla.qk_rope_head_dim
+            return LatentCache(len(self.layers), num_blocks, block_size, *sizes, self.kv_dtype, self.device)
+        cache = self.attention.allocate(
             len(self.layers),
             num_blocks,
             block_size,
@@ -231,12 +255,19 @@ class Decoder:
             self.kv_dtype,
             self.device,
         )
+        for number, layer in enumerate(self.layers):
+            if layer.kv_scales is not None:
+                cast("ScaledKVCache", cache).set_scales(number, *layer.kv_scales)
+        return cache
 
     def kv_bytes_per_token(self) -> int:
         """What this rank keeps of a token, in all its layers."""
         mla = self.spec.mla
-        elements = 2 * len(self.shard.heads.kv) * self.spec.head_dim if mla is None else mla.latent_dim
-        return len(self.shard.layers) * elements * self.kv_dtype.itemsize
+        if mla is None:
+            layer = kv_bytes_per_token(len(self.shard.heads.kv), self.spec.head_dim, self.kv_dtype)
+        else:
+            layer = latent_bytes_per_token(mla.kv_lora_rank, mla.qk_rope_head_dim, self.kv_dtype)
+        return len(self.shard.layers) * layer
 
     # --- compute ----------------------------------------------------------------------------------------------------
 
@@ -254,16 +285,17 @@ class Decoder:
         for number, layer in enumerate(layers):
             x_PH = self._attend(layer, number, self.tokens.gather(x_OH), positions_P, shares, batch, cache)
             x_OH = self.tokens.sum(x_PH)
-            if layer.post_attention_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_attention_norm_H, eps)
-            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps)
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, layer.mlp_norm_H, eps, layer.post_attention_norm_H)
             x_OH = layer.mlp.forward(x_OH)
-            if layer.post_mlp_norm_H is not None:
-                x_OH = ops.rms_norm(x_OH, layer.post_mlp_norm_H, eps)
             if number + 1 < len(layers):
-                x_OH = ops.add_rms_norm_(x_OH, residual_OH, layers[number + 1].input_norm_H, eps)
+                next_norm_H = layers[number + 1].input_norm_H
+                x_OH = ops.add_rms_norm_(x_OH, residual_OH, next_norm_H, eps, layer.post_mlp_norm_H)
+        last_norm_H = layers[-1].post_mlp_norm_H
         if self.shard.is_last:
-            return shares.all(self.tokens.gather(ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps)))
+            x_OH = ops.add_rms_norm_(x_OH, residual_OH, self.final_norm_H, eps, last_norm_H)
+            return shares.all(self.tokens.gather(x_OH))
+        if last_norm_H is not None:
+            x_OH = ops.rms_norm(x_OH, last_norm_H, eps)
         self.stages.send(residual_OH.add_(x_OH), self.stages.rank + 1)
         return None
 
@@ -304,13 +336,16 @@ class Decoder:
         spec, heads = self.spec, self.shard.heads
         n, m, d = len(heads.query), len(heads.kv), spec.head_dim
         qkv_PA = self.ops.linear(x_PH, layer.qkv)
-        self.ops.rope_(qkv_PA, positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps)
-        heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
-        keys_TMD, values_TMD = heads_TAD[:, n : n + m], heads_TAD[:, n + m :]
-        if batch.kept_T is not None:
-            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
-        if len(keys_TMD):
-            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
+        turn = positions_P, layer.cos_sin_PD, n, m, d, layer.q_norm_D, layer.k_norm_D, spec.norm_eps
+        fused = self.ops.fused if self.context.size == 1 else None
+        pages = None if fused is None else cache.paged(number)
+        if fused is not None and pages is not None:
+            fused.rope_write_(qkv_PA, *turn, pages, batch.slot_mapping_T)
+            heads_TAD = qkv_PA.view(-1, n + 2 * m, d)
+        else:
+            self.ops.rope_(qkv_PA, *turn)
+            heads_TAD = shares.all(qkv_PA).view(-1, n + 2 * m, d)
+            self._write(heads_TAD[:, n : n + m], heads_TAD[:, n + m :], number, batch, cache)
         out_TND, lse_TN = self.attention.forward(
             cache,
             number,
@@ -322,6 +357,12 @@ class Decoder:
         )
         out_PND = shares.merge(out_TND, lse_TN)
         return self.ops.linear(out_PND.view(-1, n * d), layer.output)
+
+    def _write(self, keys_TMD: Tensor, values_TMD: Tensor, number: int, batch: AttentionBatch, cache: KVCache) -> None:
+        if batch.kept_T is not None:
+            keys_TMD, values_TMD = keys_TMD[batch.kept_T], values_TMD[batch.kept_T]
+        if len(keys_TMD):
+            self.attention.write(cache, number, keys_TMD, values_TMD, batch)
 
     def logits(self, hidden_SH: Tensor) -> Tensor | None:
         """(S, V) in float32 on the first of the ranks that split the vocabulary, who draws; None on the others."""

@@ -63,7 +63,7 @@ class Router:
 
     Softmax over all experts' logits, then the best: Mixtral (arXiv 2401.04088), Qwen3. Sigmoid of each logit, the best
     by corrected scores within the best groups: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Equal scores are
-    resolved by torch.topk, as in transformers.
+    resolved by torch.topk, as in transformers, or by fused kernels, which take the lowest number.
     """
 
     def __init__(self, ops: Ops, spec: MoESpec, weight: PackedLinear, correction_E: Tensor | None = None) -> None:
@@ -77,6 +77,8 @@ class Router:
         """Experts' numbers (T, K), int64, best first, and their weights (T, K), float32."""
         spec = self._spec
         logits_TE = self._ops.linear(x_TH.float(), self._weight)
+        if self._ops.fused is not None:
+            return self._ops.fused.route(logits_TE, spec, self._correction_E)
         scores_TE = _sigmoid(logits_TE) if spec.scoring == "sigmoid" else logits_TE.softmax(dim=1)
         ranked_TE = scores_TE if self._correction_E is None else scores_TE + self._correction_E
         if spec.num_groups > 1:
@@ -132,7 +134,13 @@ class Experts:
     ) -> None:
         """`held` are numbers in a model of `num_experts`; `mlps` their gated pairs and down matrices, in that order."""
         self._ops = ops
+        self._activation: Activation = activation
+        self._fused = ops.fused
+        self._packed = None if ops.fused is None else ops.fused.pack_experts(mlps)
+        # Packed into one they are not kept one by one.
+        mlps = mlps if self._packed is None else []
         self._mlps = [DenseMLP(ops, activation, gate_up, down) for gate_up, down in mlps]
+        self._num_held = len(held)
         self.held = held
         self._held = torch.tensor(held, dtype=torch.int64)
         self.holds_all = len(held) == num_experts
@@ -140,8 +148,10 @@ class Experts:
         local_E[self._held] = torch.arange(len(held))
         self.local_E = local_E.to(device)
         """Local number of each expert, -1 for one that is elsewhere."""
-        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
-        """Rows that each expert has computed here, on the CPU, since `start_counting`."""
+        counts_on = torch.device("cpu") if self._packed is None else device
+        self._held = self._held.to(counts_on)
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64, device=counts_on)
+        """Rows that each expert has computed here since `start_counting`, where they are counted."""
 
     def start_counting(self) -> None:
         self.load_E.zero_()
@@ -150,13 +160,32 @@ class Experts:
         """Of each expert that is held, how many it has computed since counting started."""
         return [int(count) for count in self.load_E[self._held].tolist()]
 
+    def weighted(self, x_TH: Tensor, local_R: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """Each token's sum over its experts that are here, (T, H), without waiting for the device; None if it cannot.
+
+        An expert elsewhere has a number below 0.
+        """
+        if self._fused is None or self._packed is None:
+            return None
+        y_RH = self._grouped(x_TH, local_R, weights_TK.shape[1])
+        return self._fused.combine(y_RH, local_R, weights_TK)
+
+    def _grouped(self, x_TH: Tensor, local_R: Tensor, visits: int) -> Tensor:
+        if self._fused is None:
+            raise RuntimeError("experts were packed by ops that are not there")
+        y_RH, counts = self._fused.experts(x_TH, local_R, self._packed, self._activation, visits)
+        self.load_E.index_add_(0, self._held, counts.long())
+        return y_RH
+
     def forward(self, x_RH: Tensor, local_R: Tensor) -> Tensor:
         """Each row by the expert with the local number beside it: (R, H), in the rows' order.
 
         One product for each expert that has rows, over all of them.
         """
+        if self._packed is not None:
+            return self._grouped(x_RH, local_R, 1)
         # On an accelerator the host waits here: the sizes of the products are not known before.
-        counts = torch.bincount(local_R, minlength=len(self._mlps)).cpu()
+        counts = torch.bincount(local_R, minlength=self._num_held).cpu()
         self.load_E[self._held] += counts
         by_expert_R = local_R.argsort(stable=True)
         y_RH = torch.empty_like(x_RH)

@@ -6,6 +6,7 @@ Shapes: T tokens, H hidden, N output features, K input features, V vocabulary, D
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from shoal.core.config import WeightPrecision
 from shoal.engine.native import Packed, load_library, unavailable_reason, variants
 from shoal.engine.ops import Activation, Matrices
+from shoal.engine.quantization.stored import StoredMatrix
 from shoal.engine.random_stream import UInt64Array
 
 __all__ = ["NativeLinear", "NativeOps", "unavailable_reason"]
@@ -70,6 +72,7 @@ class NativeOps:
     """
 
     name = "native"
+    fused = None
 
     def __init__(self, threads: int = 1, variant: str | None = None) -> None:
         reason = unavailable_reason()
@@ -133,6 +136,13 @@ class NativeOps:
         self._fill(packed, up_NK, 1)
         return packed
 
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> NativeLinear:
+        """Kernels have a form of their own for each precision: the weights are made floats, and then that."""
+        floats = [matrix.weight(torch.device("cpu")).dequantized() for matrix in matrices]
+        return self.pack_gated(floats[0], floats[1], precision) if gated else self.pack(floats, bias_N, precision)
+
     def _fill(self, packed: NativeLinear, weight_NK: Tensor, half: int, row: int = 0) -> None:
         """From the packed matrix's `row` on."""
         for first in range(0, weight_NK.shape[0], _ROWS_AT_A_TIME):
@@ -186,7 +196,11 @@ class NativeOps:
             self.fail("the input does not fit the norm")
         return y_TH
 
-    def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def add_rms_norm_(
+        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, first_H: Tensor | None = None
+    ) -> Tensor:
+        if first_H is not None:
+            x_TH = self.rms_norm(x_TH, first_H, eps)
         rows, n = x_TH.shape
         if not (x_TH.is_contiguous() and residual_TH.is_contiguous()) or residual_TH.shape != x_TH.shape:
             raise ValueError("add_rms_norm_ takes two contiguous tensors of one shape")

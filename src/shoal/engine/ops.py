@@ -17,9 +17,16 @@ import torch.nn.functional as F  # noqa: N812  (torch's own convention)
 from torch import Tensor
 
 from shoal.core.config import WeightPrecision
+from shoal.core.model_spec import MoESpec
+from shoal.core.types import Sampling
+from shoal.engine.attention.base import PagedKV
+from shoal.engine.quantization.linear import Implementation, QuantizedLinear, make_linear
+from shoal.engine.quantization.stored import StoredMatrix
+from shoal.engine.quantization.weight import stacked
 from shoal.engine.random_stream import UInt64Array, exponentials
 
 Activation = Literal["silu", "gelu_tanh"]
+Ids = Sequence[int]
 Matrices = Tensor | Sequence[Tensor]
 """(N, K), or several with the same K, one below the other."""
 
@@ -27,12 +34,77 @@ Matrices = Tensor | Sequence[Tensor]
 PackedLinear = Any
 """Weights of y = x W^T + b in the form that the Ops object which made them computes with. Opaque outside of it, but for
 `out_features`, `in_features` and `nbytes`."""
+PackedExperts = Any
+"""Weights of one layer's experts, opaque outside of the object that made them, but for `nbytes`."""
+
+
+class RowSampler(Protocol):
+    """Draws tokens where the logits are, of settings that it keeps by slot: nothing waits for the host."""
+
+    def assign(self, slot: int, sampling: Sampling, top_k: int, index: int, prompt: Ids, output: Ids) -> None:
+        """A sequence enters a slot. `top_k` 0 is off; prompt and output are its tokens so far."""
+
+    def release(self, slot: int) -> None:
+        """Forget the sequence in a slot."""
+
+    def sample(self, logits_SV: Tensor, slots_S: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (S), int64, and the largest logit of each row once penalised (S): not finite where none can be drawn.
+
+        Logits, float32, are overwritten. Slots and positions are int64, on the device or the host; a slot that is
+        penalised may not occur twice.
+        """
+
+
+class FusedOps(Protocol):
+    """What an Ops object may be able to do beyond the rest: parts of a step in one pass each, all of it where the
+    tensors are. It reads nothing back, so a CUDA graph can hold it.
+    """
+
+    def rope_write_(
+        self,
+        qkv_TA: Tensor,
+        positions_T: Tensor,
+        cos_sin_PD: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm_D: Tensor | None,
+        k_norm_D: Tensor | None,
+        eps: float,
+        pages: PagedKV,
+        slots_T: Tensor,
+    ) -> None:
+        """`Ops.rope_` of the queries; keys, rotated, and values go to their slots, none below 0, and not back."""
+
+    def route(self, logits_TE: Tensor, spec: MoESpec, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Experts (T, K), int64, best first, the lowest number among equals, and their weights (T, K), float32."""
+
+    def pack_experts(self, mlps: Sequence[tuple[PackedLinear, PackedLinear]]) -> PackedExperts | None:
+        """Gated pairs and down matrices of one layer's experts; None for weights of a form that has no kernel.
+
+        The caller drops its own references.
+        """
+
+    def experts(
+        self, x_TH: Tensor, local_R: Tensor, packed: PackedExperts, activation: Activation, visits: int
+    ) -> tuple[Tensor, Tensor]:
+        """Row r, which is x's row r // visits, through the expert with the number beside it.
+
+        (R, H), undefined where the number is below 0; and how many rows each expert had, on the device.
+        """
+
+    def combine(self, y_RH: Tensor, local_R: Tensor, weights_TK: Tensor) -> Tensor:
+        """Each token's sum over its K rows times their weights, of those whose expert is not below 0: (T, H)."""
+
+    def row_sampler(self, num_slots: int, vocab_size: int) -> RowSampler: ...
 
 
 class Ops(Protocol):
     """Each method is a pure function of its arguments unless it ends in an underscore, which writes in place."""
 
     name: str
+    fused: FusedOps | None
+    """None where each part is done by itself."""
 
     def pack(self, weights: Matrices, bias_N: Tensor | None, precision: WeightPrecision) -> PackedLinear:
         """Take over float weights (N, K) of a linear layer, or of several with the same input, which become one.
@@ -42,6 +114,14 @@ class Ops(Protocol):
 
     def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> PackedLinear:
         """Pack both halves of a gated MLP for `gated`. out_features is N."""
+
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> PackedLinear:
+        """Take over matrices of few bits, one below the other; `gated`: a gate and its up half, as `pack_gated` does.
+
+        Who cannot compute with them stores them in `precision`.
+        """
 
     def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
         """x W^T + b, shape (T, N)."""
@@ -54,8 +134,10 @@ class Ops(Protocol):
 
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor: ...
 
-    def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        """residual += x, in place; the norm of the new residual is returned."""
+    def add_rms_norm_(
+        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, first_H: Tensor | None = None
+    ) -> Tensor:
+        """residual += x, in place; the norm of the new residual is returned. With `first_H` x is normed by it first."""
 
     def rope_(
         self,
@@ -105,6 +187,9 @@ class TorchOps:
     """Plain torch on any device: the reference. Activations are `dtype`; norms and rotation are done in float32."""
 
     name = "torch"
+    fused: FusedOps | None = None
+    quantized: Implementation | None = None
+    """Of linear layers of few bits; None is by the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.device = device
@@ -126,7 +211,19 @@ class TorchOps:
         packed.out_features //= 2
         return packed
 
-    def linear(self, x_TK: Tensor, packed: TorchLinear) -> Tensor:
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> QuantizedLinear:
+        bias = None if bias_N is None else bias_N.to(self.device, self.dtype)
+        weight = stacked([matrix.weight(self.device) for matrix in matrices])
+        packed = make_linear(weight, bias, self.device, self.quantized)
+        if gated:
+            packed.out_features //= 2
+        return packed
+
+    def linear(self, x_TK: Tensor, packed: TorchLinear | QuantizedLinear) -> Tensor:
+        if not isinstance(packed, TorchLinear):
+            return packed.multiply(x_TK)
         weight_NK = packed.weight_NK
         if weight_NK.dtype != x_TK.dtype:
             weight_NK = weight_NK.to(x_TK.dtype)
@@ -137,7 +234,7 @@ class TorchOps:
             y_TN += packed.bias_N
         return y_TN
 
-    def gated(self, x_TK: Tensor, packed: TorchLinear, activation: Activation) -> Tensor:
+    def gated(self, x_TK: Tensor, packed: TorchLinear | QuantizedLinear, activation: Activation) -> Tensor:
         gate_TN, up_TN = self.linear(x_TK, packed).chunk(2, dim=1)
         activated = F.silu(gate_TN) if activation == "silu" else F.gelu(gate_TN, approximate="tanh")
         return activated * up_TN
@@ -151,8 +248,10 @@ class TorchOps:
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
         return (wide * scale * weight_H).to(x_TH.dtype)
 
-    def add_rms_norm_(self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        residual_TH += x_TH
+    def add_rms_norm_(
+        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float, first_H: Tensor | None = None
+    ) -> Tensor:
+        residual_TH += x_TH if first_H is None else self.rms_norm(x_TH, first_H, eps)
         return self.rms_norm(residual_TH, weight_H, eps)
 
     def rope_(

@@ -34,8 +34,10 @@ from shoal.engine.rank_messages import (
     Counted,
     Done,
     Group,
+    HoldsWeights,
     Load,
     LoadedPart,
+    Measure,
     Progressed,
     RankFailed,
     Ready,
@@ -50,7 +52,7 @@ from shoal.engine.rank_messages import (
 from shoal.engine.rendezvous import LaunchError, Member, Rendezvous
 from shoal.engine.step_log import StepLog
 
-Part = TypeVar("Part", LoadedPart, Ready)
+Part = TypeVar("Part", HoldsWeights, LoadedPart, Ready)
 
 _LAST_WORDS_SECONDS = 0.3
 """After one rank's failure: others see it as a peer that does not answer, and the one that is at fault may be later."""
@@ -103,6 +105,8 @@ class ParallelExecutor:
                 self._poll.register(member.channel, select.POLLIN)
             self._groups = self._make_groups()
             self._send_load()
+            self._collect(HoldsWeights, report)
+            self._broadcast(encode(Measure()))
             parts = self._collect(LoadedPart, report)
             remove_shared(self._groups)  # all have mapped it: nobody's end leaves any of it behind
             agreed = Allocate(min(p.num_blocks for p in parts), min(p.max_len for p in parts))

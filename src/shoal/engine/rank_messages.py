@@ -62,6 +62,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_f
     """By layer, for each expert: what `config.expert_load` says."""
 
 
+class Measure(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """See how much KV there is room for. All ranks have their weights: what they run for it they run together."""
+
+
 class Allocate(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """The KV that every rank has room for."""
 
@@ -104,6 +108,10 @@ class StoreGet(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
     key: str
 
 
+class HoldsWeights(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """All of its part is loaded."""
+
+
 class LoadedPart(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     num_blocks: int
     max_len: int
@@ -131,8 +139,10 @@ class RankFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
     message: str
 
 
-ToRank = Challenge | Welcome | Refused | Load | Allocate | Run | Count | StoreReply | Stop
-ToDriver = Join | Progressed | StoreSet | StoreGet | LoadedPart | Ready | Done | Counted | Beat | RankFailed
+ToRank = Challenge | Welcome | Refused | Load | Measure | Allocate | Run | Count | StoreReply | Stop
+ToDriver = (
+    Join | Progressed | StoreSet | StoreGet | HoldsWeights | LoadedPart | Ready | Done | Counted | Beat | RankFailed
+)
 
 encode = msgspec.msgpack.Encoder().encode
 to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(ToRank)

@@ -25,8 +25,10 @@ from shoal.engine.rank_messages import (
     Count,
     Counted,
     Done,
+    HoldsWeights,
     Load,
     LoadedPart,
+    Measure,
     Progressed,
     RankFailed,
     Ready,
@@ -55,12 +57,16 @@ class Rank:
             from shoal.engine.worker import Loaded, Seat, Worker
 
             laps.end("import", time.monotonic())
-            comms = open_groups(load.groups, self._rank, self._channel, load.config.launch)
-            laps.end("rendezvous", time.monotonic())
             local_rank = 0 if self._own_device else load.local_rank
+            comms = open_groups(load.groups, self._rank, self._channel, load.config, local_rank)
+            laps.end("rendezvous", time.monotonic())
             seat = Seat(rank=self._rank, local_rank=local_rank, ranks_on_host=load.ranks_on_host)
             worker = Worker(load.config, seat, comms, load.expert_rows, laps)
-            part = worker.load(self._report)
+            worker.load(self._report)
+            self._send(HoldsWeights())
+            if not isinstance(self._next(), Measure):
+                return STOPPED
+            part = worker.measure(self._report)
             self._send(LoadedPart(part.num_blocks, part.max_len))
             agreed = self._next()
             if not isinstance(agreed, Allocate):

@@ -56,7 +56,9 @@ class Rendezvous:
             ) from None
         self.address = f"{host}:{self._listener.getsockname()[1]}"
 
-    def wait(self, seconds: float, lost: Callable[[], str | None]) -> list[Member]:
+    def wait(
+        self, seconds: float, lost: Callable[[], str | None], *, clock: Callable[[], float] = time.monotonic
+    ) -> list[Member]:
         """Every rank, in order; nobody can join afterwards. `lost` says whether one that was started has ended.
 
         Raises LaunchError.
@@ -64,12 +66,12 @@ class Rendezvous:
         members: dict[int, Member] = {}
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
-        deadline = time.monotonic() + seconds
+        deadline = clock() + seconds
         try:
             while len(members) < self._world_size:
                 if (ended := lost()) is not None:
                     raise LaunchError(f"{ended} before it had joined; what it said is above")
-                if time.monotonic() > deadline:
+                if clock() > deadline:
                     raise LaunchError(self._missing(members, seconds))
                 if poll.poll(_RETRY_SECONDS * 1000):
                     self._accept(members)

@@ -60,7 +60,7 @@ class Runner:
         first of all `draws`, and tells the others.
         """
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._device = device
         self._grammars = grammars
         self._block_size = cache.block_size
@@ -69,7 +69,7 @@ class Runner:
         self._context = context or NullComm()
         self._kept = KeptTokens(cache.block_size, self._context)
         self._draws = draws
-        self._sampler = Sampler(num_slots, vocab_size, ops)
+        self.sampler = Sampler(num_slots, vocab_size, ops)
         # Zeroed memory costs nothing until it is written: a slot takes up what its longest sequence did. The token
         # drawn behind the last position has a place too.
         self._tokens = np.zeros((num_slots, max_len + 1), dtype=np.int32)
@@ -94,7 +94,7 @@ class Runner:
     # --- slots ------------------------------------------------------------------------------------------------------
 
     def _release(self, slot: int) -> None:
-        self._sampler.release(slot)
+        self.sampler.release(slot)
         self._num_blocks[slot] = 0
         self._broken.pop(slot, None)
 
@@ -107,7 +107,7 @@ class Runner:
             return
         grammar = assignment.sampling.grammar
         try:
-            self._sampler.assign(
+            self.sampler.assign(
                 slot,
                 assignment.sampling,
                 assignment.index,
@@ -139,7 +139,7 @@ class Runner:
         ends_S = starts_S + lengths_S
         ids_T, positions_T, batch = self._batch(slots_S, starts_S, lengths_S, ends_S)
 
-        hidden_TH = self._model.forward(ids_T, positions_T, batch, self._cache)
+        hidden_TH = self._model.forward(ids_T, positions_T, batch, self.cache)
         draws: list[Sampled] = []
         if hidden_TH is not None and samples_S.any():
             if len(hidden_TH) != np.count_nonzero(samples_S):
@@ -188,7 +188,7 @@ class Runner:
 
     def _sample(self, logits_SV: Tensor, slots_S: IntArray, positions_S: IntArray) -> list[Sampled]:
         """Draw a token for each row and make it known to its slot, at `positions_S`."""
-        draws = self._sampler.sample(logits_SV, slots_S, positions_S)
+        draws = self.sampler.sample(logits_SV, slots_S, positions_S)
         slots = slots_S.tolist()
         for row, message in draws.failures.items():
             self._broken.setdefault(slots[row], message)
@@ -202,8 +202,8 @@ class Runner:
         """What the first of the peers drew, to the others: the next step may already be on its way to all of them."""
         for comm in (self._peers, self._context):  # the context's other ranks hear what their first one heard
             if comm.size > 1:
-                tokens_S = torch.from_numpy(self._tokens[slots_S, positions_S])
-                self._tokens[slots_S, positions_S] = comm.broadcast_(tokens_S, 0).numpy()
+                tokens_S = self._to_device(self._tokens[slots_S, positions_S])
+                self._tokens[slots_S, positions_S] = comm.broadcast_(tokens_S, 0).cpu().numpy()
 
     def _to_device(self, array: NDArray[np.int32] | IntArray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -106,6 +106,7 @@ class Sampler:
     def __init__(self, num_slots: int, vocab_size: int, ops: Ops) -> None:
         self.vocab_size = vocab_size
         self._ops = ops
+        self._rows = None if ops.fused is None else ops.fused.row_sampler(num_slots, vocab_size)
         self._slots: list[SlotSampling | None] = [None] * num_slots
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
@@ -144,7 +145,7 @@ class Sampler:
             stop_ids=np.array(sorted(set(stop_ids)), dtype=np.int64),
             bias_ids=np.array(list(sampling.logit_bias), dtype=np.int64),
             bias=np.array(list(sampling.logit_bias.values()), dtype=np.float32),
-            counts=TokenCounts(prompt, tokens[num_prompt:]) if penalised else None,
+            counts=TokenCounts(prompt, tokens[num_prompt:]) if penalised and self._rows is None else None,
             grammar=grammar,
         )
         self._slots[slot] = state
@@ -153,8 +154,10 @@ class Sampler:
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p
         self._seed[slot], self._index[slot] = as_words([sampling.seed, index])
+        if self._rows is not None:
+            self._rows.assign(slot, sampling, int(self._top_k[slot]), index, tokens[:num_prompt], tokens[num_prompt:])
         self._needs_extras[slot] = bool(
-            penalised
+            (penalised and self._rows is None)
             or sampling.logprobs is not None
             or sampling.logit_bias
             or grammar is not None
@@ -164,6 +167,8 @@ class Sampler:
     def release(self, slot: int) -> None:
         """Forget the sequence in a slot."""
         self._slots[slot] = None
+        if self._rows is not None:
+            self._rows.release(slot)
         self._needs_extras[slot] = False
         self._temperature[slot] = 0
 
@@ -193,7 +198,7 @@ class Sampler:
         temperature_S = self._temperature[slots_S]
         greedy_S = temperature_S < GREEDY_TEMPERATURE
         if not self._needs_extras[slots_S].any():
-            if greedy_S.all():
+            if greedy_S.all() and self._rows is None:
                 return self._draws(*self._greedy(logits_SV))
             return self._draws(*self._draw(logits_SV, slots_S, positions_S, greedy_S))
         states = [self._slots[slot] for slot in slots_S]
@@ -230,6 +235,8 @@ class Sampler:
         greedy_S: NDArray[np.bool_],
     ) -> tuple[Tensor, Tensor]:
         """Greedy rows and random rows of one batch. Tokens (S) and the largest logit of each row (S)."""
+        if self._rows is not None:
+            return self._rows.sample(logits_SV, torch.from_numpy(slots_S), torch.from_numpy(positions_S))
         if greedy_S.all():
             return self._greedy(logits_SV)
         if not greedy_S.any():

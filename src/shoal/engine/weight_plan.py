@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from shoal.core.config import WeightPrecision
-from shoal.engine.weights import Part, WeightSource
+from shoal.engine.quantization.stored import StoredMatrix
+from shoal.engine.weights import ANY_KIND, Part, WeightSource
 
 
 class WeightPlan:
@@ -34,7 +35,7 @@ class WeightPlan:
         return torch.zeros(shape) if len(shape) < 2 else torch.empty(shape, device="meta")
 
     def _shape(self, part: Part) -> tuple[int, ...]:
-        shape = list(self._source.shape(part.name))
+        shape = list(self._source.shape(part.name, ANY_KIND))
         for dimension, span in ((0, part.rows), (1, part.columns)):
             if span is not None:
                 shape[dimension] = len(span)
@@ -55,9 +56,16 @@ class _NoOps:
     """Packs nothing and computes nothing."""
 
     name = "none"
+    fused = None
 
     def pack(self, weights: Sequence[Tensor], bias_N: Tensor | None, precision: WeightPrecision) -> _Unpacked:
         return _Unpacked(sum(len(matrix) for matrix in weights), weights[0].shape[1])
 
     def pack_gated(self, gate_NK: Tensor, up_NK: Tensor, precision: WeightPrecision) -> _Unpacked:
         return _Unpacked(*gate_NK.shape)
+
+    def pack_quantized(
+        self, matrices: Sequence[StoredMatrix], bias_N: Tensor | None, precision: WeightPrecision, *, gated: bool
+    ) -> _Unpacked:
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        return _Unpacked(rows // 2 if gated else rows, matrices[0].shape[1])

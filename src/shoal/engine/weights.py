@@ -17,7 +17,11 @@ from shoal.checkpoint.safetensors_file import SafetensorsFile, StoredTensor
 from shoal.core.sharding import Span
 from shoal.engine.read_ahead import Extent, read_extent
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+FLOATS = tuple(_TYPES)
+_TYPES |= {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32}
+ANY_KIND = tuple(_TYPES)
+"""Element types as safetensors calls them. Those that are no plain floats are of quantised matrices."""
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
@@ -39,14 +43,14 @@ class WeightSource(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Raises CheckpointError if the tensor's element type cannot be read, so that this is known beforehand."""
+    def shape(self, name: str, kinds: tuple[str, ...] = FLOATS) -> tuple[int, ...]:
+        """Raises CheckpointError if the tensor's element type is none of these, so that this is known beforehand."""
 
     def extent(self, part: Part) -> Extent:
         """The bytes to read for it. Of columns that is all that lies between the first and the last of them."""
 
     def decoded(self, part: Part, data: Tensor) -> Tensor:
-        """A float tensor in whatever precision it is stored, of the bytes of its extent: a view of them or new."""
+        """A tensor in whatever precision it is stored, of the bytes of its extent: a view of them or new."""
 
     def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         """Read it now, by itself. Raises CheckpointError."""
@@ -78,13 +82,12 @@ class SafetensorsWeights:
     def names(self) -> list[str]:
         return list(self._places)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, kinds: tuple[str, ...] = FLOATS) -> tuple[int, ...]:
         file, stored = self._places[name]
-        if stored.dtype not in _FLOATS:
-            raise CheckpointError(
-                file.path,
-                f"tensor {name} is {stored.dtype}: quantised checkpoints are not read, only {', '.join(_FLOATS)}",
-            )
+        if stored.dtype not in kinds:
+            because = f": quantised, and nothing says how; only {', '.join(FLOATS)} are read as they are"
+            because = because if kinds == FLOATS else f", and its quantization_config says {' or '.join(kinds)}"
+            raise CheckpointError(file.path, f"tensor {name} is {stored.dtype}{because}")
         return stored.shape
 
     def extent(self, part: Part) -> Extent:
@@ -98,7 +101,7 @@ class SafetensorsWeights:
     def decoded(self, part: Part, data: Tensor) -> Tensor:
         _, stored = self._places[part.name]
         num_rows = stored.shape[:1] if part.rows is None else (len(part.rows),)
-        tensor = data.view(_FLOATS[stored.dtype]).view((*num_rows, *stored.shape[1:]))
+        tensor = data.view(_TYPES[stored.dtype]).view((*num_rows, *stored.shape[1:]))
         return tensor if part.columns is None else tensor[:, part.columns.slice]
 
     def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,34 +17,47 @@ import msgspec
 import torch
 
 from shoal.checkpoint.resolve import load_spec, resolve
-from shoal.core.config import EngineConfig
+from shoal.core.config import EngineConfig, WeightPrecision
 from shoal.core.expert_load import HeldRows, placements
 from shoal.core.layout import Axis, require_possible
 from shoal.core.model_spec import ModelSpec
+from shoal.core.quantization import QuantScheme, at_load, require_storable
 from shoal.core.sharding import Shard, shard_of
 from shoal.core.start_report import Laps, RankLoad, StartProgress
 from shoal.core.types import Row, Sampling, SlotAssignment, StepPlan, StepResult, WorkerFailure
-from shoal.engine.attention.base import AttentionBackend, HeadSharing
+from shoal.engine.attention.base import AttentionBackend, HeadSharing, KVCache
+from shoal.engine.attention.choice import Need, choose, make
 from shoal.engine.attention.native import NativeAttention
-from shoal.engine.attention.portable import PortableAttention
 from shoal.engine.comm.base import Comm
+from shoal.engine.devices import DeviceMemory, device_memory, device_of_rank, make_current
 from shoal.engine.executor import Progress, WorkerInfo
 from shoal.engine.grammar import tokenizer_info
 from shoal.engine.grammar_state import GrammarFactory
-from shoal.engine.memory import available_memory, plan_blocks
+from shoal.engine.graphs import CudaCapturer, GraphBook, GraphedModel
+from shoal.engine.graphs import unavailable_reason as graphs_unavailable_reason
+from shoal.engine.kernels import unavailable_reason as triton_unavailable_reason
+from shoal.engine.memory import available_memory, plan_blocks, room_on_host
 from shoal.engine.model import Decoder
 from shoal.engine.native import unavailable_reason
 from shoal.engine.native_ops import NativeOps
 from shoal.engine.ops import Ops, TorchOps
+from shoal.engine.random_weights import RandomWeights
 from shoal.engine.read_ahead import ReadFigures
-from shoal.engine.runner import Runner
+from shoal.engine.runner import Model, Runner
+from shoal.engine.sizing import WeightNeed, find_room, largest_step
 from shoal.engine.step_log import StepLog
-from shoal.engine.weights import open_weights
+from shoal.engine.weights import WeightSource, open_weights
 
 if TYPE_CHECKING:
     import xgrammar
 
 _WARM_UP_TOKENS = 32
+_KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 _REPORTED_FRACTION = 0.005
 """Of the weights, between two reports: for a model of thousands of tensors nobody needs one of each."""
 
@@ -73,11 +87,12 @@ class Worker:
         comms: Mapping[Axis, Comm] | None = None,
         expert_rows: dict[int, list[int]] | None = None,
         laps: Laps | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """`comms` are this rank's groups along the axes of the layout; an axis of one rank may be left out.
 
         `expert_rows` is what `config.expert_load` says, by layer, for each expert: the same on all ranks. `laps` holds
-        what was done for this start before there was a worker.
+        what was done for this start before there was a worker. `memory` None: that of the device, if it has its own.
         """
         self._config = config
         self._expert_rows = expert_rows or {}
@@ -88,42 +103,57 @@ class Worker:
         self._runner: Runner | None = None
         self._ops: Ops | None = None
         self._failure: str | None = None
+        self._memory = memory
+        self._max_len = 0
+        self._graphs_bytes = 0
+        self.graphs: GraphBook | None = None
+        """Which steps are captured, and why others are not. None where none are."""
         self._laps = laps or Laps(f"rank {self._seat.rank}", time.monotonic())
         self._figures = ReadFigures(0, 0.0, 0.0)
         self._step_log = None if config.step_log is None else StepLog(config.step_log, f"rank-{self._seat.rank}")
 
     def start(self, progress: Progress | None = None) -> WorkerInfo:
         """Load and warm up. Raises what the checkpoint reader raises, OutOfMemory, or ValueError for the config."""
-        loaded = self.load(progress)
-        return self.allocate(loaded, progress)
+        self.load(progress)
+        return self.allocate(self.measure(progress), progress)
 
-    def load(self, progress: Progress | None = None) -> Loaded:
-        """Read this rank's part of the weights; then see how much KV there is room for."""
+    def load(self, progress: Progress | None = None) -> None:
+        """Read this rank's part of the weights."""
         laps, config, seat = self._laps, self._config, self._seat
         laps.resume(time.monotonic())
         report = progress or (lambda progress: None)
         report(StartProgress("reading the checkpoint", 0.0))
         self._path = resolve(config.model, download=False).path
         spec = load_spec(self._path)
+        if config.load_format == "random" and spec.quantization is not None:
+            raise ValueError(
+                f"load_format is random, and {self._path} asks for quantised weights: take quantization_config out of "
+                "config.json and set quantize (fp8, int8 or int4), which quantises what was made"
+            )
         max_len = config.max_len or spec.max_len
         if max_len > spec.max_len:
             raise ValueError(f"max_len is {max_len}, and the model was made for {spec.max_len} tokens: lower it")
         require_possible(config.layout, spec)
         placed = placements(spec, config.layout.ep, self._expert_rows, config.redundant_experts)
         shard = shard_of(spec, config.layout, seat.rank, config.expert_dispatch, placed)
-        device = _device(config.device, seat.local_rank)
-        activations = torch.bfloat16 if device.type != "cpu" and config.dtype != "float32" else torch.float32
+        device = device_of_rank(config.device, seat.local_rank)
+        make_current(device)
+        self._memory = self._memory or device_memory(device)
+        quantized = require_storable(config.dtype, config.quantize, spec.quantization) is not None
+        wide = device.type == "cpu" or (config.dtype == "float32" and not quantized)
+        activations = torch.float32 if wide else torch.bfloat16
         kv_dtype = activations if config.dtype == "float32" else torch.bfloat16
         if config.kv_dtype != "auto":
-            kv_dtype = torch.float32 if config.kv_dtype == "float32" else torch.bfloat16
+            kv_dtype = _KV_DTYPES[config.kv_dtype]
         threads = max(1, _num_cores() // seat.ranks_on_host) if config.threads is None else config.threads
-        ops, attention = _arithmetic(config, spec, shard, device, activations, threads)
+        ops, attention = _arithmetic(config, spec, shard, device, activations, kv_dtype, threads)
         self._ops = ops
+        precision, quantize = _storage(config, spec, ops, device)
         self._decoder = decoder = Decoder(
             spec,
             ops,
             attention,
-            config.dtype,
+            precision,
             device=device,
             dtype=activations,
             kv_dtype=kv_dtype,
@@ -132,19 +162,45 @@ class Worker:
             tensor=self._comms.get("tensor"),
             context=self._comms.get("context"),
             stages=self._comms.get("pipeline"),
+            quantize=quantize,
         )
         laps.end("open", time.monotonic())
-        self._figures = _load(decoder, self._path, report)
+        path, is_random = self._path, config.load_format == "random"
+        if self._memory is None:
+            self._figures = _load(decoder, path, is_random, report)
+        else:
+            scheme = decoder.quantize or spec.quantization
+            need = WeightNeed(spec, config.layout, decoder.precision, None if scheme is None else scheme.weights)
+            self._figures = need.load(self._memory, lambda: _load(decoder, path, is_random, report))
         laps.end_two("read", self._figures.waited_seconds, "convert", time.monotonic())
-        on_cpu = device.type == "cpu"
-        num_blocks = plan_blocks(
-            config,
-            block_bytes=decoder.kv_bytes_per_token() * config.block_size,
-            max_len=max_len,
-            available=available_memory(device) // (seat.ranks_on_host if on_cpu else 1),
-            on_cpu=on_cpu,
-        )
-        return Loaded(num_blocks, min(max_len, num_blocks * config.block_tokens))
+        self._max_len = max_len
+
+    def measure(self, progress: Progress | None = None) -> Loaded:
+        """How much KV there is room for. On a device all ranks run a step for it, together."""
+        decoder, config, memory = self._decoder, self._config, self._memory
+        if decoder is None:
+            raise RuntimeError("measure comes after load")
+        block_bytes = decoder.kv_bytes_per_token() * config.block_size
+        if memory is None:
+            room = room_on_host(available_memory(decoder.device) // self._seat.ranks_on_host)
+        else:
+            self._laps.resume(time.monotonic())
+            if progress is not None:
+                progress(StartProgress("measuring a step", 0.0))
+            captured = self._is_captured(decoder)
+            room, self._graphs_bytes = find_room(config, memory, lambda: self._run_largest(decoder), captured)
+            self._laps.end("measure", time.monotonic())
+        num_blocks = plan_blocks(config, block_bytes=block_bytes, max_len=self._max_len, room=room)
+        return Loaded(num_blocks, min(self._max_len, num_blocks * config.block_tokens))
+
+    def _run_largest(self, decoder: Decoder) -> None:
+        plan = largest_step(self._config, self._max_len)
+        grammars = GrammarFactory(_no_grammars)
+        self._runner_of(decoder, decoder.new_cache(1, self._config.block_size), self._max_len, grammars).step(plan)
+
+    def _is_captured(self, decoder: Decoder) -> bool:
+        capturable = decoder.attention.capturable
+        return graphs_unavailable_reason(self._config, decoder.device, capturable, decoder.tensor) is None
 
     def allocate(self, agreed: Loaded, progress: Progress | None = None) -> WorkerInfo:
         """Make the KV cache that all ranks agreed on, and warm up, all ranks together."""
@@ -153,21 +209,26 @@ class Worker:
             raise RuntimeError("allocate comes after load")
         laps = self._laps
         laps.resume(time.monotonic())  # between the two all ranks were waited for
-        cache = decoder.new_cache(agreed.num_blocks, config.block_size)
+        # What pads a graph's rows needs a block that is nobody's, behind those that the scheduler knows of.
+        is_captured = self._is_captured(decoder)
+        cache = decoder.new_cache(agreed.num_blocks + is_captured, config.block_size)
         grammars = GrammarFactory(lambda: _tokenizer_info(path, decoder.spec))
-        self._runner = Runner(
-            decoder,
-            cache,
-            num_slots=config.max_sequences,
-            max_len=agreed.max_len,
-            vocab_size=decoder.spec.vocab_size,
-            device=decoder.device,
-            ops=decoder.ops,
-            grammars=grammars,
-            peers=decoder.tensor,
-            context=decoder.context,
-            draws=self.draws,
-        )
+        model: Model = decoder
+        if is_captured:
+            model = graphed = GraphedModel(
+                decoder,
+                cache,
+                CudaCapturer(decoder.device),
+                null_block=agreed.num_blocks,
+                max_rows=config.max_sequences,
+                max_context=agreed.max_len,
+                max_tokens=config.max_batch_tokens,
+                limit_bytes=self._graphs_bytes,
+                device=decoder.device,
+                peers=decoder.tensor,
+            )
+            self.graphs = graphed.book
+        self._runner = self._runner_of(decoder, cache, agreed.max_len, grammars, model)
         laps.end("allocate", time.monotonic())
         if progress is not None:
             progress(StartProgress("warming up", 0.0))
@@ -191,9 +252,33 @@ class Worker:
             device=str(decoder.device),
             ops=decoder.ops.name,
             attention=decoder.attention.name,
-            dtype=config.dtype,
+            dtype=self._stored_as(decoder),
             start=laps.report([self._rank_load()]),
         )
+
+    def _runner_of(
+        self, decoder: Decoder, cache: KVCache, max_len: int, grammars: GrammarFactory, model: Model | None = None
+    ) -> Runner:
+        return Runner(
+            model or decoder,
+            cache,
+            num_slots=self._config.max_sequences,
+            max_len=max_len,
+            vocab_size=decoder.spec.vocab_size,
+            device=decoder.device,
+            ops=decoder.ops,
+            grammars=grammars,
+            peers=decoder.tensor,
+            context=decoder.context,
+            draws=self.draws,
+        )
+
+    def _stored_as(self, decoder: Decoder) -> str:
+        """What most weights are kept in here."""
+        scheme = decoder.quantize or decoder.spec.quantization
+        if scheme is None or isinstance(decoder.ops, NativeOps):
+            return decoder.precision
+        return scheme.weights
 
     def _rank_load(self) -> RankLoad:
         figures = self._figures
@@ -214,6 +299,8 @@ class Worker:
             return WorkerFailure(plan.plan_id, self._failure or "")
         began, waited = time.monotonic(), self._waited_seconds
         try:
+            if self._decoder is not None:
+                make_current(self._decoder.device)
             result = self._runner.step(plan)
         except Exception as error:
             # Slots and KV are now in an unknown state; every later step would compute from it.
@@ -232,6 +319,23 @@ class Worker:
         """Whether this rank's results are the engine's: it draws the tokens."""
         decoder = self._decoder
         return decoder is not None and decoder.shard.is_last and decoder.tensor.rank == decoder.context.rank == 0
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """For who looks at its parts, and not at its steps. None until it is loaded, and once it is closed."""
+        return self._decoder
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self._decoder is None else self._decoder.device
+
+    def in_ranges(self) -> AbstractContextManager[None]:
+        """While this lasts, what a profiler records of steps says which part of the step it is."""
+        if self._decoder is None or self._runner is None:
+            raise RuntimeError("a worker that does not run has nothing to profile")
+        from shoal.engine.profile_ranges import ranges
+
+        return ranges(self._decoder, self._runner)
 
     def expert_rows(self) -> list[HeldRows]:
         """Rows of this rank's experts since warm-up. Of the `tp` ranks with slices of them the first counts."""
@@ -266,53 +370,85 @@ class Worker:
         self._runner.step(StepPlan(0, [0], [], []))
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    """Of several ranks on a host each has a device of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", (device.index or 0) + local_rank)
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 def _arithmetic(
-    config: EngineConfig, spec: ModelSpec, shard: Shard, device: torch.device, activations: torch.dtype, threads: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    shard: Shard,
+    device: torch.device,
+    activations: torch.dtype,
+    kv_dtype: torch.dtype,
+    threads: int,
 ) -> tuple[Ops, AttentionBackend]:
-    """Native kernels with the attention that goes with them where they can run this model, else torch."""
+    """Native kernels with the attention that goes with them where they can run this model, Triton's, or torch."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    reason = _native_unavailable(spec, device, config.block_size)
+    reason = _native_unavailable(spec, device, config)
     if config.ops == "native" and reason is not None:
         raise ValueError(f"ops is native, but the native kernels are not available: {reason}")
+    triton_reason = triton_unavailable_reason(device)
+    if config.ops == "triton" and triton_reason is not None:
+        raise ValueError(f"ops is triton, but the Triton kernels are not available: {triton_reason}")
     group, heads = spec.num_heads // spec.num_kv_heads, shard.heads
     sharing = None if spec.mla is not None else HeadSharing(group, heads.query.start - heads.kv.start * group)
-    # A backend takes only the packed weights and caches that it made itself, which a protocol cannot say: the casts.
-    if config.ops == "torch" or reason is not None:
-        torch.set_num_threads(threads)
-        portable = PortableAttention(sharing)
-        return cast("Ops", TorchOps(device, activations)), cast("AttentionBackend", portable)
-    # Torch is left with small operations. Its own threads would spin on the cores that the kernels need.
-    torch.set_num_threads(1)
-    ops = NativeOps(threads=threads)
-    # There are no kernels for attention to latents: it is torch's, between the kernels' linear layers.
-    attention = NativeAttention(ops, sharing) if spec.mla is None else PortableAttention()
-    return cast("Ops", ops), cast("AttentionBackend", attention)
+    by_triton = config.ops == "triton" or (config.ops == "auto" and device.type == "cuda" and triton_reason is None)
+    use_native = config.ops in ("auto", "native") and reason is None
+    native = NativeOps(threads=threads) if use_native else None
+    need = Need(
+        device=device,
+        kv_dtype=kv_dtype,
+        block_size=config.block_size,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.latent_dim,
+        window=spec.window is not None,
+        latents=spec.mla is not None,
+        shared_context=config.layout.cp > 1,
+        cut_groups=sharing is not None and bool(sharing.skipped or len(heads.query) != len(heads.kv) * group),
+    )
+    latent_dim = None if spec.mla is None else spec.mla.kv_lora_rank
+    try:
+        attention = make(choose(config.attention, need, native), device, native, sharing, latent_dim)
+    except ValueError:
+        if native is not None:
+            native.close()
+        raise
+    # Torch is left with small operations beside native kernels. Its own threads would spin on the cores they need.
+    torch.set_num_threads(threads if native is None else 1)
+    # Ops take only the weights that they packed themselves, which a protocol cannot say: the cast.
+    if by_triton:
+        # Its kernels are defined as it is imported, which takes triton.
+        from shoal.engine.triton_ops import TritonOps
+
+        return cast("Ops", TritonOps(device, activations)), attention
+    return cast("Ops", TorchOps(device, activations) if native is None else native), attention
 
 
-def _native_unavailable(spec: ModelSpec, device: torch.device, block_size: int) -> str | None:
+def _storage(
+    config: EngineConfig, spec: ModelSpec, ops: Ops, device: torch.device
+) -> tuple[WeightPrecision, QuantScheme | None]:
+    """The precision of weights that stay floats, and what is made of the other ones of a float checkpoint.
+
+    Native kernels have int8 as a precision, embedding and head included.
+    """
+    wanted = require_storable(config.dtype, config.quantize, spec.quantization)
+    if isinstance(ops, NativeOps):
+        return ("int8" if config.quantize == "int8" else config.dtype), None
+    if config.quantize is None and device.type == "cpu":
+        return config.dtype, None
+    plain: WeightPrecision = "float32" if config.dtype == "float32" and device.type == "cpu" else "bfloat16"
+    if wanted is None:
+        return config.dtype, None
+    return plain, None if spec.quantization is not None else at_load(wanted)
+
+
+def _native_unavailable(spec: ModelSpec, device: torch.device, config: EngineConfig) -> str | None:
     """Why the native kernels cannot run this model here; None if they can."""
     if device.type != "cpu":
         return f"they are for CPUs, and the device is {device}"
+    if config.quantize not in (None, "int8"):
+        return f"they store int8, not {config.quantize}: take quantize int8"
     reason = unavailable_reason()
     if reason is not None or spec.mla is not None:
         return reason
-    return NativeAttention.unsupported_reason(spec.head_dim, block_size)
+    return NativeAttention.unsupported_reason(spec.head_dim, config.block_size)
 
 
 def _num_cores() -> int:
@@ -320,7 +456,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
+def _load(decoder: Decoder, path: Path, is_random: bool, report: Progress) -> ReadFigures:
     reported = -1.0
 
     def progress(done: int, total: int) -> None:
@@ -329,11 +465,17 @@ def _load(decoder: Decoder, path: Path, report: Progress) -> ReadFigures:
             reported = done / total
             report(StartProgress("loading the weights", reported, done, total))
 
-    source = open_weights(path)
+    source: WeightSource = (
+        RandomWeights(path, decoder.spec, decoder.device, decoder.dtype) if is_random else open_weights(path)
+    )
     try:
         return decoder.load(source, progress)
     finally:
         source.close()
+
+
+def _no_grammars() -> xgrammar.TokenizerInfo:
+    raise RuntimeError("no sequence of a measured step has a grammar")
 
 
 def _tokenizer_info(path: Path, spec: ModelSpec) -> xgrammar.TokenizerInfo:

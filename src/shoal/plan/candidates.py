@@ -108,11 +108,13 @@ def engines_that_fit(devices: int, cluster: Cluster) -> int:
 
 
 def lost_engines(replicas: int, devices: int, cluster: Cluster, survive: str) -> int:
-    """Of so many engines, each of so many devices and spread evenly over nodes: those that are gone with one device, or
-    with one node."""
+    """Of so many engines, each of so many devices and spread evenly over nodes: those that are gone with one GPU (all
+    on its MIG slices, where the devices are such), or with one node."""
     if not survive or not replicas:
         return 0
-    if survive == "gpu" or devices > cluster.devices_per_node:
+    if survive == "gpu":
+        return min(replicas, -(-cluster.slices // devices))
+    if devices > cluster.devices_per_node:
         return 1
     return -(-replicas // cluster.num_nodes)
 

@@ -38,7 +38,8 @@ class Catalogue:
 
     def device(self, name: str, where: str = "") -> DeviceSpec:
         """Raises CatalogueError, which names the nearest, as the two below do."""
-        return _find(name, "device", self.devices, self._device_names, where)
+        decorated = _undecorated(name, self.devices) if _key(name) not in self._device_names else None
+        return _find(decorated or name, "device", self.devices, self._device_names, where)
 
     def link(self, name: str, where: str = "") -> LinkSpec:
         return _find(name, "link", self.links, self._link_names, where)
@@ -99,6 +100,33 @@ def cluster(text: str, files: Sequence[Path] = ()) -> Cluster:
 def _key(name: str) -> str:
     """H100 SXM, h100-sxm and H100_SXM are one name."""
     return re.sub(r"[^a-z0-9.+]", "", name.lower())
+
+
+_DECORATION = re.compile(
+    r"nvidia|amd|instinct|tesla|geforce|gracehopper|superchip|gpu|sxm\d?|oam|aarch64|virtualized|hbm\d?e?|\d*gi?b?"
+)
+"""What tools and reports write around the name of a device."""
+_MEMORY = re.compile(r"(?<![a-z0-9])(\d+) ?gi?b?(?![a-z])")
+
+
+def _undecorated(name: str, devices: dict[str, DeviceSpec]) -> str | None:
+    """The one device that "NVIDIA H100-NVL-94GB" means once vendor and memory are left out, if it has that memory."""
+    wanted, memory = _bare(name), _MEMORY.search(name.lower())
+    if memory is None:  # of several with that chip the one that its bare name stands for
+        return next((d.name for d in devices.values() if wanted in map(_key, (d.name, *d.aliases))), None)
+    found = [
+        device.name
+        for device in devices.values()
+        if wanted in map(_bare, (device.name, *device.aliases))
+        and abs(device.memory_bytes / 1e9 / int(memory[1]) - 1) < 0.12
+    ]
+    return found[0] if wanted and len(found) == 1 else None
+
+
+def _bare(name: str) -> str:
+    """Each word once, without decoration."""
+    words = re.findall(r"[a-z0-9]+", _MEMORY.sub(" ", name.lower()))
+    return "".join(dict.fromkeys(word for word in words if not _DECORATION.fullmatch(word)))
 
 
 def _index(specs: dict[str, Named]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from shoal.core.hardware import Cluster
 from shoal.plan.setups import Pool, Setup
 
 WEIGHTS: tuple[WeightPrecision, ...] = ("float32", "bfloat16", "int8")
-CACHES: tuple[CachePrecision, ...] = ("float32", "bfloat16")
+CACHES: tuple[CachePrecision, ...] = ("float32", "bfloat16", "float8", "int8")
 """That the engine keeps. A test compares them with its configuration."""
 
 
@@ -33,10 +33,6 @@ def check(setup: Setup) -> Pool:
             f"shoal serve keeps weights in {', '.join(WEIGHTS)}, and this plan has {engine.weights};"
             f" plan with --precision {near}, or give the plan to another engine with shoal export"
         )
-    if engine.cache not in CACHES:
-        raise NotServable(
-            f"shoal serve keeps KV in {', '.join(CACHES)}, and this plan has {engine.cache}; plan with --kv bfloat16"
-        )
     if engine.shape.attention_dp > 1:
         raise NotServable(
             f"shoal serve has no attention-dp, and this plan is {engine.shape};"
@@ -52,6 +48,8 @@ def deployment(setup: Setup, cluster: Cluster, *, name: str, model: str, max_len
     entry: dict[str, Any] = {"name": name, "model": model, "replicas": pool.replicas, "dtype": engine.weights}
     entry["kv_dtype"] = engine.cache
     entry["device"] = "cpu" if cluster.device.vendor == "cpu" else "cuda"
+    if entry["device"] == "cpu" and engine.cache in ("float8", "int8"):
+        raise NotServable(f"shoal serve keeps KV in {engine.cache} on GPUs alone; plan with --kv bfloat16")
     layout = {axis: getattr(shape, axis) for axis in ("tp", "pp", "ep", "cp") if getattr(shape, axis) > 1}
     if layout:
         entry["layout"] = layout

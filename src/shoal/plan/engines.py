@@ -15,6 +15,7 @@ from shoal.core.cost.types import CachePrecision, EngineShape, MemoryBudget, Ste
 from shoal.core.hardware import Provenance
 from shoal.core.model_shape import ModelShape
 from shoal.plan.candidates import Shape, crosses_nodes, engine_shape, refusal, shapes
+from shoal.plan.event_loop import bubble
 from shoal.plan.goal import Goal, Target
 from shoal.plan.rejections import Ledger, where_time_goes
 from shoal.plan.screen import Curve, Load, Traffic, traffic_of
@@ -46,7 +47,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     most_devices: int | None = None
     """Of a setup."""
     closer: int = 24
-    """Setups at most whose latencies are worked out by the event loop."""
+    """Setups at most whose latencies are worked out by the event loop on the way to the answer."""
+    first: bool = False
+    """The first setup that meets the goal will do, whatever others of its cost carry."""
 
 
 class Engine:
@@ -77,6 +80,8 @@ class Engine:
             cache_tokens=self.held_tokens,
             front_seconds=self.front_seconds,
             stages=self.choice.shape.pp,
+            stage_seconds=self.cost.stage_seconds if self.choice.shape.pp > 1 else None,
+            bubble=bubble(self.cost),
             targets=targets,
         )
 

@@ -1,7 +1,7 @@
 """An engine under load in virtual time, as sums: what waits, what runs, and one step after another by the cost model.
 
-Steps that differ only in a longer context are taken together. The simulator drives the real scheduler; this is the
-planner's, which must answer in milliseconds.
+Steps that differ only in longer contexts are taken together: of sequences that decode, and of one long prompt's pieces.
+The simulator drives the real scheduler; this is the planner's, which must answer in milliseconds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from shoal.core.cost.types import StepShape
 from shoal.plan.workload import Weighted, Workload
 
 
-class Outcome(msgspec.Struct, kw_only=True):
-    """Of one run; seconds."""
+def bubble(cost: CostModel) -> float:
+    """In a pipeline, of what a step is longer than those ahead of it: the time for which stages wait for it, idle."""
+    return 0.0 if cost.profile.even_batches else 1 - 1 / cost.engine.layout.pp
 
-    ttft: Weighted
-    tpot: Weighted
-    itl: Weighted
-    end_to_end: Weighted
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """Of one run, or of a part of one; seconds."""
+
+    ttft: Weighted = msgspec.field(default_factory=Weighted)
+    tpot: Weighted = msgspec.field(default_factory=Weighted)
+    itl: Weighted = msgspec.field(default_factory=Weighted)
+    end_to_end: Weighted = msgspec.field(default_factory=Weighted)
     output_tokens: int = 0
     requests: int = 0
     seconds: float = 0.0
@@ -80,6 +85,7 @@ class Loop:
         engine = cost.engine
         self.cost, self.workload = cost, workload
         self.stages = engine.layout.pp
+        self.bubble = bubble(cost)
         self.groups = engine.attention_dp
         self.token_limit = engine.max_batch_tokens * self.groups
         self.row_limit = engine.max_sequences * self.groups
@@ -108,17 +114,37 @@ class Loop:
         self.front_free = 0.0
         self.stall = 0.0
         """Since the rows that decode had their last token, by steps that were not theirs."""
-        self.out = Outcome(ttft=Weighted(), tpot=Weighted(), itl=Weighted(), end_to_end=Weighted())
+        self.completing = 0
+        """Prompts that end with the last step."""
+        self.round = 0.0
+        """Seconds of the last step through all stages."""
+        self.out = Outcome()
         self.finished: Callable[[float], None] | None = None
 
-    def add(self, arrival: float) -> None:
-        prompt, output = self.workload.request(self.added)
+    def prompts(self, now: float) -> int:
+        """That wait or are computed then; the last step may be under way still."""
+        return len(self.waiting) + len(self.prefilling) + (self.completing if self.now > now else 0)
+
+    @property
+    def under_way(self) -> int:
+        """Sequences that wait, compute their prompts or decode."""
+        return self.rows + len(self.prefilling) + len(self.waiting)
+
+    def add(self, arrival: float, number: int | None = None) -> None:
+        """The request of that number; of the next one, if none is given."""
+        prompt, output = self.workload.request(self.added if number is None else number)
         self.added += 1
         profile = self.cost.profile
         busy = profile.front_request_seconds + profile.front_token_seconds * prompt
         self.front_free = max(self.front_free, arrival) + busy
         cached = int(prompt * self.workload.cached_share)
         self.waiting.append(_Sequence(arrival, prompt, output, output, cached, ready=self.front_free))
+
+    def arrive(self, at: float, number: int) -> None:
+        """The request of that number comes then, after all that is done until then."""
+        self.run(at)
+        self.now = max(self.now, at)
+        self.add(at, number)
 
     def add_prefilled(self, arrival: float, number: int) -> None:
         """A sequence whose cache and first token come from elsewhere."""
@@ -143,7 +169,8 @@ class Loop:
 
     def _admit(self) -> None:
         if self.rows and not self.prefilling:
-            if self.steps < self.next_poll:
+            # A step of prompts alone is none of `steps`: who looks at every step looks after it, too.
+            if self.poll_steps > 1 and self.steps < self.next_poll:
                 return
             self.next_poll = self.steps + self.poll_steps
             if self.wait_steps and self.waiting and sum(each.input for each in self.waiting) < 0.8 * self.token_limit:
@@ -171,6 +198,10 @@ class Loop:
     def _mixed_step(self) -> None:
         decode_rows = self.rows if self.mixes else 0
         budget = max(1, self.token_limit * self.stages - decode_rows)
+        alike = self._pieces(budget, decode_rows)
+        if alike > 1:
+            self._piece_steps(alike, budget, decode_rows)
+            return
         tokens = rows = context = 0
         pairs = 0.0
         complete: list[_Sequence] = []
@@ -185,8 +216,29 @@ class Loop:
             complete.append(self.prefilling.popleft())
         duration = self._seconds(tokens, rows, pairs, context, decode_rows, self.context + decode_rows, len(complete))
         self._advance(1, duration, decode_rows)
+        self.completing = len(complete)
         for sequence in complete:
             self._begin(sequence)
+
+    def _pieces(self, budget: int, decode_rows: int) -> int:
+        """Steps that the first prompt fills alone and does not end in, before a sequence ends or the cache is full."""
+        sequence = self.prefilling[0]
+        count = (sequence.input - sequence.done - 1) // budget
+        if decode_rows:
+            count = min(count, self.ends[0][0] - self.steps)
+            if not self.reserve:
+                count = min(count, int((self.capacity - self.used) / decode_rows))
+        return count
+
+    def _piece_steps(self, count: int, budget: int, decode_rows: int) -> None:
+        """All with the contexts of their middle. Who arrives meanwhile waits for the prompt's end in any case."""
+        sequence = self.prefilling[0]
+        before = sequence.done + (count - 1) * budget // 2
+        pairs = budget * (before + (budget + 1) / 2)
+        context = self.context + decode_rows * (count + 1) // 2
+        duration = self._seconds(budget, 1, pairs, before + budget, decode_rows, context, 0)
+        sequence.done += count * budget
+        self._advance(count, duration, decode_rows)
 
     def _begin(self, sequence: _Sequence) -> None:
         """The first token came of the last chunk."""
@@ -223,41 +275,45 @@ class Loop:
     def _seconds(
         self, tokens: int, rows: int, pairs: float, context: int, decode_rows: int, decode_context: int, sampled: int
     ) -> float:
-        stages = self.stages
+        stages, batches = self.stages, min(self.stages, rows + decode_rows)
         if stages > 1:
             # As many batches are under way as there are stages; each has its share of the rows.
             rows, decode_rows = -(-rows // stages), -(-decode_rows // stages)
             tokens, pairs, context = -(-tokens // stages), pairs / stages, -(-context // stages)
             decode_context, sampled = -(-decode_context // stages), -(-sampled // stages)
-        return self.cost.seconds(
-            StepShape(
-                prefill_tokens=tokens,
-                prefill_rows=rows,
-                prefill_pairs=pairs,
-                prefill_context=context,
-                decode_rows=decode_rows,
-                decode_context=decode_context,
-                sampled=sampled,
-            )
+        shape = StepShape(
+            prefill_tokens=tokens,
+            prefill_rows=rows,
+            prefill_pairs=pairs,
+            prefill_context=context,
+            decode_rows=decode_rows,
+            decode_context=decode_context,
+            sampled=sampled,
         )
+        seconds = self.cost.seconds(shape)
+        return max(seconds, batches * self.cost.stage_seconds(shape)) if stages > 1 else seconds
 
     def _advance(self, count: int, duration: float, decode_rows: int) -> None:
         out = self.out
-        self.now += count * duration
-        out.busy_seconds += count * duration
+        idle = self.bubble * max(0.0, duration - self.round) if self.round else 0.0
+        self.round = duration
+        self.now += count * duration + idle
+        out.busy_seconds += count * duration + idle
         if not decode_rows:
-            self.stall += duration if self.rows else 0.0
+            self.stall += count * duration + idle if self.rows else 0.0
             return
-        out.itl.add(duration + self.stall, decode_rows)
+        gaps = out.itl.values
+        gaps.append((duration + idle + self.stall, decode_rows))
         if count > 1:
-            out.itl.add(duration, (count - 1) * decode_rows)
+            gaps.append((duration, (count - 1) * decode_rows))
         self.stall = 0.0
         out.rows_seconds += count * duration * decode_rows
         self.steps += count
         self.context += count * decode_rows
         if not self.reserve:
             self.used += count * decode_rows
-        out.cache_peak = max(out.cache_peak, self.used)
+        if self.used > out.cache_peak:
+            out.cache_peak = self.used
         while self.ends and self.ends[0][0] <= self.steps:
             _, _, sequence = heappop(self.ends)
             self.rows -= 1

@@ -133,5 +133,5 @@ def check(goal: Goal, max_len: int, model: str) -> None:
         )
     if goal.survive == "node" and goal.cluster.num_nodes < 2:
         raise GoalError(f"--survive 1node needs two nodes, and {goal.cluster.name or 'the cluster'} is one")
-    if goal.survive == "gpu" and goal.cluster.num_devices < 2:
+    if goal.survive == "gpu" and goal.cluster.num_devices <= goal.cluster.slices:
         raise GoalError(f"--survive 1gpu needs two GPUs, and {goal.cluster.name or 'the cluster'} is one")

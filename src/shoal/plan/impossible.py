@@ -14,14 +14,16 @@ from shoal.plan.engines import Engine
 from shoal.plan.goal import Target
 from shoal.plan.rejections import where_time_goes
 from shoal.plan.screen import Load
-from shoal.plan.search import Candidate, Search, limit_of
-from shoal.plan.setups import Verdict
+from shoal.plan.search import Search
+from shoal.plan.setups import Pool, Verdict
 from shoal.plan.units import show_bytes, show_duration, show_money, show_rate
 
 SCREENED = 80
 """Engines, those that are fastest for one request alone, whose whole curve is drawn."""
-LOOKED_AT = 3
+LOOKED_AT = 4
 """Setups that the event loop judges on the way to the nearest goal."""
+MOST_LOOKED_AT = 12
+"""Setups whose most it is asked for, unless what was found is more than the closed form says of the next."""
 HEADROOM = 1.05
 """A goal is said a little above what is predicted, so that it holds when it is asked for."""
 
@@ -36,25 +38,19 @@ class Impossible(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain(search: Search) -> Impossible:
-    goal = search.goal
     if not search.workshop.fitting:
         return _does_not_fit(search)
     floors = _floors(search)
+    if not floors:
+        over_budget = _budget(search)
+        if over_budget is not None:
+            return over_budget
     engines = search.engines or search.workshop.fitting
-    nearest = _nearest(search, engines)
-    flags = " ".join(part for part in (nearest[0] if nearest else "",) if part)
-    if floors:
-        bound = "; ".join(floors)
-    elif nearest is not None and nearest[2]:
-        bound = nearest[2]
-    else:
-        bound = _rate_bound(search, engines)
-    budget_bound = _budget(search)
-    if budget_bound is not None and not floors:
-        return budget_bound
-    return Impossible(
-        bound=bound, nearest=flags or _slower(goal.demand.rate, search), setup=nearest[1] if nearest else ""
-    )
+    relaxed = _nearest(search, engines)
+    if relaxed is not None:
+        return relaxed if not floors else msgspec.structs.replace(relaxed, bound="; ".join(floors))
+    slower = _slower(search, engines)
+    return slower if not floors else msgspec.structs.replace(slower, bound="; ".join(floors))
 
 
 def _does_not_fit(search: Search) -> Impossible:
@@ -109,25 +105,20 @@ def _floors(search: Search) -> list[str]:
     return told
 
 
-def _nearest(search: Search, engines: list[Engine]) -> tuple[str, str, str] | None:
-    """Flags, the setup that meets them, and the bound that breaks the goal asked for: of the engines whose targets must
-    be relaxed least, all that the cluster holds of each."""
+def _nearest(search: Search, engines: list[Engine]) -> Impossible | None:
+    """The least relaxed targets that are met at the rate: of the engines whose targets must be relaxed least, all that
+    the cluster holds of each. None where nothing sustains the rate, or something meets every target."""
     goal = search.goal
     options: list[tuple[float, int, Engine, Load]] = []
     for engine in sorted(engines, key=_alone(goal.targets))[:SCREENED]:
-        devices = engine.choice.shape.devices
-        fits = engines_that_fit(devices, goal.cluster)
+        fits = engines_that_fit(engine.choice.shape.devices, goal.cluster)
         left = fits - _lost(search, engine)
         load = engine.curve_for(()).at(goal.demand.rate / left) if left > 0 else None
         if load is not None:
             options.append((load.excess(goal.targets), fits, engine, load))
     options.sort(key=lambda option: option[0])
-    best: Verdict | None = None
-    for _, fits, engine, load in options[:LOOKED_AT]:
-        lost = _lost(search, engine)
-        one = search.judge(Candidate(engine=engine, replicas=fits, lost=lost, load=load, limit=limit_of(engine, load)))
-        if one is not None and (best is None or _excess(one, search) < _excess(best, search)):
-            best = one
+    judged = [search.judge(search.candidate(engine, fits, load)) for _, fits, engine, load in options[:LOOKED_AT]]
+    best = min((one for one in judged if one is not None), key=lambda one: _excess(one, search), default=None)
     if best is None:
         return None
     prediction = best.degraded or best.prediction
@@ -139,7 +130,9 @@ def _nearest(search: Search, engines: list[Engine]) -> tuple[str, str, str] | No
             missed.append(
                 f"{target}: {show_duration(value)} is the least at {show_rate(goal.demand.rate)} ({best.setup})"
             )
-    return " ".join(flags), str(best.setup), "; ".join(missed)
+    if not flags:
+        return None
+    return Impossible(bound="; ".join(missed), nearest=" ".join(flags), setup=str(best.setup))
 
 
 def _alone(targets: tuple[Target, ...]) -> Callable[[Engine], float]:
@@ -153,40 +146,41 @@ def _excess(one: Verdict, search: Search) -> float:
     return (one.degraded or one.prediction).excess(search.goal.targets)
 
 
-def _rate_bound(search: Search, engines: list[Engine]) -> str:
+def _slower(search: Search, engines: list[Engine]) -> Impossible:
+    """The most that is carried under the targets, with the loss that must be survived, by the event loop: of the
+    engines that carry most in closed form, all that the cluster holds of each."""
     goal = search.goal
-    carried = [
-        (load.rate * left, engine)
-        for engine in engines
-        if (load := engine.curve.best(goal.targets) or (engine.curve.loads[-1] if engine.curve.loads else None))
-        and (left := engines_that_fit(engine.choice.shape.devices, goal.cluster) - _lost(search, engine)) > 0
-    ]
-    if not carried:
-        return f"nothing is left to serve after the loss of a {goal.survive}" if goal.survive else "no engine serves it"
-    most, engine = max(carried, key=lambda pair: pair[0])
-    return (
-        f"rate: {goal.cluster.num_devices} x {goal.cluster.device.name} carry {show_rate(most)} at most"
-        f" ({engine.choice.shape}), and {show_rate(goal.demand.rate)} is asked for"
+    options: list[tuple[float, int, Engine]] = []
+    for engine in engines:
+        left = engines_that_fit(engine.choice.shape.devices, goal.cluster) - _lost(search, engine)
+        if left > 0 and engine.capacity > 0:
+            options.append((engine.capacity * left, left, engine))
+    options.sort(key=lambda option: -option[0])
+    best: tuple[float, Engine] | None = None
+    for near, left, engine in options[:MOST_LOOKED_AT]:
+        if best is not None and near < best[0]:
+            break
+        load = engine.curve.best(goal.targets) or engine.curve.loads[-1]
+        carried = search.runs(search.candidate(engine, left, load), left).carries(goal.targets, near)
+        if carried and (best is None or carried > best[0]):
+            best = carried, engine
+    if best is None:
+        why = f"nothing is left to serve after the loss of a {goal.survive}" if goal.survive else "no engine serves it"
+        return Impossible(bound=why, nearest="")
+    most, engine = best
+    shape, cluster = engine.choice.shape, goal.cluster
+    pool = Pool(engine=engine.choice, replicas=engines_that_fit(shape.devices, cluster))
+    bound = (
+        f"rate: {cluster.num_devices} x {cluster.device.name} carry {show_rate(most)} at most ({shape}), and"
+        f" {show_rate(goal.demand.rate)} is asked for"
     )
+    return Impossible(bound=bound, nearest=f"--rate {show_rate(most / HEADROOM)}", setup=str(pool))
 
 
 def _lost(search: Search, engine: Engine) -> int:
     """With all that fit."""
     devices, cluster = engine.choice.shape.devices, search.goal.cluster
     return lost_engines(engines_that_fit(devices, cluster), devices, cluster, search.goal.survive)
-
-
-def _slower(rate: float, search: Search) -> str:
-    """The most that is carried under the targets, as a flag."""
-    goal = search.goal
-    most = max(
-        (
-            engine.capacity * (engines_that_fit(engine.choice.shape.devices, goal.cluster) - _lost(search, engine))
-            for engine in search.engines
-        ),
-        default=0.0,
-    )
-    return f"--rate {show_rate(most / HEADROOM)}" if 0 < most < rate else ""
 
 
 def _budget(search: Search) -> Impossible | None:

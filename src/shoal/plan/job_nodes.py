@@ -83,11 +83,19 @@ def ray_session(root: Path) -> str | None:
     """The address of a Ray cluster that was started on this host and still answers; None: there is none."""
     try:
         address = (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip()
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=0.5).close()
-    except (OSError, ValueError, OverflowError):
+    except (OSError, ValueError):
         return None
-    return address
+    return address if _answers(address, 0.5) else None
+
+
+def _answers(address: str, seconds: float) -> bool:
+    """HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def ray_nodes(address: str) -> list[dict[str, Any]]:
@@ -96,6 +104,8 @@ def ray_nodes(address: str) -> list[dict[str, Any]]:
     A cluster that wants a token gets it from where Ray looks for it: RAY_AUTH_TOKEN and its like.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address != "auto" and "://" not in address and not _answers(address, 5.0):
+        raise ValueError(f"Ray at {address} does not answer: write HOST:PORT of a running head, as 10.0.0.1:6379")
     try:
         ray = importlib.import_module("ray")
     except ImportError:

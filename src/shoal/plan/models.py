@@ -87,7 +87,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 _VARIANT = re.compile(
-    r"(-(instruct|chat|it|base|hf|fp8|fp4|nvfp4|mxfp4|bf16|awq|gptq|int4|int8|w4a16|w8a8|dynamic|gguf|4bit|8bit))+$"
+    r"(-(instruct|chat|it|base|hf|fp8|fp4|nvfp4|mxfp4|bf16|awq|gptq|int4|int8|w4a16|w8a8|dynamic|gguf|4bit|8bit|v\d))+$"
 )
 """Ends of names whose models have the shape of the one without: tuned, or stored in another precision."""
 
@@ -162,7 +162,7 @@ def _attention(attention: AttentionShape) -> str:
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-_COUNTS = ("parameters", "vectors", "norms", "other_parameters", "state_elements", "beside")
+_COUNTS = ("parameters", "whole", "vectors", "norms", "other_parameters", "state_elements", "beside")
 
 
 @lru_cache(maxsize=1)

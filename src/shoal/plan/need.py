@@ -139,7 +139,9 @@ def _batching(search: Search, engine: Engine) -> Signal:
         )
     curve = engine.curve
     limit = "its KV cache is full" if curve.full and curve.held < 2 * load.batch + 8 else "a target binds"
-    evidence = f"{which} carries {show_rate(load.rate)} at {load.batch:.0f} sequences at once, where {limit}"
+    evidence = (
+        f"in closed form {which} carries {show_rate(load.rate)} at {load.batch:.0f} sequences at once, where {limit}"
+    )
     present = load.rate < rate
     return Signal(
         name=name,
@@ -166,7 +168,7 @@ def advice(search: Search, answer: Verdict | None) -> list[Advice]:
     for precision in smaller_precisions(search.options.weights, search.goal.cluster.device):
         most = None if answer is None else answer.setup.devices - 1
         options = msgspec.structs.replace(
-            search.options, weights=(precision,), pools=False, closer=4, most_devices=most
+            search.options, weights=(precision,), pools=False, closer=4, most_devices=most, first=True
         )
         other = Search(search.model, search.goal, options, search.calibration).run().answer
         if other is None or (answer is not None and other.setup.devices >= answer.setup.devices):

@@ -18,6 +18,9 @@ _ANCESTORS = {0: "INT", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 _P2P_READ, _P2P_OK = 0, 0
 _REMOTE_SWITCH = 2
 _MAX_LINKS = 36
+_NVLINK = {6: 1, 7: 2, 8: 3, 9: 4, 10: 5}
+"""Version of NVLink by the compute capability's first number. NVML's own NvLinkVersion counts half versions too (6 is
+4.0), and drivers have said 7 (5.0) of an H100."""
 _LINK_BANDWIDTH = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
 """Bytes/s of one NVLink in one direction, by its version."""
 
@@ -149,7 +152,7 @@ def _gpu(nvml: Any, ask: Ask, index: int, handle: Any) -> Gpu:
         pcie_generation=ask(0, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle),
         pcie_lanes=ask(0, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
         nvlinks=len(up),
-        nvlink_version=ask(0, nvml.nvmlDeviceGetNvLinkVersion, handle, up[0]) if up else 0,
+        nvlink_version=_NVLINK.get(ask((0, 0), nvml.nvmlDeviceGetCudaComputeCapability, handle)[0], 0) if up else 0,
         slices=tuple(_slices(nvml, ask, handle)) if mig else (),
         mig=mig,
     )

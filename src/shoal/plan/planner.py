@@ -10,16 +10,14 @@ from shoal.core.hardware import Provenance
 from shoal.core.model_shape import ModelShape
 from shoal.plan import impossible
 from shoal.plan.engines import Options
+from shoal.plan.front import front
 from shoal.plan.goal import Demand, Goal, Survive, Target, check
 from shoal.plan.impossible import Impossible
 from shoal.plan.need import Advice, Signal, Step, advice, signals, steps_by_devices, turning_point
 from shoal.plan.rejections import Rejection
 from shoal.plan.search import Found, Search
-from shoal.plan.setups import Verdict, front, parts_of
+from shoal.plan.setups import Verdict, parts_of
 from shoal.plan.units import show_duration
-
-FRONT = 12
-"""Setups of the front that are kept, evenly over cost."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +72,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     looked_at: int = 0
     """Splits, precisions and chunk sizes."""
     closer: int = 0
-    """Setups that were run in the event loop."""
+    """Setups that were run in the event loop on the way to the answer."""
     provenance: Provenance = "datasheet"
 
 
@@ -102,7 +100,7 @@ def make_plan(
         impossible=impossible.explain(search) if answer is None else None,
         equals=tuple(found.equals),
         near=tuple(found.near),
-        front=tuple(_thinned(front([*found.screened, *([answer] if answer else [])]))),
+        front=tuple(front(search, [*([answer] if answer else []), *found.equals])),
         pools=pools,
         advice=tuple(advice(search, answer)),
         alone=tuple(steps),
@@ -185,9 +183,3 @@ def _pools(found: Found) -> Pools:
         return Pools(advised=False, text=text, best=best)
     text = f"Disaggregate: {best.setup} needs {saved} GPUs fewer than {colocated.setup}; {gain}."
     return Pools(advised=True, text=text, best=best)
-
-
-def _thinned(verdicts: list[Verdict]) -> list[Verdict]:
-    if len(verdicts) <= FRONT:
-        return verdicts
-    return [verdicts[round(number * (len(verdicts) - 1) / (FRONT - 1))] for number in range(FRONT)]

@@ -17,10 +17,10 @@ from shoal.core.cost.types import StepShape
 from shoal.core.hardware import LinkSpec
 from shoal.plan.candidates import CACHE_BYTES, engines_that_fit, lost_engines, replicas_for
 from shoal.plan.engines import Engine
-from shoal.plan.estimate import by_event_loop
+from shoal.plan.estimate import Runs
 from shoal.plan.goal import Goal
 from shoal.plan.screen import GROWTH, TAIL
-from shoal.plan.setups import Interval, Pool, Prediction, Setup, Verdict, verdict
+from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.workload import Lengths, Workload
 
 MOST_TRIES = 4
@@ -30,67 +30,111 @@ MOST_TRIES = 4
 class _Prefill(msgspec.Struct, kw_only=True):
     engine: Engine
     replicas: int
-    ttft_p50: float
     ttft_p99: float
     transfer: float
     capacity: float
-    """Requests a second that the pool could take."""
+    """Requests a second that the pool could take, in closed form."""
 
 
 class _Decode(msgspec.Struct, kw_only=True):
     engine: Engine
     replicas: int
-    batch: float
-    itl: float
-    itl_p99: float
     capacity: float
 
 
 Stage = TypeVar("Stage", _Prefill, _Decode)
 
 
-def best_pools(engines: list[Engine], goal: Goal, calibration: Calibration | None = None) -> Verdict | None:
+class Pair:
+    """Two pools that may do. The decode engine is one whose prompts are cached but for a token, so that its steps are
+    those of sequences that come with their KV."""
+
+    def __init__(self, prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibration | None) -> None:
+        self.prefill, self.decode, self._goal, self._calibration = prefill, decode, goal, calibration
+        workload = goal.demand.workload()
+        self._prompts = msgspec.structs.replace(workload, outputs=Lengths.fixed(1))
+        self._arrived = msgspec.structs.replace(workload, cached_share=1 - 1 / max(2, workload.inputs.longest))
+        self._ttft = tuple(target for target in goal.targets if target.metric == "ttft")
+        self._later = tuple(target for target in goal.targets if target.metric != "ttft")
+
+    @property
+    def devices(self) -> int:
+        return _devices(self.prefill) + _devices(self.decode)
+
+    def judge(self) -> Verdict | None:
+        """By the event loop, with as many more engines as that asks for; None where they would be too many."""
+        rate = self._goal.demand.rate
+        for _ in range(MOST_TRIES):
+            if self.devices > _affordable(self._goal):
+                return None
+            first = self._first(self._lost(self.prefill)).at(rate)
+            second = self._second(self._lost(self.decode)).at(rate)
+            late = first is None or first.excess(self._ttft) > 1
+            slow = second is None or second.excess(self._later) > 1
+            if first is not None and second is not None and not late and not slow:
+                return self._verdict(first, second)
+            if late:
+                self.prefill = _with_more(self.prefill)
+            if slow:
+                self.decode = _with_more(self.decode)
+        return None
+
+    def carries(self) -> float:
+        """Requests a second under the targets: what the pool carries that carries less."""
+        rate = self._goal.demand.rate
+        return min(
+            self._first().carries(self._ttft, self.prefill.capacity, rate),
+            self._second().carries(self._later, self.decode.capacity, rate),
+        )
+
+    def _first(self, lost: int = 0) -> Runs:
+        return self._runs(self.prefill, lost, self._prompts, self.prefill.transfer)
+
+    def _second(self, lost: int = 0) -> Runs:
+        return self._runs(self.decode, lost, self._arrived, 0.0)
+
+    def _runs(self, one: _Prefill | _Decode, lost: int, workload: Workload, transfer: float) -> Runs:
+        most = one.engine.choice.max_sequences
+        return Runs(one.engine, one.replicas - lost, most, workload, self._calibration, transfer=transfer)
+
+    def _lost(self, one: _Prefill | _Decode) -> int:
+        return lost_engines(one.replicas, one.engine.choice.shape.devices, self._goal.cluster, self._goal.survive)
+
+    def _verdict(self, first: Prediction, second: Prediction) -> Verdict:
+        price = self._goal.cluster.dollars_per_device_hour
+        pools = (
+            Pool(engine=self.prefill.engine.choice, replicas=self.prefill.replicas, role="prefill"),
+            Pool(engine=self.decode.engine.choice, replicas=self.decode.replicas, role="decode"),
+        )
+        dollars = None if price is None else price * self.devices
+        prediction = msgspec.structs.replace(
+            second,
+            ttft_p50=first.ttft_p50,
+            ttft_p90=first.ttft_p90,
+            ttft_p99=first.ttft_p99,
+            utilisation=max(first.utilisation, second.utilisation),
+        )
+        setup = Setup(pools=pools, devices=self.devices, dollars_per_hour=dollars)
+        return verdict(setup, prediction, None, self._goal, True)
+
+
+def best_pools(
+    engines: list[Engine], goal: Goal, calibration: Calibration | None = None
+) -> tuple[Pair, Verdict] | None:
     """The cheapest pair of pools in one precision; None where none meets the targets on this cluster."""
-    pairs: list[tuple[_Prefill, _Decode]] = []
+    pairs: list[Pair] = []
     kinds = sorted({(engine.choice.weights, engine.choice.cache) for engine in engines})
     for kind in kinds:
         own = [engine for engine in engines if (engine.choice.weights, engine.choice.cache) == kind]
-        prefills = [one for engine in own if (one := _prefill(engine, goal)) is not None]
-        decodes = [found for engine in _one_a_shape(own) if (found := _decode(engine, goal)) is not None]
+        prefills = [found for engine in own if (found := _prefill(engine, goal)) is not None]
+        decodes = [kept for engine in _one_a_shape(own) if (kept := _decode(engine, goal)) is not None]
         if prefills and decodes:
             prefill = min(prefills, key=lambda one: (_devices(one), one.ttft_p99))
             decode = min(decodes, key=lambda one: (_devices(one), -one.capacity))
-            pairs.append((prefill, decode))
-    pairs.sort(key=lambda pair: _devices(pair[0]) + _devices(pair[1]))
-    judged = (_judge(prefill, decode, goal, calibration) for prefill, decode in pairs)
-    return next((one for one in judged if one is not None), None)
-
-
-def _judge(prefill: _Prefill, decode: _Decode, goal: Goal, calibration: Calibration | None) -> Verdict | None:
-    """With as many more engines as the event loop asks for. The decode engine is one whose prompts are cached but for
-    a token, so that its steps are those of sequences that come with their KV."""
-    workload = goal.demand.workload()
-    prompts = msgspec.structs.replace(workload, outputs=Lengths.fixed(1))
-    arrived = msgspec.structs.replace(workload, cached_share=1 - 1 / max(2, workload.inputs.longest))
-    ttft = tuple(target for target in goal.targets if target.metric == "ttft")
-    later = tuple(target for target in goal.targets if target.metric != "ttft")
-    for _ in range(MOST_TRIES):
-        if _devices(prefill) + _devices(decode) > _affordable(goal):
-            return None
-        lost = [
-            lost_engines(one.replicas, one.engine.choice.shape.devices, goal.cluster, goal.survive)
-            for one in (prefill, decode)
-        ]
-        first = _run(prefill, prompts, goal.demand.rate / (prefill.replicas - lost[0]), prefill.transfer, calibration)
-        second = _run(decode, arrived, goal.demand.rate / (decode.replicas - lost[1]), 0.0, calibration)
-        late, slow = (one is None or one.excess(of) > 1 for one, of in ((first, ttft), (second, later)))
-        if first is not None and second is not None and not late and not slow:
-            return _verdict(prefill, decode, first, second, goal)
-        if late:
-            prefill = _with_more(prefill)
-        if slow:
-            decode = _with_more(decode)
-    return None
+            pairs.append(Pair(prefill, decode, goal, calibration))
+    pairs.sort(key=lambda pair: pair.devices)
+    judged = ((pair, made) for pair in pairs if (made := pair.judge()) is not None)
+    return next(judged, None)
 
 
 def _affordable(goal: Goal) -> int:
@@ -102,21 +146,6 @@ def _affordable(goal: Goal) -> int:
 def _with_more(one: Stage) -> Stage:
     count = one.replicas + 1
     return msgspec.structs.replace(one, replicas=count, capacity=one.capacity * count / one.replicas)
-
-
-def _run(
-    one: _Prefill | _Decode, workload: Workload, rate: float, transfer: float, calibration: Calibration | None
-) -> Prediction | None:
-    engine = one.engine
-    found = by_event_loop(engine, workload, rate, engine.choice.max_sequences, one.capacity, calibration)
-    if found is None or not transfer:
-        return found
-    moved = {
-        name: Interval(*(value + transfer for value in (old.value, old.low, old.high)))
-        for name in ("ttft_p50", "ttft_p90", "ttft_p99")
-        for old in (getattr(found, name),)
-    }
-    return msgspec.structs.replace(found, **moved)
 
 
 def _one_a_shape(engines: list[Engine]) -> list[Engine]:
@@ -187,14 +216,8 @@ def _prefill(engine: Engine, goal: Goal) -> _Prefill | None:
         late = engine.front_seconds + long + max(0.0, log(used / 0.01)) * slope + transfer
         if middle <= limits.get("p50", middle) and late <= min(limits.get("p90", late), limits.get("p99", late)):
             replicas = replicas_for(left, shape.devices, goal.cluster, goal.survive)
-            return _Prefill(
-                engine=engine,
-                replicas=replicas,
-                ttft_p50=middle,
-                ttft_p99=late,
-                transfer=transfer,
-                capacity=replicas / service,
-            )
+            capacity = replicas / service
+            return _Prefill(engine=engine, replicas=replicas, ttft_p99=late, transfer=transfer, capacity=capacity)
     return None
 
 
@@ -217,7 +240,7 @@ def _decode(engine: Engine, goal: Goal) -> _Decode | None:
         replicas = replicas_for(left, shape.devices, goal.cluster, goal.survive)
         if replicas <= fits and (best is None or replicas < best.replicas):
             total = each * replicas
-            best = _Decode(engine=engine, replicas=replicas, batch=batch, itl=step, itl_p99=tail, capacity=total)
+            best = _Decode(engine=engine, replicas=replicas, capacity=total)
         batch *= GROWTH
     return best
 
@@ -226,22 +249,3 @@ def _decode_seconds(engine: Engine, batch: float) -> float:
     rows = max(1, round(batch))
     context = int(rows * engine.traffic.context)
     return engine.cost.seconds(StepShape(decode_rows=rows, decode_context=context, sampled=rows))
-
-
-def _verdict(prefill: _Prefill, decode: _Decode, first: Prediction, second: Prediction, goal: Goal) -> Verdict:
-    price = goal.cluster.dollars_per_device_hour
-    pools = (
-        Pool(engine=prefill.engine.choice, replicas=prefill.replicas, role="prefill"),
-        Pool(engine=decode.engine.choice, replicas=decode.replicas, role="decode"),
-    )
-    devices = sum(pool.devices for pool in pools)
-    setup = Setup(pools=pools, devices=devices, dollars_per_hour=None if price is None else price * devices)
-    prediction = msgspec.structs.replace(
-        second,
-        ttft_p50=first.ttft_p50,
-        ttft_p90=first.ttft_p90,
-        ttft_p99=first.ttft_p99,
-        utilisation=max(first.utilisation, second.utilisation),
-        capacity=min(prefill.capacity, decode.capacity),
-    )
-    return verdict(setup, prediction, None, goal, True)

@@ -109,7 +109,8 @@ def _answer(plan: Plan) -> Section:
         if one.dollars_per_million_at_capacity is not None:
             text += f"; {show_money(one.dollars_per_million_at_capacity)} at its capacity"
         lines.append(text)
-    lines.append(f"It carries up to {show_rate(one.prediction.capacity)} under the targets.")
+    if one.capacity is not None:
+        lines.append(f"It carries up to {show_rate(one.capacity)} under the targets.")
     if plan.pools is not None:
         lines.append(plan.pools.text)
     return Section(
@@ -157,7 +158,7 @@ def _latencies(plan: Plan) -> Section:
     return Section(
         title="Predicted",
         lines=(
-            f"By the {one.prediction.method}; in brackets where nine of ten cases lie; rests on"
+            f"By the event loop; in brackets where nine of ten cases lie; rests on"
             f" {one.prediction.provenance} figures. {one.prediction.batch:.1f} sequences an engine at once.",
         ),
         columns=("", "predicted", *loss, "target"),
@@ -189,8 +190,8 @@ def _ties(plan: Plan) -> Section:
     if plan.answer is not None and plan.answer.tie:
         lines.append(f"The answer {plan.answer.tie}.")
     for one in plan.equals:
-        capacity = show_rate(one.prediction.capacity)
-        lines.append(f"As many GPUs: {one.setup}, {capacity} under the targets" + (f"; {one.tie}" if one.tie else ""))
+        carried = "" if one.capacity is None else f", {show_rate(one.capacity)} under the targets"
+        lines.append(f"As many GPUs: {one.setup}{carried}" + (f"; {one.tie}" if one.tie else ""))
     lines += [f"Within the band: {one.setup} {one.tie}." for one in plan.near]
     return Section(title="Ties", lines=tuple(lines))
 
@@ -209,7 +210,7 @@ def _precision(plan: Plan) -> Section:
 def _front(plan: Plan) -> Section:
     rows = tuple(_front_row(one, plan) for one in plan.front)
     return Section(
-        title="Cost, TTFT, ITL, throughput: setups that no other beats in all (closed form, but for the answer)",
+        title="Cost, TTFT, ITL, throughput: setups that no other beats in all",
         columns=("GPUs", "setup", "weights", "budget", "TTFT p99", "ITL p99", "carries", "$/1M out", "meets"),
         rows=rows,
     )
@@ -225,7 +226,7 @@ def _front_row(one: Verdict, plan: Plan) -> tuple[str, ...]:
         f"{engine.max_batch_tokens:,}",
         show_duration(one.prediction.ttft_p99.value),
         show_duration(one.prediction.itl_p99.value),
-        show_rate(one.prediction.capacity) if one.prediction.capacity else "",
+        f"< {show_rate(plan.asked.rate)}" if one.capacity is None else show_rate(one.capacity),
         "" if price is None else show_money(price),
         ("answer" if plan.answer is not None and one == plan.answer else "yes") if one.meets else "no",
     )

@@ -2,7 +2,8 @@
 
 With b sequences that generate and prompts arriving as fast as answers end, a step brings p = b I / O tokens of prompts
 (I tokens in, O out), whatever the step takes. So the mix of a step follows from b alone; its time gives the rate,
-b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share. Arrivals at random make
+b / (O T). With a pipeline, as many steps are under way as it has stages, each with its share; one that
+is longer than those ahead of it leaves stages idle. Arrivals at random make
 the batch vary like a Poisson number, and prompts wait as at a server with their step's time as its service
 (Pollaczek-Khinchine, and its exponential tail).
 """
@@ -96,9 +97,14 @@ class Curve:
         cache_tokens: float,
         front_seconds: float = 0.0,
         stages: int = 1,
+        stage_seconds: Seconds | None = None,
+        bubble: float = 0.0,
         targets: tuple[Target, ...] = (),
     ) -> None:
-        self._seconds, self._traffic, self._chunk = seconds, traffic, chunk
+        """Of a pipeline: `stage_seconds`, how long a step keeps its slowest stage; `bubble`, for how much of what a
+        step is longer than the one ahead stages are idle."""
+        self._alone, self._stage_seconds, self._bubble = seconds, stage_seconds, bubble
+        self._traffic, self._chunk = traffic, chunk
         self._front, self._stages, self._targets = front_seconds, stages, targets
         self.full = False
         """The loads end where memory or prefill do, not where targets are missed by far."""
@@ -123,6 +129,13 @@ class Curve:
             batch *= GROWTH
         self.full = True
         return loads
+
+    def _seconds(self, shape: StepShape) -> float:
+        """With as many steps under way as there are stages, where there are sequences for them."""
+        alone = self._alone(shape)
+        if self._stage_seconds is None or not shape.decode_rows:
+            return alone
+        return max(alone, self._stages * self._stage_seconds(shape))
 
     def _decode(self, batch: float) -> float:
         rows = max(1, round(batch))
@@ -166,6 +179,8 @@ class Curve:
         tail = min(batch + TAIL * sqrt(whole) / self._stages, self._most / self._stages)
         crowded = min(chunk, max(piece, needed + TAIL * sqrt(needed * piece), min(chunk, traffic.long_input)))
         worst = self._mixed(tail, crowded, traffic.long_input) if share >= 0.01 else self._decode(tail)
+        mean += self._bubble * share * (1 - share) * max(0.0, mixed - plain)
+        worst += self._bubble * max(0.0, worst - plain)
         used = needed / chunk
         service = self._passes(traffic.input) * mixed
         wait = used * service * (1 + traffic.spread) / (2 * (1 - used))

@@ -2,7 +2,7 @@
 
 Every engine that fits is given a curve of loads in closed form (screen.py); the most that it carries under the targets
 says how many engines are needed, and so the cost. Setups are then looked at from the cheapest on by the event loop
-(steady_state.py), until one has met every target; of those that cost the same the one that carries most is the answer.
+(estimate.py), until one has met every target; of those that cost the same the one that carries most is the answer.
 No rule of thumb is in here: what practice knows of tensor parallelism and networks must come out of times and bytes.
 """
 
@@ -17,18 +17,18 @@ from shoal.core.cost.calibration import Calibration
 from shoal.core.model_shape import ModelShape
 from shoal.plan.candidates import engines_that_fit, lost_engines, replicas_for
 from shoal.plan.engines import SLACK, Engine, Options, Workshop, floor_reason, network_share
-from shoal.plan.estimate import by_event_loop, from_load
+from shoal.plan.estimate import Runs
 from shoal.plan.goal import Goal, Target
 from shoal.plan.pools import best_pools
 from shoal.plan.rejections import Ledger, Rejection
 from shoal.plan.screen import Load
-from shoal.plan.setups import Pool, Prediction, Setup, Verdict, verdict
+from shoal.plan.setups import EngineChoice, Pool, Prediction, Setup, Verdict, verdict
 from shoal.plan.units import show_duration, show_money, show_rate
 
 NEARLY = 0.05
 """A difference that no prediction is exact enough for."""
 MUCH_LESS = 0.7
-"""Of what the answer carries: setups of the same cost that carry no more are not looked at closely."""
+"""Of what the answer carries, both in closed form: setups of the same cost that carry no more are not looked at."""
 MOST_MORE = 3
 """Engines that are tried beyond what the closed form asks for."""
 
@@ -45,8 +45,6 @@ class Found(msgspec.Struct, kw_only=True):
     """Others that meet the goal at the same cost."""
     near: list[Verdict] = []
     """Cheaper ones that miss a target by less than the band of the prediction."""
-    screened: list[Verdict] = []
-    """All that sustain the rate, in closed form: for the front."""
     rejections: list[Rejection] = []
     looked_at: int = 0
     closer: int = 0
@@ -69,6 +67,7 @@ class Candidate(msgspec.Struct, kw_only=True):
 
     @property
     def capacity(self) -> float:
+        """Requests a second under the targets, in closed form."""
         return self.load.rate * self.replicas
 
     @property
@@ -87,6 +86,7 @@ class Search:
         self.engines: list[Engine] = []
         """All that fit and pass for one request alone."""
         self._workload = goal.demand.workload()
+        self._runs: dict[tuple[EngineChoice, int], Runs] = {}
 
     def run(self) -> Found:
         found = Found()
@@ -97,24 +97,26 @@ class Search:
             if candidate is not None:
                 heap.append((*self._rank(candidate), len(heap), candidate))
                 self._look_no_further_than(candidate)
-            found.screened += self._screened(made)
         heapify(heap)
         found.looked_at = self.workshop.looked_at
         self._descend(heap, found)
-        found.pools = best_pools(self.workshop.fitting, self.goal, self.calibration) if self._may_part else None
-        colocated = found.answer
-        if found.pools is not None and (colocated is None or found.pools.setup.cost < colocated.setup.cost):
-            found.colocated, found.answer = colocated, found.pools
-            found.equals = []
+        self._part(found)
         for _, _, _, candidate in sorted(heap, key=lambda entry: entry[:3]):
             self._larger(candidate, found.answer)
         found.rejections = self.ledger.lines()
         return found
 
-    @property
-    def _may_part(self) -> bool:
+    def _part(self, found: Found) -> None:
         """Pools are two engines at least; what fits may compute prompts even if it is too slow for tokens."""
-        return self.options.pools and self.goal.cluster.num_devices > 1 and bool(self.workshop.fitting)
+        if not self.options.pools or self.goal.cluster.num_devices < 2:
+            return
+        best = best_pools(self.workshop.fitting, self.goal, self.calibration)
+        if best is None:
+            return
+        pair, found.pools = best
+        if found.answer is None or found.pools.setup.cost < found.answer.setup.cost:
+            found.pools = found.pools.carrying(pair.carries(), self.goal.demand.output)
+            found.colocated, found.answer, found.equals = found.answer, found.pools, []
 
     # --- from engines to candidates ----------------------------------------------------------------------------------
 
@@ -153,29 +155,20 @@ class Search:
         devices, cluster, survive = engine.choice.shape.devices, self.goal.cluster, self.goal.survive
         needed = max(1, ceil(self.goal.demand.rate / load.rate - 1e-9))
         replicas = replicas_for(needed, devices, cluster, survive) + more
-        lost = lost_engines(replicas, devices, cluster, survive)
         goal, shape = self.goal, engine.choice.shape
-        fits = engines_that_fit(shape.devices, goal.cluster)
+        fits = engines_that_fit(devices, cluster)
         if replicas > fits:
-            reason = "survive" if replicas - lost <= fits and lost else "rate"
+            lost = lost_engines(replicas, devices, cluster, survive)
             carried = load.rate * (fits - lost_engines(fits, devices, cluster, survive))
             self.ledger.add(
-                "survive" if reason == "survive" else "rate",
+                "survive" if lost and replicas - lost <= fits else "rate",
                 shape,
                 engine.precision,
                 replicas / max(1, fits),
                 lambda: self._too_many(engine, replicas, fits, lost, carried),
             )
             return None
-        candidate = Candidate(
-            engine=engine,
-            replicas=replicas,
-            lost=lost,
-            load=load,
-            limit=limit_of(engine, load),
-            more=more,
-            others=loads[1:],
-        )
+        candidate = msgspec.structs.replace(self.candidate(engine, replicas, load), more=more, others=loads[1:])
         dollars = self._dollars(candidate.devices)
         if goal.budget is not None and dollars is not None and dollars > goal.budget:
             over = f"{replicas} x {shape} cost {show_money(dollars)}/h, the budget is {show_money(goal.budget)}/h"
@@ -184,50 +177,23 @@ class Search:
             return None
         return candidate
 
+    def candidate(self, engine: Engine, replicas: int, load: Load) -> Candidate:
+        lost = lost_engines(replicas, engine.choice.shape.devices, self.goal.cluster, self.goal.survive)
+        return Candidate(engine=engine, replicas=replicas, lost=lost, load=load, limit=limit_of(engine, load))
+
     def _no_load(self, made: list[Engine]) -> None:
         """One request alone passes, and none beside another does."""
         engine = max(made, key=lambda engine: len(engine.curve.loads))
-        loads = engine.curve.loads
-        shape = engine.choice.shape
+        loads, shape = engine.curve.loads, engine.choice.shape
         if len(loads) < 2:
-            held = engine.curve.held
-            self.ledger.add(
-                "cache",
-                shape,
-                engine.precision,
-                1.0,
-                lambda: (
-                    f"its KV holds {held:.1f} sequences of this workload at once",
-                    "a smaller precision of weights",
-                ),
-            )
+            held = f"its KV holds {engine.curve.held:.1f} sequences of this workload at once"
+            self.ledger.add("cache", shape, engine.precision, 1.0, lambda: (held, "a smaller precision of weights"))
             return
         load = min(loads[1:], key=lambda load: load.excess(self.goal.targets))
         missed = max(self.goal.targets, key=lambda target: load.value(target) / target.seconds)
-        if missed.metric != "ttft":
-            self.ledger.add(
-                missed.metric,
-                shape,
-                engine.precision,
-                load.value(missed) / missed.seconds,
-                lambda: self._interference(engine, load, missed),
-            )
-            return
-        self.ledger.add(
-            "ttft",
-            shape,
-            engine.precision,
-            load.value(missed) / missed.seconds,
-            lambda: floor_reason(engine, load, missed),
-        )
-
-    def _interference(self, engine: Engine, load: Load, missed: Target) -> tuple[str, str]:
-        value = show_duration(load.value(missed))
-        why = (
-            f"a step that also computes {engine.choice.max_batch_tokens} tokens of a prompt takes {value},"
-            f" {missed.flag} is {show_duration(missed.seconds)}"
-        )
-        return why, f"{missed.flag} {value.replace(' ', '')}"
+        told = floor_reason if missed.metric == "ttft" else _interference
+        distance = load.value(missed) / missed.seconds
+        self.ledger.add(missed.metric, shape, engine.precision, distance, lambda: told(engine, load, missed))
 
     def _too_many(self, engine: Engine, replicas: int, fits: int, lost: int, carried: float) -> tuple[str, str]:
         goal = self.goal
@@ -237,8 +203,8 @@ class Search:
             why = f"{replicas} engines are needed to survive the loss of a {goal.survive}, and {_engines(fits)}"
             return why, f"{needed} GPUs, or no --survive"
         why = (
-            f"{_engines(fits)}, carrying {show_rate(carried)} under the targets where {show_rate(goal.demand.rate)} are"
-            f" asked for ({replicas} would do)"
+            f"{_engines(fits)}, in closed form carrying {show_rate(carried)} under the targets where"
+            f" {show_rate(goal.demand.rate)} are asked for ({replicas} would do)"
         )
         return why, f"{needed} GPUs, or --rate {show_rate(carried)}"
 
@@ -246,22 +212,23 @@ class Search:
 
     def _descend(self, heap: list[tuple[float, float, int, Candidate]], found: Found) -> None:
         """From the cheapest on, until one has met the goal and its equals have been looked at."""
-        number = len(heap)
+        number, best = len(heap), 0.0
         while heap and found.closer < self.options.closer:
-            cost, _, _, candidate = heappop(heap)
+            cost, _, _, candidate = heap[0]
             if found.answer is not None and (
-                cost > found.answer.setup.cost or candidate.capacity < MUCH_LESS * found.answer.prediction.capacity
+                self.options.first or cost > found.answer.setup.cost or candidate.capacity < MUCH_LESS * best
             ):
-                heappush(heap, (*self._rank(candidate), number, candidate))
                 return
+            heappop(heap)
             found.closer += 1
             one = self.judge(candidate)
             if one is not None and one.meets:
+                one = one if self.options.first else self.carried(candidate, one)
                 if found.answer is None:
-                    found.answer = one
+                    found.answer, best = one, candidate.capacity
                 elif self._prefer(one, found.answer):
                     found.equals.append(found.answer)
-                    found.answer = one
+                    found.answer, best = one, candidate.capacity
                 else:
                     found.equals.append(one)
                 continue
@@ -284,30 +251,33 @@ class Search:
         return [one for one in found if one is not None]
 
     def judge(self, candidate: Candidate) -> Verdict | None:
-        """By the event loop; None where requests come faster than they are served."""
-        goal, engine = self.goal, candidate.engine
-        left = candidate.replicas - candidate.lost
-        capacity = engine.capacity * candidate.replicas
-        degraded = by_event_loop(
-            engine, self._workload, goal.demand.rate / left, candidate.limit, capacity, self.calibration
-        )
-        if degraded is None:
-            return None
-        whole: Prediction | None = degraded
-        if candidate.lost:
-            whole = by_event_loop(
-                engine,
-                self._workload,
-                goal.demand.rate / candidate.replicas,
-                candidate.limit,
-                capacity,
-                self.calibration,
-            )
-        if whole is None:
+        """At the asked rate, by the event loop; None where requests come faster than they are served."""
+        goal, left = self.goal, candidate.replicas - candidate.lost
+        degraded = self.runs(candidate, left).at(goal.demand.rate) if left else None
+        whole = self.runs(candidate, candidate.replicas).at(goal.demand.rate)
+        if degraded is None or whole is None:
             return None
         meets = degraded.excess(goal.targets) <= 1.0
         setup = self.setup(candidate)
         return verdict(setup, whole, degraded if candidate.lost else None, goal, meets, self._tie(degraded, meets))
+
+    def carried(self, candidate: Candidate, one: Verdict) -> Verdict:
+        """The same with the most that it carries while all of it is there; as it is where it misses a target."""
+        goal = self.goal
+        if one.prediction.excess(goal.targets) > 1.0:
+            return one
+        runs = self.runs(candidate, candidate.replicas)
+        most = runs.carries(goal.targets, candidate.engine.capacity * candidate.replicas, goal.demand.rate)
+        return one.carrying(most, goal.demand.output)
+
+    def runs(self, candidate: Candidate, replicas: int) -> Runs:
+        """So many of its engines in the event loop."""
+        choice = msgspec.structs.replace(candidate.engine.choice, max_sequences=candidate.limit)
+        known = self._runs.get((choice, replicas))
+        if known is None:
+            known = Runs(candidate.engine, replicas, candidate.limit, self._workload, self.calibration)
+            self._runs[choice, replicas] = known
+        return known
 
     def _tie(self, prediction: Prediction, meets: bool) -> str:
         """Where a target lies within the band of what is predicted, a measurement may decide the other way."""
@@ -326,8 +296,9 @@ class Search:
     def _prefer(self, one: Verdict, other: Verdict) -> bool:
         """Of two that cost the same: the one that carries more; where that is nearly the same, the one whose tokens
         come faster; then the one with fewer ranks in an engine."""
-        if abs(one.prediction.capacity / max(1e-12, other.prediction.capacity) - 1) > NEARLY:
-            return one.prediction.capacity > other.prediction.capacity
+        most, known = one.capacity or 0.0, other.capacity or 0.0
+        if abs(most / max(1e-12, known) - 1) > NEARLY:
+            return most > known
         if abs(one.prediction.tpot.value / other.prediction.tpot.value - 1) > NEARLY:
             return one.prediction.tpot.value < other.prediction.tpot.value
         sizes = [verdict.setup.pools[0].engine.shape.devices for verdict in (one, other)]
@@ -339,12 +310,17 @@ class Search:
         pool = Pool(engine=choice, replicas=candidate.replicas)
         return Setup(pools=(pool,), devices=devices, dollars_per_hour=self._dollars(devices))
 
+    def cost(self, devices: int) -> float:
+        """Dollars an hour; where no price is known, devices."""
+        dollars = self._dollars(devices)
+        return float(devices) if dollars is None else dollars
+
     def _dollars(self, devices: int) -> float | None:
         price = self.goal.cluster.dollars_per_device_hour
         return None if price is None else price * devices
 
     def _rank(self, candidate: Candidate) -> tuple[float, float]:
-        return self.setup(candidate).cost, -candidate.capacity
+        return self.cost(candidate.devices), -candidate.capacity
 
     # --- what is written down -----------------------------------------------------------------------------------------
 
@@ -384,12 +360,12 @@ class Search:
         if setup.cost > answer.setup.cost:
             why = f"needs {candidate.devices} GPUs, the answer {answer.setup.devices}"
         else:
-            why = f"as many GPUs, and carries {show_rate(candidate.capacity)} where the answer carries" + (
-                f" {show_rate(answer.prediction.capacity)}"
-            )
+            why = f"as many GPUs, and in closed form would carry {show_rate(candidate.capacity)}, less than the answer"
         load = engine.curve.at(self.goal.demand.rate / candidate.replicas)
         told = (
-            "" if load is None else f" (ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
+            ""
+            if load is None
+            else f" (in closed form ITL p99 {show_duration(load.itl_p99)}, TTFT p99 {show_duration(load.ttft_p99)})"
         )
         self.ledger.add(
             "larger",
@@ -399,26 +375,14 @@ class Search:
             lambda: (f"{setup}: {why}{told}{network_share(engine.cost, engine.traffic, engine.choice.shape)}", ""),
         )
 
-    def _screened(self, made: list[Engine]) -> list[Verdict]:
-        """For the front: as few engines as sustain the rate, and twice as many."""
-        goal, verdicts = self.goal, []
-        for engine in made:
-            loads = engine.curve.loads
-            if len(loads) < 2:
-                continue
-            shape = engine.choice.shape
-            fits = engines_that_fit(shape.devices, goal.cluster)
-            least = max(1, ceil(goal.demand.rate / loads[-1].rate - 1e-9))
-            for replicas in (least, 2 * least):
-                load = engine.curve.at(goal.demand.rate / replicas) if replicas <= fits else None
-                if load is None:
-                    continue
-                pool = Pool(engine=engine.choice, replicas=replicas)
-                devices = pool.devices
-                setup = Setup(pools=(pool,), devices=devices, dollars_per_hour=self._dollars(devices))
-                prediction = from_load(engine, load, engine.capacity * replicas)
-                verdicts.append(verdict(setup, prediction, None, goal, prediction.excess(goal.targets) <= 1))
-        return verdicts
+
+def _interference(engine: Engine, load: Load, missed: Target) -> tuple[str, str]:
+    value = show_duration(load.value(missed))
+    why = (
+        f"a step that also computes {engine.choice.max_batch_tokens} tokens of a prompt takes {value},"
+        f" {missed.flag} is {show_duration(missed.seconds)}"
+    )
+    return why, f"{missed.flag} {value.replace(' ', '')}"
 
 
 def _engines(count: int) -> str:

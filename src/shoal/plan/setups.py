@@ -68,7 +68,7 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """At the asked rate, with all engines there."""
+    """At one rate, by the event loop."""
 
     ttft_p50: Interval
     ttft_p90: Interval
@@ -81,9 +81,6 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     batch: float
     """Sequences that an engine generates at once, on average."""
     utilisation: float
-    capacity: float
-    """Requests a second under the targets, of the whole setup."""
-    method: Literal["closed form", "event loop"]
     provenance: Provenance
 
     def interval(self, target: Target) -> Interval:
@@ -102,29 +99,34 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     setup: Setup
     prediction: Prediction
+    """At the asked rate, with all engines there."""
     degraded: Prediction | None = None
     """With what must be survived gone."""
     meets: bool
+    capacity: float | None = None
+    """Requests a second under the targets, of the whole setup, by the event loop; None where it was not looked for."""
     tie: str = ""
     """Why measurement could turn the order round; empty where it could not."""
     dollars_per_million_output: float | None = None
     """Tokens generated, at the asked rate."""
     dollars_per_million_at_capacity: float | None = None
 
+    def carrying(self, capacity: float, output: float) -> Verdict:
+        """The same, with the most that it carries; `output`: mean tokens of an answer."""
+        dollars = per_million(self.setup.dollars_per_hour, capacity * output)
+        return msgspec.structs.replace(self, capacity=capacity, dollars_per_million_at_capacity=dollars)
+
 
 def verdict(
     setup: Setup, prediction: Prediction, degraded: Prediction | None, goal: Goal, meets: bool, tie: str = ""
 ) -> Verdict:
-    dollars = setup.dollars_per_hour
-    demand = goal.demand
     return Verdict(
         setup=setup,
         prediction=prediction,
         degraded=degraded,
         meets=meets,
         tie=tie,
-        dollars_per_million_output=per_million(dollars, demand.output_tokens_per_second),
-        dollars_per_million_at_capacity=per_million(dollars, prediction.capacity * demand.output),
+        dollars_per_million_output=per_million(setup.dollars_per_hour, goal.demand.output_tokens_per_second),
     )
 
 
@@ -132,26 +134,6 @@ def per_million(dollars_per_hour: float | None, tokens_per_second: float) -> flo
     if dollars_per_hour is None or tokens_per_second <= 0:
         return None
     return dollars_per_hour / (tokens_per_second * 3600) * 1e6
-
-
-def front(verdicts: list[Verdict]) -> list[Verdict]:
-    """Those that no other beats in cost, TTFT, ITL and throughput at once, cheapest first."""
-
-    def marks(one: Verdict) -> tuple[float, ...]:
-        prediction = one.prediction
-        # Rounded, so that no tenth of a percent keeps a setup on the front.
-        return (
-            one.setup.cost,
-            *(float(f"{value:.2g}") for value in (prediction.ttft_p99.value, prediction.itl_p99.value)),
-            -float(f"{prediction.capacity:.2g}"),
-        )
-
-    best: list[tuple[tuple[float, ...], Verdict]] = []
-    for one in sorted(verdicts, key=marks):
-        own = marks(one)
-        if not any(all(a <= b for a, b in zip(other, own, strict=True)) for other, _ in best):
-            best.append((own, one))
-    return [one for _, one in best]
 
 
 def parts_of(step: StepCost) -> tuple[Part, ...]:

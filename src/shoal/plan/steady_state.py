@@ -7,9 +7,8 @@ closed form has both.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
-from math import log
+from math import log, sqrt
 
 import msgspec
 
@@ -23,12 +22,12 @@ __all__ = [
     "Lengths",
     "ServingEstimate",
     "Workload",
-    "capacity",
     "closed_loop",
     "disaggregated",
     "offline",
     "open_loop",
     "static_batch",
+    "steady",
 ]
 
 
@@ -159,41 +158,75 @@ def offline(cost: CostModel, workload: Workload, *, requests: int | None = None)
     )
 
 
-def open_loop(
-    cost: CostModel, workload: Workload, rate: float, *, requests: int | None = None, gaps: Sequence[float] = ()
-) -> ServingEstimate:
-    """Requests come by themselves, `rate` a second: after `gaps` (in mean gaps, in turn), else exponential ones.
-
-    Without `requests`, as many as it takes for the batch to fill and then some: five times what is under way at once.
-    """
+def open_loop(cost: CostModel, workload: Workload, rate: float, *, requests: int | None = None) -> ServingEstimate:
+    """Requests come by themselves, `rate` a second, with exponential gaps: what a load generator sees that sends so
+    many and counts all of them; without `requests`, five times what is under way at once."""
     reason = refusal(cost, workload)
     if reason:
         return refused(reason)
     count = requests or 400
-    loop = _offered(cost, workload, rate, count, gaps)
+    loop = _offered(cost, workload, rate, count)
     while requests is None and count < MOST_REQUESTS and count < 5 * rate * loop.out.end_to_end.mean():
         count *= 4
-        loop = _offered(cost, workload, rate, count, gaps)
-    # A queue that grows shows in requests that end later taking longer, once the batch has filled.
-    taken = [value for value, _ in loop.out.end_to_end.values]
-    quarter = len(taken) // 4
-    grows = sum(taken[-quarter:]) > 1.3 * sum(taken[quarter : 2 * quarter])
-    return msgspec.structs.replace(_estimate(cost, loop, loop.now), saturated=grows)
+        loop = _offered(cost, workload, rate, count)
+    return _estimate(cost, loop, loop.now)
 
 
 MOST_REQUESTS = 6400
 
 
-def _offered(cost: CostModel, workload: Workload, rate: float, count: int, gaps: Sequence[float]) -> Loop:
-    loop = Loop(cost, workload)
-    at = 0.0
+def _offered(cost: CostModel, workload: Workload, rate: float, count: int) -> Loop:
+    loop, at = Loop(cost, workload), 0.0
     for number in range(count):
-        at += (gaps[number % len(gaps)] if gaps else exponential(number)) / rate
-        loop.run(at)
-        loop.now = max(loop.now, at)
-        loop.add(at)
+        at += exponential(number) / rate
+        loop.arrive(at, number)
     loop.run(float("inf"))
     return loop
+
+
+FIRST = 110_000
+"""Number of the first gap. Of a queue with even service, 1,600 arrivals from there on wait as those of a long run do,
+in the mean and at the 99th percentile, within 15% from 60% to 90% of its capacity; from 0 on they wait up to 29%
+less."""
+WARM = 4
+"""The batch has filled once so many times the requests under way have come."""
+FEWEST_COME = 100
+"""Before the window, at least."""
+LONGEST_RAMP = 4
+"""Windows that the batch may take to fill."""
+GROWS = 0.05
+"""Of the requests that come in the window: so many more under way at its end, and more than chance brings (two standard
+deviations), are a queue that grows."""
+
+
+def steady(
+    cost: CostModel, workload: Workload, rate: float, *, engines: int = 1, requests: int = 1600
+) -> ServingEstimate:
+    """Requests come without end, `rate` a second to all `engines`, each to the one with least to do. What happens while
+    `requests` come is counted: neither the filling of the batch before it nor its emptying."""
+    reason = refusal(cost, workload)
+    if reason:
+        return refused(reason)
+    loops = [Loop(cost, workload) for _ in range(engines)]
+    at, number, ends, began, before = 0.0, 0, LONGEST_RAMP * requests, 0.0, -1
+    while number < ends:
+        at += exponential(FIRST + number) / rate
+        for loop in loops:
+            loop.run(at)
+        _least_busy(loops, at).arrive(at, number)
+        number += 1
+        if before < 0 and number >= FEWEST_COME and sum(loop.under_way for loop in loops) <= number / WARM:
+            before, began, ends = sum(loop.under_way for loop in loops), at, number + requests
+            for loop in loops:
+                loop.out = Outcome()
+    more = sum(loop.under_way for loop in loops) - before
+    grows = before < 0 or more > GROWS * requests + 2 * sqrt(2 * before)
+    return msgspec.structs.replace(_together(cost, loops, at - began), saturated=grows)
+
+
+def _least_busy(loops: list[Loop], now: float) -> Loop:
+    """By prompts first, for they are what a new one waits for; then by sequences that decode."""
+    return min(loops, key=lambda loop: (loop.prompts(now), loop.rows))
 
 
 def exponential(number: int) -> float:
@@ -234,44 +267,6 @@ def static_batch(cost: CostModel, input_length: int, output_length: int, batch: 
         concurrency=float(batch),
         cache_share=budget.bytes_per_token * batch * (input_length + output_length) / max(1, budget.cache),
     )
-
-
-def capacity(
-    cost: CostModel,
-    workload: Workload,
-    *,
-    ttft: float | None = None,
-    itl: float | None = None,
-    percentile: float = 0.99,
-    requests: int = 300,
-) -> tuple[float, ServingEstimate]:
-    """The highest rate (requests/s) at which that percentile of TTFT and ITL stays within the targets, in seconds; 0 if
-    there is none, with the estimate at it."""
-    name = {0.5: "p50", 0.9: "p90", 0.99: "p99"}[percentile]
-
-    def meets(found: ServingEstimate) -> bool:
-        return (
-            not found.refused
-            and not found.saturated
-            and (ttft is None or getattr(found.ttft, name) <= ttft)
-            and (itl is None or getattr(found.itl, name) <= itl)
-        )
-
-    most = closed_loop(cost, workload, cost.engine.max_sequences, requests=2 * cost.engine.max_sequences)
-    if most.refused:
-        return 0.0, most
-    low, high = 0.0, 1.2 * most.requests_per_second
-    best = open_loop(cost, workload, high / 64, requests=requests)
-    if not meets(best):
-        return 0.0, best
-    for _ in range(8):
-        middle = (low + high) / 2
-        found = open_loop(cost, workload, middle, requests=requests)
-        if meets(found):
-            low, best = middle, found
-        else:
-            high = middle
-    return low, best
 
 
 def disaggregated(
@@ -327,13 +322,8 @@ def disaggregated(
             for end, arrival, number in pool.start():
                 ttft.add(end - arrival)
                 heappush(ready, (end + transfer_seconds, number))
-    loop = loops[0]
-    for other in loops[1:]:
-        loop.out.absorb(other.out)
-    loop.now = max(each.now for each in loops)
-    loop.out.ttft = ttft
-    estimate = _estimate(decode, loop, loop.now)
-    return msgspec.structs.replace(estimate, utilisation=estimate.utilisation / engines)
+    loops[0].out.ttft = ttft
+    return _together(decode, loops, max(loop.now for loop in loops))
 
 
 class _PromptPool:
@@ -380,6 +370,15 @@ class _PromptPool:
 # --- from a run to an estimate ----------------------------------------------------------------------------------------
 
 
+def _together(cost: CostModel, loops: list[Loop], seconds: float) -> ServingEstimate:
+    """Of all engines; batch and utilisation are the mean engine's."""
+    first, count = loops[0], len(loops)
+    for other in loops[1:]:
+        first.out.absorb(other.out)
+    found = _estimate(cost, first, seconds)
+    return msgspec.structs.replace(found, utilisation=found.utilisation / count, concurrency=found.concurrency / count)
+
+
 def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
     out: Outcome = loop.out
     front = cost.profile.front_seconds
@@ -399,11 +398,6 @@ def _estimate(cost: CostModel, loop: Loop, seconds: float) -> ServingEstimate:
         cache_share=min(1.0, out.cache_peak / loop.capacity) if loop.capacity else 0.0,
         preemptions=out.preemptions,
     )
-
-
-def interval(cost: CostModel, metric: str) -> tuple[float, float]:
-    """What a prediction of the metric is multiplied by, for nine of ten cases to lie between."""
-    return cost.interval(metric)
 
 
 def _distribution(cost: CostModel, metric: str, values: Weighted, plus: float) -> Distribution:

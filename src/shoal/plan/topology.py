@@ -95,6 +95,7 @@ def build(
         host=catalogue.link(whole.host_link) if whole.host_link else None,
         dollars_per_device_hour=dollars,
         price_source=source,
+        slices=1 if sliced is None else slices(whole, sliced),
         name=text,
     )
 

@@ -136,6 +136,7 @@ def cluster_of(file: TopologyFile, catalogue: Catalogue, where: str) -> Cluster:
         host=catalogue.link(whole.host_link) if whole.host_link else None,
         dollars_per_device_hour=dollars,
         price_source=source,
+        slices=slices(whole, profile) if profile else 1,
         name=file.name or where,
     )
 

@@ -63,11 +63,13 @@ def money_per_hour(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Of a whole: 90% or 0.9."""
+    """Of a whole, above 0: 90% or 0.9."""
     number, unit = _split(text, "a share", "90% or 0.9")
-    value = number / 100 if unit == "%" else number
-    if unit not in ("", "%") or value > 1:
+    if unit not in ("", "%"):
         raise _refusal(text, "a share", "90% or 0.9", unit, ["%"])
+    value = number / 100 if unit == "%" else number
+    if not 0 < value <= 1:
+        raise UnitError(f"{text!r} is not a share: it must be above 0 and at most 100%; write 90% or 0.9")
     return value
 
 

@@ -62,6 +62,10 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
     def longest(self) -> int:
         return self.high
 
+    def draw(self, number: int, stream: int) -> int:
+        """The `number`-th of a fixed sequence."""
+        return self.low if self.low == self.high else self.at(scattered(number, stream))
+
     def at(self, share: float) -> int:
         """The length that such a share of all are shorter than."""
         if self.values:
@@ -77,10 +81,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     def request(self, number: int) -> tuple[int, int]:
         """Input and output of the request of that number."""
-        return (
-            max(1, self.inputs.at(scattered(number, 0))),
-            max(1, self.outputs.at(scattered(number, 1))),
-        )
+        return max(1, self.inputs.draw(number, 0)), max(1, self.outputs.draw(number, 1))
 
 
 class Weighted:

@@ -281,7 +281,7 @@ class Book:
                 weights_digest=self._books.weights_digests.get(asked.served_model, ""),
                 config_digest=self._books.config_digest,
                 endpoints=self._endpoints,
-                retries=sum(flight.num_retries for flight in flights),
+                retries=sum(flight.trials.retries for flight in flights),
                 migrations=sum(flight.num_moves for flight in flights),
                 hedges=sum(flight.num_hedges for flight in flights),
                 n=request.n,

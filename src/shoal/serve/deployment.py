@@ -9,13 +9,13 @@ import msgspec
 from shoal.core.admission import AdmissionConfig
 from shoal.core.config import EngineConfig
 from shoal.core.degradation import BadDegradation, DegradationPolicy, check_policies
+from shoal.core.failover import FailoverConfig
 from shoal.core.health import HealthConfig
 from shoal.core.layout import Layout
 from shoal.core.router import RoutingConfig
 from shoal.serve.audit.log import AuditConfig
 from shoal.serve.fleet import SupervisionConfig
 from shoal.serve.journal_store import JournalConfig
-from shoal.serve.pool import FailoverConfig
 from shoal.serve.protocol import Limits
 from shoal.serve.tenants import TenantSettings
 from shoal.serve.tls import TlsConfig

@@ -218,27 +218,23 @@ class Fleet:
                     self.say(kind, f"{name} is served by {change.served_by}: {change.reason}")
 
     def _watch(self, member: Member, pool: Pool, now: float) -> None:
-        if member.state == "fenced" and now - member.since > self.supervision.hung_seconds:
-            if member.endpoint.kind == "shoal":
-                self.gone(member.name, "it was hung for too long")
+        judgement = member.judge(
+            now,
+            others=any(other.state == "ready" and other is not member for other in pool.members.values()),
+            hung_seconds=self.supervision.hung_seconds,
+            restartable=member.endpoint.kind == "shoal",
+        )
+        if judgement is None:
             return
-        if member.state not in ("ready", "suspect"):
+        if judgement.state == "down":
+            self.gone(member.name, judgement.reason or "")
             return
-        silence = member.watch.silence(now)
-        others = any(other.state == "ready" and other is not member for other in pool.members.values())
-        if member.watch.is_hung(now) and others:
+        member.become(judgement.state, judgement.reason)
+        if judgement.state == "fenced":
             member.epoch += 1
-            member.become("fenced", f"no step for {silence:.1f} s")
-            message = f"{member.name} made no step for {silence:.1f} s; others go on with its work"
+            message = f"{member.name} made {judgement.reason}; others go on with its work"
             self.say("endpoint_hung", message, member.name)
-            pool.move_all(member, EndpointFailure(kind="hung", message=f"no step for {silence:.1f} s"))
-        elif silence > self.supervision.hung_seconds and member.endpoint.kind == "shoal":
-            # With nowhere to go, what it has stayed until now: its cache is worth more than a new start.
-            self.gone(member.name, f"no step for {silence:.1f} s")
-        elif member.state == "ready" and member.watch.is_suspect(now):
-            member.become("suspect", f"no step for {silence:.1f} s")
-        elif member.state == "suspect" and not member.watch.is_suspect(now):
-            member.become("ready")
+            pool.move_all(member, EndpointFailure(kind="hung", message=judgement.reason or ""))
 
     def say(self, kind: str, message: str, endpoint: str = "") -> None:
         event = FleetEvent(time=time.time(), kind=kind, message=message, endpoint=endpoint)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from shoal.core.engine_core import sequences_of
+from shoal.core.failover import Trials
 from shoal.core.fleet_types import EndpointFailure, RouteRequest
 from shoal.core.types import Output, Rejected, Request
 from shoal.serve.errors import ApiError
@@ -97,13 +98,8 @@ class Flight:
         self.num_attempts = 0
         self.num_moves = 0
         """Attempts that others went on from after they had brought a token."""
-        self.num_retries = 0
         self.num_hedges = 0
-        self.barren = 0
-        """Endpoints that were lost in a row without a single token of it: it may be what they die of."""
-        self.avoid: list[str] = []
-        self.lost_at: dict[str, float] = {}
-        """Monotonic second at which it last found an endpoint dead, by name."""
+        self.trials = Trials()
         self.num_delivered = 0
         self.num_cached = 0
         """As the first endpoint said: what later ones find in their caches is not the client's prompt alone."""
@@ -115,6 +111,14 @@ class Flight:
         self._on_end = on_end
         self._on_failure = on_failure
         self._on_over = on_over
+
+    @property
+    def is_placed(self) -> bool:
+        return bool(self.attempts)
+
+    @property
+    def was_placed(self) -> bool:
+        return self.num_attempts > 0
 
     # --- towards endpoints ------------------------------------------------------------------------------------------
 
@@ -141,7 +145,7 @@ class Flight:
         longest = max((len(tokens) for tokens in self.generated.values()), default=0)
         left = sum(self.request.max_tokens - len(tokens) for tokens in self.generated.values())
         return msgspec.structs.replace(
-            self.route, num_prompt=len(self.request.prompt) + longest, num_output=left, avoid=tuple(self.avoid)
+            self.route, num_prompt=len(self.request.prompt) + longest, num_output=left, avoid=self.trials.avoid
         )
 
     def output(self, attempt: FlightAttempt, output: Output) -> None:
@@ -177,7 +181,7 @@ class Flight:
     def _first_of(self, attempt: FlightAttempt, now: float) -> None:
         """The first token of an attempt: where two were under way, this one has it."""
         attempt.heard = True
-        self.barren = 0
+        self.trials.barren = 0
         for other in [one for one in self.attempts if one is not attempt]:
             self._give_up(other)
         attempt.member.heard(attempt, now)
@@ -195,10 +199,10 @@ class Flight:
             attempt.member.endpoint.abort(attempt.request.id)
         if attempt.heard:
             self.num_moves += 1
-        if isinstance(reason, EndpointFailure) and reason.kind in ("lost", "refused"):
-            self.lost_at[attempt.member.name] = time.monotonic()
-        if attempt.member.name not in self.avoid:
-            self.avoid.append(attempt.member.name)
+        if isinstance(reason, EndpointFailure):
+            self.trials.failed_at(attempt.member.name, reason.kind, time.monotonic())
+        else:
+            self.trials.shun(attempt.member.name)
         if self._observer is not None:
             self._observer.left(self, attempt.member, reason)
         self._on_failure(self, attempt, reason)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
+from shoal.core.endpoint_condition import EndpointCondition
 from shoal.core.engine_core import sequences_of
 from shoal.core.fleet_types import EndpointFailure, EndpointReport, EndpointState, EndpointStatus
-from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
+from shoal.core.health import HealthConfig
 from shoal.core.router import Router
 from shoal.core.types import Rejected
 from shoal.serve.endpoint import Endpoint, EndpointInfo
@@ -16,27 +17,15 @@ DEFAULT_SEQUENCES = 256
 """At once, at an endpoint that does not say how many: what other engines run by default."""
 
 
-class Member:
+class Member(EndpointCondition):
     def __init__(self, endpoint: Endpoint, router: Router, health: HealthConfig, *, spare: bool = False) -> None:
+        super().__init__(endpoint.name, health, time.monotonic(), spare=spare)
         self.endpoint = endpoint
-        self.name = endpoint.name
         self.router = router
-        self.health = health
-        self.spare = spare
         self.info: EndpointInfo | None = None
         """Once it was started for the first time."""
-        self.state: EndpointState = "starting"
-        self.reason: str | None = None
-        """Why it is not ready."""
-        self.since = time.monotonic()
-        """Monotonic second at which it came into its state."""
-        self.epoch = 0
         self.restarts = 0
-        self.draining = False
-        self.watch = ProgressWatch(health, self.since)
-        self.breaker = CircuitBreaker(health)
         self.attempts: dict[str, FlightAttempt] = {}
-        self.num_sequences = 0
         self.report: EndpointReport | None = None
         self.completed = 0
         self.failures = 0
@@ -46,7 +35,7 @@ class Member:
         """Of these, how many the router was told of."""
 
     def become(self, state: EndpointState, reason: str | None = None) -> None:
-        self.state, self.reason, self.since = state, reason, time.monotonic()
+        self.enter(state, time.monotonic(), reason)
 
     def started(self, now: float) -> None:
         """The endpoint is of use, for the first time or anew."""
@@ -59,25 +48,12 @@ class Member:
             now=now,
         )
         self.tokens_seen = self.tokens
-        self.epoch += 1
-        self.watch = ProgressWatch(self.health, now)
-        self.breaker.reset()
         self.report = None
-        self.become("ready")
+        self.renewed(now)
 
     @property
     def most_sequences(self) -> int:
-        """That it is sent at once, about: what waits beyond that waits here, where its turn is decided."""
         return (self.info and self.info.max_sequences) or DEFAULT_SEQUENCES
-
-    def takes(self, now: float, *, spares: bool) -> bool:
-        """Whether it may get a request now. `spares`: those that are kept back are needed."""
-        if self.state != "ready" or self.draining or (self.spare and not spares):
-            return False
-        # A little more than runs at once: a slot that becomes free is filled without asking here first.
-        if self.num_sequences >= self.most_sequences + max(1, self.most_sequences // 8):
-            return False
-        return self.breaker.allows(now)
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,7 @@ class _EngineCollector:
         ages = [m.watch.silence(now) for m in self._fleet.members() if m.attempts and m.state != "down"]
         for metric, value in (
             (defined.RUNNING, load.num_running),
+            (defined.SLOTS, sum(engine.config.max_sequences for _, engine in loads)),
             (defined.WAITING, load.num_waiting),
             (defined.KV_USAGE, held / load.num_blocks),
             (defined.KV_FILL, load.num_live_tokens / capacity if capacity else 1.0),

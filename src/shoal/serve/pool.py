@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
 from math import inf
 
-import msgspec
-
-from shoal.core.admission import AdmissionConfig, AdmissionQueue, QueuedRequest, Refused
+from shoal.core.admission import AdmissionConfig, QueuedRequest
+from shoal.core.dispatch import Dispatch
+from shoal.core.failover import FailoverConfig
 from shoal.core.fleet_types import EndpointFailure, ModelStatus, RouteRequest, SpareCapacity
 from shoal.core.hashing import chain
 from shoal.core.retry_budget import RetryBudget
@@ -31,19 +30,6 @@ _CAUTION = 1.2
 """A request that begins and has nothing by its deadline has wasted what it was given."""
 
 
-class FailoverConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    wait_seconds: float = 60.0
-    """How long a request waits for an endpoint after it lost the one it had."""
-    most_retries: int = 5
-    """Of one request, after answers that say that an endpoint is in trouble."""
-    most_lost: int = 3
-    """Endpoints that may die in a row with a request before it had a token there: it may be what they die of."""
-    again_seconds: float = 0.5
-    """Until a request goes again to an endpoint that it has found dead: the fleet notices faster that one is."""
-    hedge_seconds: float | None = None
-    """Ask a second endpoint where the first token is not there after so long. None is never."""
-
-
 class Pool:
     def __init__(
         self,
@@ -57,13 +43,10 @@ class Pool:
         self.name = name
         self.failover = failover
         self.router = Router(routing)
-        self.members: dict[str, Member] = {}
-        self.flights: dict[str, Flight] = {}
+        self.dispatch: Dispatch[Flight, Member] = Dispatch(self.router, admission, failover, budget, self._send)
+        self.members = self.dispatch.members
+        self.flights = self.dispatch.flights
         """All that have not ended."""
-        self._queue = AdmissionQueue(admission)
-        self._moving: deque[Flight] = deque()
-        """Lost the endpoint they had: they go first."""
-        self._budget = budget
         self._on_event = on_event
         self._attempt_numbers = itertools.count(1)
         self._meter = LoadMeter(time.monotonic())
@@ -121,7 +104,8 @@ class Pool:
             ),
             arrived=now,
         )
-        answer = self._queue.offer(
+        refused = self.dispatch.offer(
+            flight,
             QueuedRequest(
                 id=request.id,
                 tokens=max(1, flight.route.num_prompt + flight.route.num_output),
@@ -134,12 +118,10 @@ class Pool:
             ),
             now,
         )
-        if isinstance(answer, Refused):
+        if refused is not None:
             self.refused += 1
-            raise ApiError(answer.status, answer.message, code=answer.reason, retry_after=answer.retry_after)
+            raise ApiError(refused.status, refused.message, code=refused.reason, retry_after=refused.retry_after)
         self.accepted += 1
-        self.flights[request.id] = flight
-        self._budget.request(now)
         self._pump()
         return flight
 
@@ -154,7 +136,7 @@ class Pool:
         ready = [
             name for name, member in self.members.items() if member.state == "ready" and self._is_learned(name, now)
         ]
-        whole = len(self._queue) > 0
+        whole = len(self.dispatch.queue) > 0
         predictions = self.router.predict(route, ready, now)
         predicted = [prediction.completion if whole else prediction.first_token for prediction in predictions]
         return _CAUTION * min(predicted, default=0.0)
@@ -171,49 +153,8 @@ class Pool:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Place what waits, as far as there is room."""
         self._pump_is_due = False
-        now = time.monotonic()
-        if not self._place_moving(now):
-            return
-        place: dict[str, Member] = {}
-
-        def can_place(item: QueuedRequest) -> bool:
-            member = self._choose(self.flights[item.id], now)
-            if member is not None:
-                place[item.id] = member
-            return member is not None
-
-        while (item := self._queue.take(can_place, now)) is not None:
-            self._send(self.flights[item.id], place[item.id], now)
-
-    def _place_moving(self, now: float) -> bool:
-        """False if there is no room for all of them."""
-        later = []
-        while self._moving and self._candidates(now):
-            flight = self._moving.popleft()
-            if flight.is_over:
-                continue
-            member = self._choose(flight, now)
-            if member is None:
-                later.append(flight)
-            else:
-                self._send(flight, member, now)
-        has_room = not self._moving
-        self._moving.extendleft(reversed(later))
-        return has_room
-
-    def _choose(self, flight: Flight, now: float) -> Member | None:
-        # It would find an endpoint that is dead and not yet known to be as it has just found it.
-        again = self.failover.again_seconds
-        able = [name for name in self._candidates(now) if flight.lost_at.get(name, -inf) + again <= now]
-        name = self.router.route(flight.route_now(), able, now)
-        return None if name is None else self.members[name]
-
-    def _candidates(self, now: float) -> list[str]:
-        """Those with room."""
-        needed = any(member.state != "ready" or member.draining for member in self.members.values() if not member.spare)
-        return [name for name, member in self.members.items() if member.takes(now, spares=needed)]
+        self.dispatch.pump(time.monotonic())
 
     def _send(self, flight: Flight, member: Member, now: float) -> None:
         flight.dispatch(member, now)
@@ -225,9 +166,9 @@ class Pool:
         now = time.monotonic()
         if flight.is_over or flight.first_token_at is not None or len(flight.attempts) != 1:
             return
-        flight.avoid.append(flight.attempts[0].member.name)
-        member = self._choose(flight, now)
-        if member is not None and member is not flight.attempts[0].member and self._budget.retry(now):
+        flight.trials.shun(flight.attempts[0].member.name)
+        member = self.dispatch.choose(flight, now)
+        if member is not None and member is not flight.attempts[0].member and self.dispatch.budget.retry(now):
             self.hedges += 1
             flight.num_hedges += 1
             flight.dispatch(member, now)
@@ -236,7 +177,7 @@ class Pool:
 
     def _attempt_over(self, flight: Flight, attempt: FlightAttempt) -> None:
         """There is room again."""
-        if self._queue or self._moving:
+        if self.dispatch.num_waiting:
             self.pump_soon()
 
     def _attempt_failed(self, flight: Flight, attempt: FlightAttempt, reason: EndpointFailure | Rejected) -> None:
@@ -254,34 +195,16 @@ class Pool:
             return
         if flight.attempts:
             return  # another is under way
-        error = self._verdict(flight, attempt, reason)
-        if error is not None:
-            flight.fail(error)
+        given_up = self.dispatch.failed(flight, reason, heard=attempt.heard, now=time.monotonic())
+        if given_up is not None:
+            flight.fail(ApiError(given_up.status, given_up.message, code=given_up.code))
             return
         if attempt.heard:
             self.migrations += 1
             self._on_event("migrated", f"{flight.request.id} leaves {member.name}: {reason.message}")
         else:
             self.retries += 1
-        flight.waiting_since = time.monotonic()
-        self._moving.append(flight)
         self.pump_soon()
-
-    def _verdict(self, flight: Flight, attempt: FlightAttempt, reason: EndpointFailure) -> ApiError | None:
-        """None if the request is to go on."""
-        if reason.kind in ("lost", "hung"):
-            flight.barren += not attempt.heard
-            if flight.barren < self.failover.most_lost:
-                return None
-            return ApiError(
-                500, f"{flight.barren} endpoints in a row were lost with this request", code="endpoints_lost"
-            )
-        if reason.kind == "drained":
-            return None
-        flight.num_retries += 1
-        if flight.num_retries <= self.failover.most_retries and self._budget.retry(time.monotonic()):
-            return None
-        return ApiError(503, f"no endpoint could answer: {reason.message}", code="endpoint_failed")
 
     def move_all(self, member: Member, failure: EndpointFailure) -> None:
         """Take from an endpoint what it has. It is told to drop it, and is not listened to any more."""
@@ -290,25 +213,19 @@ class Pool:
 
     def expire(self, now: float) -> None:
         """End what has waited too long for an endpoint."""
-        for item in self._queue.expire(now):
+        for item in self.dispatch.queue.expire(now):
             if item.id in self.flights:
                 self.flights[item.id].end_overdue()
-        nobody = not any(member.state == "ready" for member in self.members.values())
         for flight in list(self.flights.values()):
             deadline = flight.request.deadline
             # An endpoint that keeps deadlines itself is a little sooner, and knows its last token.
             if deadline is not None and deadline + (_DEADLINE_GRACE if flight.attempts else 0.0) <= now:
                 flight.end_overdue()
-            elif (
-                not flight.attempts
-                and (nobody or flight.num_attempts)
-                and now - flight.waiting_since > self.failover.wait_seconds
-            ):
-                flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
+        for flight in self.dispatch.abandoned(now):
+            flight.fail(ApiError(503, f"no endpoint of {self.name!r} is available", code="no_endpoint"))
 
     def _over(self, flight: Flight, error: ApiError | None) -> None:
-        self.flights.pop(flight.request.id, None)
-        self._queue.remove(flight.request.id)
+        self.dispatch.over(flight.request.id)
         if error is None:
             self.completed += 1
         else:
@@ -336,12 +253,13 @@ class Pool:
 
     def expected_wait(self, now: float) -> float:
         """Seconds that a request like those that wait would wait; infinite: it would be refused."""
-        if not len(self._queue):
+        queue = self.dispatch.queue
+        if not len(queue):
             return 0.0
-        usual = QueuedRequest(id="", tokens=self._queue.tokens // len(self._queue) or 1, arrived=now)
-        if self._queue.tokens >= self._queue.config.max_tokens or len(self._queue) >= self._queue.config.max_requests:
+        usual = QueuedRequest(id="", tokens=queue.tokens // len(queue) or 1, arrived=now)
+        if queue.tokens >= queue.config.max_tokens or len(queue) >= queue.config.max_requests:
             return inf
-        return self._queue.expected_wait(usual, now) or 0.0
+        return queue.expected_wait(usual, now) or 0.0
 
     def spare_capacity(self, now: float) -> SpareCapacity:
         """Whether the rest would carry the load if the largest endpoint were lost."""

@@ -49,25 +49,26 @@ class Autoscaler:
         self._simulation = simulation
         self._wanted: deque[tuple[float, int]] = deque()
         """Of late: when, and how many were wanted."""
-        self._added = 0
+        self._spares = sum(member.spare for member in simulation.members.values())
         simulation.at(policy.interval, self._look)
 
     def _look(self) -> None:
         simulation, policy = self._simulation, self.policy
-        serving = [m for m in simulation.gateway.members.values() if not m.draining and m.state != "down"]
-        starting = [m for m in simulation.members.values() if m.state == "starting" and m not in serving]
-        count = len(serving) + len(starting)
+        # Spares are kept whatever the load is.
+        kept = [m for m in simulation.members.values() if m.state != "down" and not (m.spare or m.draining)]
+        count = len(kept)
         wanted = self._want(count)
         now = simulation.now
         self._wanted.append((now, wanted))
-        while self._wanted[0][0] <= now - policy.down_seconds:
+        while self._wanted[0][0] < now - policy.down_seconds:
             self._wanted.popleft()
         stable = max(number for _, number in self._wanted)
         if wanted > count:
-            self._grow(wanted - count)
+            # Those that end what they have hold their devices until then.
+            self._grow(min(wanted - count, policy.most - simulation.num_replicas + self._spares))
         elif stable < count:
             # Those that do least go.
-            ready = sorted((m for m in serving if m.state == "ready"), key=lambda m: (len(m.attempts), m.name))
+            ready = sorted((m for m in kept if m.state == "ready"), key=lambda m: (len(m.attempts), m.name))
             for member in ready[: count - stable]:
                 simulation.drain(member.name)
         if not simulation.is_over:
@@ -81,10 +82,9 @@ class Autoscaler:
 
     def _measured(self, count: int) -> float:
         gateway = self._simulation.gateway
-        loads = [m.replica.core.load() for m in gateway.members.values() if m.state != "down"]
+        loads = [m.replica.core.load() for m in gateway.members.values() if m.state != "down" and not m.spare]
         if self.policy.measure == "queue":
-            queued = len(gateway.queue) + len(gateway.moving)
-            return (queued + sum(load.num_waiting for load in loads)) / max(count, 1)
+            return (gateway.dispatch.num_waiting + sum(load.num_waiting for load in loads)) / max(count, 1)
         config = self._simulation.config
         slots = len(loads) * config.max_sequences
         if self.policy.measure == "running":

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
+from math import prod
 from typing import Literal, get_args
 
 import msgspec
 
 from shoal.sim.fleet_simulation import FleetSimulation
-from shoal.sim.law import StepLaw
+from shoal.sim.law import Laws
 
 FaultKind = Literal["kill", "rank", "hang", "throttle", "link"]
 """kill: the process dies, and is started anew · rank: one rank dies, what runs is lost, new workers take over · hang:
@@ -29,7 +31,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     kind: FaultKind
     at: float
     replica: int | None
-    """None: all."""
+    """None: all that there are at the time."""
     seconds: float | None = None
     """Until it is over; None: for ever, and of `kill` and `rank`: as long as a start takes."""
     factor: float = 1.0
@@ -77,7 +79,10 @@ def _replica(text: str) -> int:
 
 
 def _factor(text: str) -> float:
-    factor = float(text)
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
     if not 1 <= factor <= 1e6:
         raise ValueError(f"factor is {text}: write how many times slower, at least 1")
     return factor
@@ -86,56 +91,66 @@ def _factor(text: str) -> float:
 def schedule(
     faults: Sequence[Fault],
     simulation: FleetSimulation,
-    slower_link: Callable[[float], StepLaw],
+    slower_link: Callable[[float], Laws],
     rank_seconds: float,
 ) -> None:
-    """`slower_link`: the law of steps with links that are so many times slower. `rank_seconds`: until a lost rank is
+    """`slower_link`: the laws of steps with links that are so many times slower. `rank_seconds`: until a lost rank is
     noticed, during which nothing moves."""
     names = list(simulation.replicas)
+    slowing = _Slowing(simulation, slower_link)
     for fault in faults:
         if fault.replica is not None and fault.replica >= len(names):
             raise FaultError(f"replica {fault.replica} does not exist: there are {len(names)}, from 0")
-        for name in names if fault.replica is None else [names[fault.replica]]:
-            simulation.at(fault.at, _begin(fault, simulation, name, slower_link, rank_seconds))
+        name = None if fault.replica is None else names[fault.replica]
+        simulation.at(fault.at, lambda fault=fault, name=name: _begin(fault, name, simulation, slowing, rank_seconds))  # type: ignore[misc]
 
 
-def _begin(
-    fault: Fault,
-    simulation: FleetSimulation,
-    name: str,
-    slower_link: Callable[[float], StepLaw],
-    rank_seconds: float,
-) -> Callable[[], None]:
-    def kill() -> None:
-        simulation.kill(name, "its process died", back_after=fault.seconds)
+def _begin(fault: Fault, name: str | None, simulation: FleetSimulation, slowing: _Slowing, rank_seconds: float) -> None:
+    """`name` is None for all that there are by then."""
+    for one in list(simulation.gateway.members) if name is None else [name]:
+        if simulation.members[one].state == "down":
+            continue  # it was drained and taken away
+        if fault.kind == "kill":
+            simulation.kill(one, "its process died", back_after=fault.seconds)
+        elif fault.kind == "rank":
+            back = simulation.start_seconds if fault.seconds is None else fault.seconds
+            simulation.lose_rank(one, rank_seconds, back)
+        elif fault.kind == "hang":
+            simulation.hang(one, fault.seconds or 0.0)
+        else:
+            slowing.begin(one, fault)
 
-    def rank() -> None:
-        simulation.lose_rank(name, rank_seconds, simulation.start_seconds if fault.seconds is None else fault.seconds)
 
-    def hang() -> None:
-        simulation.say("hang", name, f"nothing moves for {fault.seconds:g} s")
-        simulation.replicas[name].freeze(fault.seconds or 0.0)
+class _Slowing:
+    """What is slow, where. Faults of one kind may overlap: their factors multiply."""
 
-    def throttle() -> None:
-        replica = simulation.replicas[name]
-        simulation.say("throttle", name, f"steps take {fault.factor:g} times as long")
-        replica.slowness *= fault.factor
+    def __init__(self, simulation: FleetSimulation, slower_link: Callable[[float], Laws]) -> None:
+        self._simulation = simulation
+        self._slower_link = cache(slower_link)
+        self._active: dict[tuple[str, str], list[float]] = {}
+        """Factors by replica and kind."""
+
+    def begin(self, name: str, fault: Fault) -> None:
+        factors = self._active.setdefault((name, fault.kind), [])
+        factors.append(fault.factor)
+        self._apply(name, fault.kind)
+        share = f"{fault.factor:g}"
+        links = fault.kind == "link"
+        message = f"links have 1/{share} of their bandwidth" if links else f"steps take {share} times as long"
+        self._simulation.say(fault.kind, name, message)
+
+        def end() -> None:
+            factors.remove(fault.factor)
+            self._apply(name, fault.kind)
+            self._simulation.say(fault.kind, name, "it is over")
+
         if fault.seconds is not None:
-            simulation.at(simulation.now + fault.seconds, cool)
+            self._simulation.at(self._simulation.now + fault.seconds, end)
 
-    def cool() -> None:
-        simulation.replicas[name].slowness /= fault.factor
-        simulation.say("throttle", name, "it is over")
-
-    def link() -> None:
-        simulation.say("link", name, f"links have 1/{fault.factor:g} of their bandwidth")
-        replica = simulation.replicas[name]
-        replica.law = slower_link(fault.factor)
-        if fault.seconds is not None:
-            simulation.at(simulation.now + fault.seconds, mend)
-
-    def mend() -> None:
-        simulation.replicas[name].law = simulation.law
-        simulation.say("link", name, "it is over")
-
-    return {"kill": kill, "rank": rank, "hang": hang, "throttle": throttle, "link": link}[fault.kind]
+    def _apply(self, name: str, kind: FaultKind) -> None:
+        factor = prod(sorted(self._active[name, kind]))
+        replica = self._simulation.replicas[name]
+        if kind == "throttle":
+            replica.slowness = factor
+        else:
+            replica.laws = self._simulation.laws if factor == 1 else self._slower_link(factor)

@@ -18,7 +18,7 @@ from shoal.sim.clock import Action, Clock
 from shoal.sim.flight import Flight, Member
 from shoal.sim.gateway import OPEN, TICK_SECONDS, Chooser, Gateway, Rules
 from shoal.sim.histogram import Histogram
-from shoal.sim.law import StepLaw
+from shoal.sim.law import Laws, StepLaw
 from shoal.sim.replica import Replica
 from shoal.sim.requests import Arrival, Outcome
 
@@ -87,11 +87,11 @@ class FleetSimulation:
         until: float = float("inf"),
         on_tick: Callable[[FleetSimulation], None] | None = None,
     ) -> None:
-        """`start_seconds`: of an engine that is started while the simulation runs. `on_tick`: ten
+        """`stage_law`: see Laws. `start_seconds`: of an engine that is started meanwhile. `on_tick`: ten
         times a second of virtual time."""
         self.chooser = chooser
         self.config = config
-        self.law = law
+        self.laws = Laws(law, stage_law)
         self.start_seconds = start_seconds
         self.until = until
         self.clock = Clock()
@@ -111,12 +111,11 @@ class FleetSimulation:
             report_delay=report_delay,
             on_gap=self.gaps.add,
             on_event=self.say,
+            restart=lambda member, reason: self.kill(member.name, reason),
         )
-        self.gateway.restart = lambda member: self.kill(member.name, "it was hung for too long")
         self._arrivals = (front or FrontEnd()).passed(arrivals)
         """With when the gateway sees each."""
         self._to_come = len(self._arrivals)
-        self._stage_law = stage_law
         self._router_block_size = router_block_size
         self._interval = sample_interval
         self.on_tick = on_tick
@@ -144,6 +143,8 @@ class FleetSimulation:
         self.clock.run(self._coming(), self.until)
         if self._interval is not None and self.now > self._sampled[0]:
             self._take_sample()
+        for flight in self.gateway.flights.values():
+            flight.outcome.generated = flight.delivered
         return list(self.outcomes.values())
 
     # --- what is done to the fleet ----------------------------------------------------------------------------------
@@ -155,17 +156,23 @@ class FleetSimulation:
     def add(self, name: str, *, after: float = 0.0, spare: bool = False) -> Replica:
         """A further engine, of use once it was started."""
         self._created[name] = self.now
-        replica = Replica(name, self.config, self.law, self.clock, self.gateway.stepped, self._stage_law)
-        member = Member(replica, self.gateway.rules.health, self.now, spare=spare)
+        replica = Replica(name, self.config, self.laws, self.clock, self.gateway.stepped)
+        rules = self.gateway.rules
+        member = Member(replica, rules.health, self.now, queue=rules.queue, spare=spare)
         self.replicas[name], self.members[name] = replica, member
         self._start(member, after)
-        self.most_replicas = max(self.most_replicas, len(self.members) - len(self._removed))
+        self.most_replicas = max(self.most_replicas, self.num_replicas)
         return replica
+
+    @property
+    def num_replicas(self) -> int:
+        """That hold devices: also while they start, are down, or end what they have."""
+        return len(self.members) - len(self._removed)
 
     def kill(self, name: str, reason: str, *, back_after: float | None = None) -> None:
         """Its process dies, and is started anew; None: that takes `start_seconds`."""
         member = self.members[name]
-        if member.state in ("down", "starting"):
+        if not member.is_up:
             return
         member.replica.die()
         self.gateway.gone(member, reason)
@@ -175,7 +182,7 @@ class FleetSimulation:
         """One of its ranks dies: nothing moves until that is noticed, then what runs is lost, and new workers are
         there `back_after` later."""
         member = self.members[name]
-        if member.state in ("down", "starting"):
+        if not member.is_up:
             return
         epoch = member.replica.epoch
         member.replica.freeze(noticed_after)
@@ -188,6 +195,13 @@ class FleetSimulation:
 
         self.clock.at(self.now + noticed_after, notice)
 
+    def hang(self, name: str, seconds: float) -> None:
+        """Nothing of it moves for so long; then it goes on where it was."""
+        member = self.members[name]
+        if member.is_up:
+            self.say("hang", name, f"nothing moves for {seconds:g} s")
+            member.replica.freeze(seconds)
+
     def drain(self, name: str) -> None:
         """Nothing new; it is gone once it has nothing left."""
         member = self.members[name]
@@ -195,7 +209,7 @@ class FleetSimulation:
         self.say("draining", name, "it gets no new requests")
 
     def _start(self, member: Member, after: float) -> None:
-        member.become("starting", self.now)
+        member.enter("starting", self.now)
         if after <= 0.0:
             self.gateway.started(member)
             return
@@ -219,13 +233,17 @@ class FleetSimulation:
 
     def _arrive(self, arrival: Arrival) -> None:
         self._to_come -= 1
-        prompt = arrival.prompt()
-        outcome = Outcome(id=arrival.id, arrived=arrival.at, num_prompt=len(prompt), num_output=arrival.num_output)
+        length, longest = arrival.num_prompt, self.config.max_len - 1
+        outcome = Outcome(id=arrival.id, arrived=arrival.at, num_prompt=length, num_output=arrival.num_output)
         self.outcomes[arrival.id] = outcome
-        blocks = arrival.blocks
+        if length > longest:
+            # Live, the gateway says so before it queues anything.
+            outcome.status, outcome.reason = "rejected", f"the prompt has {length} tokens; at most {longest} fit"
+            return
+        prompt, blocks = arrival.prompt(), arrival.blocks
         route = RouteRequest(
             id=arrival.id,
-            num_prompt=len(prompt),
+            num_prompt=length,
             num_output=arrival.limit,
             blocks=tuple(chain(prompt, self._router_block_size)) if blocks is None else blocks,
             session=arrival.session,
@@ -256,7 +274,7 @@ class FleetSimulation:
     def _take_sample(self) -> None:
         """Of what happened since the last one."""
         since, arrived_before, ended_before, tokens_before, busy_before, up_before = self._sampled
-        up = [member for member in self.members.values() if member.state not in ("starting", "down")]
+        up = [member for member in self.members.values() if member.is_up]
         loads = [member.replica.core.load() for member in up]
         blocks = sum(load.num_blocks for load in loads)
         tokens = self.gateway.generated_tokens
@@ -272,9 +290,10 @@ class FleetSimulation:
                 output_tokens_per_second=(tokens - tokens_before) / max(self.now - since, 1e-9),
                 running=sum(load.num_running for load in loads),
                 waiting=sum(load.num_waiting for load in loads),
-                queued=len(self.gateway.queue) + len(self.gateway.moving),
+                queued=self.gateway.dispatch.num_waiting,
                 kv_usage=1 - sum(load.num_free_blocks for load in loads) / blocks if blocks else 0.0,
                 ready=sum(member.state == "ready" for member in up),
-                busy=min((busy - busy_before) / max(up_seconds - up_before, 1e-9), 1.0),
+                # Sums of many floats: what is left of them in a moment without work may lie below 0.
+                busy=min(max(busy - busy_before, 0.0) / max(up_seconds - up_before, 1e-9), 1.0),
             )
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal.core.endpoint_condition import EndpointCondition
+from shoal.core.failover import Trials
 from shoal.core.fleet_types import EndpointState, RouteRequest
-from shoal.core.health import CircuitBreaker, HealthConfig, ProgressWatch
+from shoal.core.health import HealthConfig
 from shoal.core.types import Request, Sampling
 from shoal.sim.replica import TOKEN, Replica
 from shoal.sim.requests import Arrival, Outcome
@@ -20,18 +22,15 @@ class Flight:
         "arrival",
         "attempt",
         "attempts",
-        "avoid",
-        "barren",
         "began",
         "delivered",
         "heard",
         "last_token",
-        "lost_at",
         "member",
         "outcome",
         "prompt",
-        "retries",
         "route",
+        "trials",
         "waiting_since",
     )
 
@@ -51,22 +50,30 @@ class Flight:
         """Whether the attempt has brought a token."""
         self.delivered = 0
         self.last_token = -1.0
-        self.barren = 0
-        """Endpoints lost in a row without a token of it."""
-        self.retries = 0
-        self.avoid: tuple[str, ...] = ()
-        self.lost_at: dict[str, float] = {}
+        self.trials = Trials()
         self.waiting_since = now
+
+    @property
+    def is_over(self) -> bool:
+        return self.outcome.status != "waiting"
+
+    @property
+    def is_placed(self) -> bool:
+        return self.member is not None
+
+    @property
+    def was_placed(self) -> bool:
+        return self.attempts > 0
 
     def route_now(self) -> RouteRequest:
         """What a router is to know of what is left."""
-        if not self.attempts and not self.avoid:
+        if not self.attempts:
             return self.route
         return msgspec.structs.replace(
             self.route,
             num_prompt=self.route.num_prompt + self.delivered,
             num_output=max(self.route.num_output - self.delivered, 1),
-            avoid=self.avoid,
+            avoid=self.trials.avoid,
         )
 
     def request_now(self) -> Request:
@@ -84,34 +91,36 @@ class Flight:
         )
 
 
-class Member:
-    """An endpoint: its state, what it was sent, and how it moves."""
+class Member(EndpointCondition):
+    """An endpoint: its engine, and what it was sent."""
 
-    def __init__(self, replica: Replica, health: HealthConfig | None, now: float, *, spare: bool = False) -> None:
+    def __init__(
+        self, replica: Replica, health: HealthConfig, now: float, *, queue: bool = True, spare: bool = False
+    ) -> None:
+        super().__init__(replica.name, health, now, spare=spare)
         self.replica = replica
-        self.name = replica.name
-        self.state: EndpointState = "starting"
-        self.since = now
-        self.spare = spare
-        self.draining = False
         self.attempts: dict[str, Flight] = {}
-        self.most = replica.config.max_sequences + max(1, replica.config.max_sequences // 8)
-        """That it is sent at once: what waits beyond waits in the gateway, but for a few that fill free slots."""
-        self.health = health or HealthConfig()
-        self.watch = ProgressWatch(self.health, now)
-        self.breaker = CircuitBreaker(self.health)
         self.ready_seconds = 0.0
         """Until `since`."""
         self.stepped_at = -1.0
         self.tokens_unsaid = 0
         """Of its last step: the router hears of them with the next."""
         self.reported_at = float("-inf")
+        self._most = replica.config.max_sequences if queue else 1 << 60
 
-    def become(self, state: EndpointState, now: float) -> None:
-        if self.state != "starting" and self.state != "down":
-            self.ready_seconds += now - self.since
-        self.state, self.since = state, now
+    @property
+    def most_sequences(self) -> int:
+        return self._most
+
+    def enter(self, state: EndpointState, now: float, reason: str | None = None) -> None:
+        self.ready_seconds = self.up_seconds(now)
+        super().enter(state, now, reason)
+
+    @property
+    def is_up(self) -> bool:
+        """There to work, also while it is suspect or fenced."""
+        return self.state not in ("starting", "down")
 
     def up_seconds(self, now: float) -> float:
-        """For how long it has been there to work, also while it was suspect or hung."""
-        return self.ready_seconds + (0.0 if self.state in ("starting", "down") else now - self.since)
+        """For how long it was up."""
+        return self.ready_seconds + (now - self.since if self.is_up else 0.0)

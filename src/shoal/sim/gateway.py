@@ -1,26 +1,28 @@
-"""The gateway over simulated engines: the admission queue, router, health and retry budget that serve live.
+"""The gateway over simulated engines: what serves live decides, and calls and events take the place of sockets.
 
-What `serve.pool` and `serve.fleet` do with sockets and tasks happens here with calls and events: requests are admitted,
-routed and watched; those of an endpoint that is lost or hung go on elsewhere with what was delivered.
+`core.dispatch` says which request goes where next, `core.failover` what becomes of one that lost its endpoint,
+`core.endpoint_condition` which endpoints may get some: they are the objects that `serve.pool` and `serve.fleet` hold.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Protocol
 
 import msgspec
 
-from shoal.core.admission import AdmissionConfig, AdmissionQueue, QueuedRequest, Refused
-from shoal.core.fleet_types import EndpointReport, FailureKind, RouteRequest
+from shoal.core.admission import AdmissionConfig, QueuedRequest
+from shoal.core.dispatch import Dispatch
+from shoal.core.failover import FailoverConfig
+from shoal.core.fleet_types import EndpointFailure, EndpointReport, RouteRequest
 from shoal.core.health import HealthConfig
 from shoal.core.retry_budget import RetryBudget
 from shoal.core.types import Output
 from shoal.sim.clock import Clock
 from shoal.sim.flight import Flight, Member
 from shoal.sim.replica import Replica
+from shoal.sim.requests import Status
 
 TICK_SECONDS = 0.1
 
@@ -30,11 +32,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
     admission: AdmissionConfig = AdmissionConfig()
     health: HealthConfig = HealthConfig()
+    failover: FailoverConfig = FailoverConfig()
     retry_ratio: float = 0.2
-    most_retries: int = 5
-    most_lost: int = 3
-    again_seconds: float = 0.5
-    wait_seconds: float = 60.0
     hung_seconds: float = 30.0
     """An engine that was fenced for so long is started anew."""
     queue: bool = True
@@ -44,7 +43,10 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OPEN = Rules(
-    admission=AdmissionConfig(max_requests=1 << 60, max_tokens=1 << 60, max_wait_seconds=inf), queue=False, watch=False
+    admission=AdmissionConfig(max_requests=1 << 60, max_tokens=1 << 60, max_wait_seconds=inf),
+    failover=FailoverConfig(wait_seconds=inf),
+    queue=False,
+    watch=False,
 )
 """Nothing is held back, refused or watched: for the study of routing alone."""
 
@@ -82,26 +84,29 @@ class Gateway:
         report_delay: float,
         on_gap: Callable[[float, int], None],
         on_event: Callable[[str, str, str], None],
+        restart: Callable[[Member, str], None],
     ) -> None:
         """`on_gap` hears of the seconds between two tokens of a sequence, and of how many sequences; `on_event` of
-        what happens to endpoints: kind, endpoint, message. Reports come with steps, at most one an interval."""
+        what happens to endpoints: kind, endpoint, message. `restart` is asked for an engine that hangs for too long,
+        and why. Reports come with steps, at most one an interval."""
         self.chooser = chooser
         self.rules = rules
         self.clock = clock
-        self.members: dict[str, Member] = {}
-        self.queue = AdmissionQueue(rules.admission)
-        self.budget = RetryBudget(ratio=rules.retry_ratio)
-        self.flights: dict[str, Flight] = {}
+        self.dispatch: Dispatch[Flight, Member] = Dispatch(
+            chooser, rules.admission, rules.failover, RetryBudget(ratio=rules.retry_ratio), self._send
+        )
+        self.members = self.dispatch.members
+        self.flights = self.dispatch.flights
         """All that have not ended."""
-        self.moving: deque[Flight] = deque()
-        """Lost the endpoint that they had: they go first."""
         self.generated_tokens = 0
-        self.restart: Callable[[Member], None] = lambda member: None
-        """Of an engine that hangs for too long."""
+        self.last_end = 0.0
+        """When a request last ended, in whatever way."""
         self._interval = report_interval
         self._delay = report_delay
         self._on_gap = on_gap
         self._on_event = on_event
+        self._restart = restart
+        self._pump_is_due = False
 
     # --- endpoints --------------------------------------------------------------------------------------------------
 
@@ -110,114 +115,64 @@ class Gateway:
         now, config = self.clock.now, member.replica.config
         self.members[member.name] = member
         self.chooser.add(member.name, config.max_sequences, config.num_blocks, config.block_size, now)
-        member.watch = type(member.watch)(member.health, now)
-        member.breaker.reset()
         member.tokens_unsaid = 0
-        member.become("ready", now)
+        member.renewed(now)
         self.pump()
 
     def gone(self, member: Member, reason: str) -> None:
         """Its process died."""
-        member.become("down", self.clock.now)
+        member.enter("down", self.clock.now, reason)
         self._on_event("endpoint_lost", member.name, reason)
-        self.move_all(member, "lost", reason)
-        self.pump()
+        self.move_all(member, EndpointFailure(kind="lost", message=reason))
 
     def remove(self, member: Member, reason: str) -> None:
         """At once: what it has is moved."""
-        member.become("down", self.clock.now)
+        member.enter("down", self.clock.now, reason)
         del self.members[member.name]
-        self.move_all(member, "drained", reason)
+        self.move_all(member, EndpointFailure(kind="drained", message=reason))
         self.chooser.remove(member.name)
         self._on_event("removed", member.name, reason)
-        self.pump()
 
-    def move_all(self, member: Member, kind: FailureKind, message: str) -> None:
+    def move_all(self, member: Member, failure: EndpointFailure) -> None:
         for flight in list(member.attempts.values()):
             member.replica.abort(flight.attempt)
-            self._attempt_failed(flight, kind, message)
+            self._attempt_failed(flight, failure)
 
     def lost_sequences(self, member: Member, outputs: list[Output]) -> None:
         """Its workers failed, and with them what ran; it lives and starts new ones."""
         for output in outputs:
-            self._attempt_failed(member.attempts[output.request_id], "lost", output.error or "")
-        self.pump()
-
-    def takes(self, member: Member, now: float) -> bool:
-        if member.state != "ready" or member.draining:
-            return False
-        if self.rules.queue and len(member.attempts) >= member.most:
-            return False
-        return member.breaker.allows(now)
-
-    def candidates(self, now: float) -> list[str]:
-        """Those with room. Spares, only while another endpoint is not well."""
-        takes = self.takes
-        able = [name for name, member in self.members.items() if takes(member, now)]
-        if not any(member.spare for member in self.members.values()):
-            return able
-        if any(member.state != "ready" or member.draining for member in self.members.values() if not member.spare):
-            return able
-        return [name for name in able if not self.members[name].spare]
+            failure = EndpointFailure(kind="lost", message=output.error or "the workers were lost")
+            self._attempt_failed(member.attempts[output.request_id], failure)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, flight: Flight) -> None:
         now, route = self.clock.now, flight.route
         tokens = max(1, route.num_prompt + route.num_output)
-        answer = self.queue.offer(QueuedRequest(id=route.id, tokens=tokens, arrived=now), now)
-        if isinstance(answer, Refused):
-            flight.outcome.status, flight.outcome.reason = "rejected", answer.message
+        refused = self.dispatch.offer(flight, QueuedRequest(id=route.id, tokens=tokens, arrived=now), now)
+        if refused is not None:
+            self._end(flight, "rejected", refused.message)
             return
-        self.flights[route.id] = flight
-        self.budget.request(now)
         self.pump()
 
     def pump(self) -> None:
         """Place what waits, as far as there is room."""
-        if not self.moving and not len(self.queue):
-            return
-        now = self.clock.now
-        if not self._place_moving(now):
-            return
-        chosen: list[Member] = []
+        self._pump_is_due = False
+        if self.dispatch.num_waiting:
+            self.dispatch.pump(self.clock.now)
 
-        def can_place(item: QueuedRequest) -> bool:
-            member = self._choose(self.flights[item.id], now)
-            if member is not None:
-                chosen.append(member)
-            return member is not None
-
-        while (item := self.queue.take(can_place, now)) is not None:
-            self._send(self.flights[item.id], chosen.pop(), now)
-
-    def _place_moving(self, now: float) -> bool:
-        """False if there is no room for all of them."""
-        later = []
-        while self.moving:
-            flight = self.moving.popleft()
-            member = self._choose(flight, now) if flight.outcome.status == "waiting" else None
-            if member is not None:
-                self._send(flight, member, now)
-            elif flight.outcome.status == "waiting":
-                later.append(flight)
-        self.moving.extend(later)
-        return not self.moving
-
-    def _choose(self, flight: Flight, now: float) -> Member | None:
-        able = self.candidates(now)
-        if flight.lost_at:
-            # It would find an endpoint that is dead and not yet known to be as it has just found it.
-            again = self.rules.again_seconds
-            able = [name for name in able if flight.lost_at.get(name, -inf) + again <= now]
-        name = self.chooser.route(flight.route_now(), able, now) if able else None
-        return None if name is None else self.members[name]
+    def pump_soon(self) -> None:
+        """Once what happens now was taken in."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self.clock.at(self.clock.now, self.pump)
 
     def _send(self, flight: Flight, member: Member, now: float) -> None:
         question = flight.route_now()
         request = flight.request_now()
         flight.member, flight.outcome.endpoint = member, member.name
         member.attempts[request.id] = flight
+        member.num_sequences += 1
         member.watch.working(True, now)
         member.breaker.sent(request.id)
         self.chooser.dispatched(question, member.name, now)
@@ -225,7 +180,7 @@ class Gateway:
         if rejected is None:
             return
         if rejected.retryable:
-            self._attempt_failed(flight, "overloaded", rejected.reason)
+            self._attempt_failed(flight, EndpointFailure(kind="overloaded", message=rejected.reason))
             return
         self._leave(flight, member)
         member.breaker.worked(request.id)
@@ -233,52 +188,35 @@ class Gateway:
 
     def _leave(self, flight: Flight, member: Member, *, whole: bool = False) -> None:
         del member.attempts[flight.attempt]
+        member.num_sequences -= 1
         now = self.clock.now
         member.watch.working(bool(member.attempts), now)
         self.chooser.finished(flight.route.id, member.name, flight.delivered - flight.began, now, whole)
         flight.member = None
 
-    def _end(self, flight: Flight, status: str, reason: str = "") -> None:
+    def _end(self, flight: Flight, status: Status, reason: str = "") -> None:
         outcome = flight.outcome
-        outcome.status, outcome.reason = status, reason  # type: ignore[assignment]
-        self.queue.remove(flight.route.id)
-        self.flights.pop(flight.route.id, None)
+        outcome.status, outcome.reason, outcome.generated = status, reason, flight.delivered
+        self.last_end = self.clock.now
+        self.dispatch.over(flight.route.id)
 
-    def _attempt_failed(self, flight: Flight, kind: FailureKind, message: str) -> None:
+    def _attempt_failed(self, flight: Flight, reason: EndpointFailure) -> None:
         """It goes on elsewhere, unless it has failed too often."""
         member, now = flight.member, self.clock.now
         if member is None:
             return
         attempt, heard = flight.attempt, flight.heard
         self._leave(flight, member)
-        member.breaker.failed(attempt, kind, now)
-        if kind in ("lost", "refused"):
-            flight.lost_at[member.name] = now
-        if member.name not in flight.avoid:
-            flight.avoid = (*flight.avoid, member.name)
-        if (error := self._verdict(flight, kind, message, heard=heard, now=now)) is not None:
-            self._end(flight, "failed", error)
-            return
-        if heard:
+        member.breaker.failed(attempt, reason.kind, now)
+        flight.trials.failed_at(member.name, reason.kind, now)
+        given_up = self.dispatch.failed(flight, reason, heard=heard, now=now)
+        if given_up is not None:
+            self._end(flight, "failed", given_up.message)
+        elif heard:
             flight.outcome.moves += 1
         else:
             flight.outcome.retries += 1
-        flight.waiting_since = now
-        self.moving.append(flight)
-
-    def _verdict(self, flight: Flight, kind: FailureKind, message: str, *, heard: bool, now: float) -> str | None:
-        """Why it ends here; None if it is to go on."""
-        if kind in ("lost", "hung"):
-            flight.barren = 0 if heard else flight.barren + 1
-            if flight.barren < self.rules.most_lost:
-                return None
-            return f"{flight.barren} endpoints in a row were lost with this request"
-        if kind == "drained":
-            return None
-        flight.retries += 1
-        if flight.retries <= self.rules.most_retries and self.budget.retry(now):
-            return None
-        return f"no endpoint could answer: {message}"
+        self.pump_soon()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -291,10 +229,9 @@ class Gateway:
         self._report(member, now)
         attempts, before = member.attempts, member.stepped_at
         member.stepped_at = now
-        usual = tokens = 0
+        usual = ended = 0
         for output in outputs:
             flight = attempts[output.request_id]
-            tokens += 1
             flight.delivered += 1
             last, flight.last_token = flight.last_token, now
             if not flight.heard:
@@ -306,20 +243,21 @@ class Gateway:
             else:
                 self._on_gap(now - last, 1)
             if output.finish is not None:
+                ended += 1
                 self._leave(flight, member, whole=True)
                 flight.outcome.end = now
                 self._end(flight, "done")
         if usual:
             self._on_gap(now - before, usual)
-        self.generated_tokens += tokens
-        member.tokens_unsaid = tokens
-        if self.moving or len(self.queue):
+        self.generated_tokens += len(outputs)
+        member.tokens_unsaid = len(outputs)
+        if ended:
             self.pump()
 
     def _first_of(self, flight: Flight, member: Member, output: Output, now: float) -> None:
         """The first token of an attempt."""
         flight.heard = True
-        flight.barren = 0
+        flight.trials.barren = 0
         member.breaker.worked(flight.attempt)
         self.chooser.first_token(flight.route.id, member.name, now)
         outcome = flight.outcome
@@ -330,7 +268,8 @@ class Gateway:
     def _report(self, member: Member, now: float) -> None:
         if member.state in ("suspect", "fenced"):
             self._on_event("endpoint_ready", member.name, f"moves again after {now - member.since:.1f} s")
-            member.become("ready", now)
+            member.enter("ready", now)
+            self.pump_soon()
         if member.tokens_unsaid:
             self.chooser.progressed(member.name, member.tokens_unsaid, now)
             member.tokens_unsaid = 0
@@ -349,36 +288,32 @@ class Gateway:
     def tick(self) -> None:
         """Several times a second."""
         now = self.clock.now
-        stall = self.rules.health.stall_seconds
-        for member in list(self.members.values()):
-            # The least that an endpoint with work is given; how patient one is takes longer to compute.
-            if self.rules.watch and member.attempts and now - member.watch.progress_at > stall:
-                self._watch(member, now)
-            elif member.state == "fenced" and now - member.since > self.rules.hung_seconds:
-                self.restart(member)
-        self._expire(now)
+        if self.rules.watch:
+            # The least that an endpoint is given; how patient one is takes longer to compute. One that has nothing to
+            # do says that it is there, unless it hangs.
+            stall = self.rules.health.stall_seconds
+            for member in list(self.members.values()):
+                silent = now - member.watch.progress_at > stall and (member.attempts or member.replica.is_frozen)
+                if silent or member.state == "fenced":
+                    self._watch(member, now)
+        for flight in self.dispatch.abandoned(now):
+            self._end(flight, "failed", "no endpoint was available")
         self.pump()
 
     def _watch(self, member: Member, now: float) -> None:
-        silence = member.watch.silence(now)
-        if member.state not in ("ready", "suspect"):
+        judgement = member.judge(
+            now,
+            others=any(other.state == "ready" and other is not member for other in self.members.values()),
+            hung_seconds=self.rules.hung_seconds,
+            restartable=True,
+        )
+        if judgement is None:
             return
-        others = any(other.state == "ready" and other is not member for other in self.members.values())
-        if member.watch.is_hung(now) and others:
-            member.become("fenced", now)
-            message = f"no step for {silence:.1f} s; others go on with its work"
-            self._on_event("endpoint_hung", member.name, message)
-            self.move_all(member, "hung", f"no step for {silence:.1f} s")
-        elif silence > self.rules.hung_seconds:
-            self.restart(member)
-        elif member.state == "ready" and member.watch.is_suspect(now):
-            member.become("suspect", now)
-
-    def _expire(self, now: float) -> None:
-        """End what has waited too long for an endpoint."""
-        waiting = list(self.moving)
-        if not any(member.state == "ready" for member in self.members.values()):
-            waiting = [flight for flight in self.flights.values() if flight.member is None]
-        for flight in waiting:
-            if self.rules.watch and now - flight.waiting_since > self.rules.wait_seconds:
-                self._end(flight, "failed", "no endpoint was available")
+        reason = judgement.reason or ""
+        if judgement.state == "down":
+            self._restart(member, reason)
+            return
+        member.enter(judgement.state, now, reason)
+        if judgement.state == "fenced":
+            self._on_event("endpoint_hung", member.name, f"{reason}; others go on with its work")
+            self.move_all(member, EndpointFailure(kind="hung", message=reason))

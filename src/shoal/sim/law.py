@@ -11,6 +11,14 @@ from shoal.core.cost.types import StepShape
 StepLaw = Callable[[StepShape], float]
 
 
+class Laws(msgspec.Struct, frozen=True):
+    """Of one engine's steps."""
+
+    step: StepLaw
+    stage: StepLaw | None = None
+    """Of a pipeline, how long a step keeps its slowest stage: the next can follow after so long."""
+
+
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a step as a sum: fixed, for each token prefilled, for each sequence that decodes, for each KV token
     that the step reads. The defaults are of the order of a 70B model on four large GPUs."""

@@ -10,7 +10,7 @@ from shoal.core.cost.types import shape_of_plan
 from shoal.core.engine_core import EngineCore
 from shoal.core.types import Output, Rejected, Request, Sampled, StepPlan, StepResult, WorkerFailure
 from shoal.sim.clock import Clock
-from shoal.sim.law import StepLaw
+from shoal.sim.law import Laws
 
 TOKEN = 1
 """What is drawn, always: a simulation knows how many tokens, not which."""
@@ -24,21 +24,18 @@ class Replica:
         self,
         name: str,
         config: SchedulerConfig,
-        law: StepLaw,
+        laws: Laws,
         clock: Clock,
         on_step: Callable[[Replica, list[Output]], None],
-        stage_law: StepLaw | None = None,
     ) -> None:
-        """`stage_law`: of a pipeline, how long a step keeps its slowest stage; the next can follow after so long."""
         while len(_SAMPLED) < config.max_sequences:
             _SAMPLED.append(Sampled(len(_SAMPLED), TOKEN))
         self.name = name
         self.config = config
         self.core = EngineCore(config)
-        self.law = law
+        self.laws = laws
         self.slowness = 1.0
         """Factor on the time of every step planned from now on."""
-        self.stage_law = stage_law
         self.plans: deque[tuple[StepPlan, float]] = deque()
         """Computed one after another, with when each ends; the first of them now."""
         self.busy_seconds = 0.0
@@ -69,25 +66,29 @@ class Replica:
         self.core.abort(request_id, self._clock.now)
         self.core.take_outputs()
 
+    @property
+    def is_frozen(self) -> bool:
+        return self._clock.now < self._frozen_until
+
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> None:
         """As many plans as the core will have out; the first of them is computed at once."""
-        now, plans, depth = self._clock.now, self.plans, self.config.depth
+        now, plans, core = self._clock.now, self.plans, self.core
         if now < self._frozen_until:
             return
-        while len(plans) < depth and (plan := self.core.plan(now)) is not None:
+        while len(plans) < self.config.depth and (plan := core.plan(now)) is not None:
             shape = shape_of_plan(plan)
-            seconds = self.law(shape) * self.slowness
+            seconds = self.laws.step(shape) * self.slowness
             before = self._ends if self._ends > now else now
-            if self.stage_law is None:
+            if (stage := self.laws.stage) is None:
                 self._ends = before + seconds
             else:
-                kept = self.stage_law(shape) * self.slowness
+                kept = stage(shape) * self.slowness
                 self._ends = max(now + seconds, before + kept) if plans else now + seconds
                 seconds = kept
             self.busy_seconds += seconds
-            held = self.core.scheduler.pool.num_held
+            held = core.scheduler.pool.num_held
             self.block_seconds += held * seconds
             if held > self.most_blocks:
                 self.most_blocks = held
@@ -125,11 +126,14 @@ class Replica:
     def freeze(self, seconds: float) -> None:
         """Nothing moves for so long; then it goes on where it was."""
         now = self._clock.now
+        longer = now + seconds - max(self._frozen_until, now)
+        if longer <= 0:
+            return
         self._resume_at(now + seconds)
         if self.plans:
             self._generation += 1
-            self._ends += seconds
-            self.plans = deque((plan, end + seconds) for plan, end in self.plans)
+            self._ends += longer
+            self.plans = deque((plan, end + longer) for plan, end in self.plans)
             self._clock.call(self.plans[0][1], self._commit, self._generation)
 
     def die(self) -> None:
@@ -163,7 +167,8 @@ class Replica:
 
     def busy_until(self, now: float) -> float:
         """Seconds in which a step was computed, so far."""
-        return self.busy_seconds - (max(self._ends - now, 0.0) if self.plans else 0.0)
+        left = self._ends - max(now, self._frozen_until)
+        return self.busy_seconds - (max(left, 0.0) if self.plans else 0.0)
 
     def totals(self) -> tuple[int, int, int, int]:
         """Steps, preemptions, prompt tokens computed, prompt tokens found in the cache; since the beginning."""

@@ -10,7 +10,7 @@ Status = Literal["waiting", "done", "rejected", "failed"]
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """A request of a trace. It generates exactly `num_output` tokens, which nobody knows before."""
+    """A request of a trace. It generates `num_output` tokens, or what fits, which nobody knows before."""
 
     id: str
     at: float
@@ -41,6 +41,9 @@ class Outcome(msgspec.Struct, kw_only=True):
     arrived: float
     num_prompt: int
     num_output: int
+    """Tokens that it asks for."""
+    generated: int = 0
+    """Tokens that it was given: fewer where it failed, has not ended, or reached the longest sequence that fits."""
     endpoint: str = ""
     """The last one."""
     num_cached: int = 0
@@ -73,6 +76,6 @@ class Outcome(msgspec.Struct, kw_only=True):
     @property
     def tpot(self) -> float | None:
         """(last token - first token) / (tokens - 1); None of a single token, which has no next."""
-        if self.end is None or self.first_token is None or self.num_output < 2:
+        if self.end is None or self.first_token is None or self.generated < 2:
             return None
-        return (self.end - self.first_token) / (self.num_output - 1)
+        return (self.end - self.first_token) / (self.generated - 1)

@@ -62,11 +62,14 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     unfinished: int
     """When the simulation was ended."""
+    shortened: int
+    """Completed with fewer tokens than asked for, at the longest sequence that fits."""
     moves: int
     """Times that a request went on elsewhere after it had begun."""
     retries: int
     seconds: float
-    """From the first arrival to the last end: the window of all rates."""
+    """From the first arrival to the last end, of whatever kind, or to where the simulation was cut: the window of all
+    rates."""
     prompt_tokens: int
     """Of completed requests."""
     output_tokens: int
@@ -110,7 +113,8 @@ def summarise(
     outcomes = list(simulation.outcomes.values())
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     begin = min((outcome.arrived for outcome in outcomes), default=0.0)
-    end = max((outcome.end or 0.0 for outcome in outcomes), default=begin)
+    cut = any(outcome.status == "waiting" for outcome in outcomes)
+    end = max(begin, simulation.now if cut else simulation.gateway.last_end)
     seconds = max(end - begin, 1e-9)
     tokens, good = simulation.gateway.generated_tokens, sum(map(target.met_by, outcomes))
     prompts = sum(outcome.num_prompt for outcome in done)
@@ -128,6 +132,7 @@ def summarise(
         rejected=sum(outcome.status == "rejected" for outcome in outcomes),
         failed=sum(outcome.status == "failed" for outcome in outcomes),
         unfinished=sum(outcome.status == "waiting" for outcome in outcomes),
+        shortened=sum(outcome.generated < outcome.num_output for outcome in done),
         moves=sum(outcome.moves for outcome in outcomes),
         retries=sum(outcome.retries for outcome in outcomes),
         seconds=seconds,
@@ -137,7 +142,7 @@ def summarise(
         cache_hit_rate=cached / max(cached + computed, 1),
         requests_per_second=len(done) / seconds,
         output_tokens_per_second=tokens / seconds,
-        total_tokens_per_second=(prompts + sum(outcome.num_output for outcome in done)) / seconds,
+        total_tokens_per_second=(prompts + sum(outcome.generated for outcome in done)) / seconds,
         gpus=gpus_per_replica * simulation.most_replicas,
         gpu_hours=gpu_seconds / 3600,
         output_tokens_per_second_per_gpu=tokens / max(gpu_seconds, 1e-9),

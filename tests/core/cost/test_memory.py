@@ -2,11 +2,18 @@
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.core.cost import memory
+from shoal.core.cost.memory import local_cache_bytes
 from shoal.core.cost.model import CostModel
+from shoal.core.cost.types import CachePrecision
+from shoal.core.model_shape import AttentionShape
+from shoal.engine.attention.base import kv_bytes_per_token
+from shoal.engine.attention.latent_cache import latent_bytes_per_token
+from shoal.plan import models
 from tests.core.cost.engines import DEEPSEEK, LLAMA_8B, LLAMA_70B, LLAMA_405B, MIXTRAL, engine
 
 
@@ -84,3 +91,33 @@ def test_more_ranks_never_hold_more(model, weights):
     assert held == sorted(held, reverse=True)
     cache = [memory.cache_bytes_per_token(engine(model, tp=tp, nodes=2)) for tp in (1, 2, 4, 8, 16)]
     assert cache == sorted(cache, reverse=True)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "float8", "int8"])
+def test_a_tokens_bytes_are_those_that_the_engine_keeps(cache: CachePrecision) -> None:
+    dtype = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}[cache]
+    heads = AttentionShape(kind="full", num_heads=32, num_kv_heads=8, head_dim=128, parameters=1)
+    assert local_cache_bytes(heads, 2, cache) == kv_bytes_per_token(4, 128, dtype)
+    latent = AttentionShape(
+        kind="latent", num_heads=128, num_kv_heads=1, head_dim=192, parameters=1, latent_dim=576, rope_dim=64
+    )
+    assert local_cache_bytes(latent, 2, cache) == latent_bytes_per_token(512, 64, dtype)
+
+
+def test_what_leads_down_to_a_latent_is_whole_on_every_rank():
+    """DeepSeek-V3: 7168 x (1536 + 576) of a layer, which 8 ranks hold 8 times."""
+    attention = models.model_shape("deepseek-v3").layers[0].attention
+    down = 7168 * (1536 + 576)
+    assert attention.whole == down
+    own = memory.attention_parameters(7168, attention, 8)
+    assert own == down + (attention.parameters - down) / 8
+
+
+def test_a_key_value_head_is_on_every_rank_that_reads_it():
+    """Llama-3.1-70B over 16 ranks: each of 8 heads twice. 32 and 8 heads over 5: one in the middle has 3."""
+    attention = LLAMA_70B.layers[0].attention
+    of_a_head = 8192 * 128
+    assert memory.attention_parameters(8192, attention, 16) == of_a_head * (2 * 64 / 16 + 2)
+    assert memory.attention_parameters(8192, attention, 8) == attention.parameters / 8
+    assert memory.local_heads(LLAMA_8B.layers[0].attention, 5)[1] == 3
+    assert memory.local_cache_elements(LLAMA_8B.layers[0].attention, 5) == 3 * 2 * 128

@@ -189,3 +189,23 @@ def test_profiles_go_by_their_usual_names():
     assert profile("TRTLLM") is PROFILES["tensorrt-llm"]
     with pytest.raises(ValueError, match="vllm, sglang"):
         profile("vlm")
+
+
+def test_bytes_by_link_are_those_of_the_ways_that_the_time_is_of():
+    """Over two nodes of 8: reduce-scatter and all-gather inside, and an eighth of the tensor over the network."""
+    tensor = 160 * 64 * 8192 * 2
+    sent = CostModel(engine(tp=16, nodes=2)).step(decodes(64, 1000)).link_bytes
+    assert sent == pytest.approx({"nvlink4": 2 * 7 / 8 * tensor, "ndr": 2 * 1 / 2 * tensor / 8})
+
+
+def test_a_pipeline_pays_the_network_where_it_crosses_nodes():
+    """Of three ways from stage to stage over two nodes of 8, one is between the nodes."""
+    across = CostModel(engine(tp=4, pp=4, nodes=2)).step(decodes(64, 1000))
+    assert across.link_bytes["ndr"] == 64 * 8192 * 2
+    inside = CostModel(engine(tp=2, pp=4)).step(decodes(64, 1000))
+    assert set(inside.link_bytes) == {"nvlink4"}
+    slow = {part.name: part.seconds for part in across.parts}["pipeline"]
+    others = {part.name: part.seconds for part in across.parts}
+    stages = 3 * (others["linear"] + others["attention"] + others["collectives"] + others["kernels"])
+    size = 64 * 8192 * 2
+    assert slow - stages == pytest.approx(2 * (4.2e-6 + size / (450e9 * 0.78)) + 18e-6 + size / (50e9 * 0.7), rel=1e-6)

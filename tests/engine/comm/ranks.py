@@ -21,9 +21,13 @@ Body = Callable[..., Any]
 """Takes the rank's Comm, and what it was started with."""
 SECONDS = 60
 """After which a test fails because ranks say nothing."""
+PATIENT = 1000.0
+"""Timeout of a group in which nobody is to give up, however long the machine stands still."""
+IMPATIENT = 5.0
+"""Timeout of a group that is to give up: what ranks are stopped for by chance is shorter."""
 
 
-def shared_memory(path: Path, size: int, *, timeout: float = 20.0, buffer_bytes: int = 1 << 16) -> Open:
+def shared_memory(path: Path, size: int, *, timeout: float = PATIENT, buffer_bytes: int = 1 << 16) -> Open:
     """A new group; its file is at `path`."""
     SharedMemoryComm.create(str(path), size, buffer_bytes)
     return functools.partial(open_shared_memory, str(path), size, timeout)
@@ -33,7 +37,7 @@ def open_shared_memory(path: str, size: int, timeout: float, rank: int) -> Comm:
     return SharedMemoryComm(path, rank, size, timeout=timeout)
 
 
-def gloo(path: Path, size: int, *, timeout: float = 20.0, name: str = "test") -> Open:
+def gloo(path: Path, size: int, *, timeout: float = PATIENT, name: str = "test") -> Open:
     """A new group, whose ranks find each other through a file at `path`."""
     return functools.partial(open_gloo, str(path), size, timeout, name)
 
@@ -45,6 +49,23 @@ def open_gloo(path: str, size: int, timeout: float, name: str, rank: int) -> Com
 
     store = torch.distributed.FileStore(path)
     return open_group("gloo", rank, size, store, name=name, host="127.0.0.1", timeout=timeout)
+
+
+def nccl(path: Path, size: int, *, timeout: float = 20.0, one_shot_bytes: int | None = 0) -> Open:
+    """A new group of GPUs, as many as there are ranks."""
+    return functools.partial(open_nccl, str(path), size, timeout, one_shot_bytes)
+
+
+def open_nccl(path: str, size: int, timeout: float, one_shot_bytes: int | None, rank: int) -> Comm:
+    import torch.distributed
+
+    from shoal.engine.comm.process_group import open_group
+
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = torch.distributed.FileStore(path)
+    places = {"name": "test", "host": "127.0.0.1", "timeout": timeout}
+    return open_group("nccl", rank, size, store, **places, device=device, one_shot_bytes=one_shot_bytes)
 
 
 def _serve(open_comm: Open, rank: int, connection: Connection) -> None:
@@ -69,10 +90,12 @@ def _serve(open_comm: Open, rank: int, connection: Connection) -> None:
 
 
 class Ranks:
-    """One process a rank; `only` some of them are started."""
+    """One process a rank; `only` some of them are started. They are forked from one that has imported torch: that takes
+    longer than most tests."""
 
     def __init__(self, open_comm: Open, size: int, only: Iterable[int] | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tests.engine.comm.operations", __name__])
         self.size = size
         self._connections: dict[int, Connection] = {}
         self._processes: dict[int, Any] = {}

@@ -20,7 +20,7 @@ def together(directory: Path, size: int, body: Callable[[Comm], Result]) -> list
     SharedMemoryComm.create(path, size, 1 << 20)
 
     def run(rank: int) -> Result:
-        comm = SharedMemoryComm(path, rank, size, timeout=20.0)
+        comm = SharedMemoryComm(path, rank, size, timeout=60.0)
         try:
             return body(comm)
         finally:

@@ -157,6 +157,14 @@ def test_a_gateway_that_holds_requests_back_from_an_engine_with_room() -> None:
     assert [one.state for one in full] == ["absent", "absent", "present"], "the same queue before a full batch"
 
 
+def test_an_engine_that_says_its_slots_needs_no_flag() -> None:
+    text = "shoal:num_requests_running 8\nshoal:num_requests_waiting 20\nshoal:kv_cache_usage_perc 0.1\n"
+    assert finding(of(text), 3).certainty == "indicated"
+    full = finding(of(text + "shoal:max_num_seqs 8\n"), 3)
+    assert (full.state, full.certainty) == ("present", "shown") and "stays at 8" in full.summary
+    assert "stays at" not in finding(of(text + "shoal:max_num_seqs 64\n"), 3).summary
+
+
 def test_who_waits_with_room_in_the_cache_hits_the_limit_of_the_batch() -> None:
     reading = of(*[vllm(running=16, waiting=5, kv=0.3)] * 3)
     found = finding(reading, 3)

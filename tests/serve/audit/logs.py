@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from shoal.serve.audit.chain import Record, chains, decode_record, segments
 from shoal.serve.audit.events import Event, RequestCompleted
@@ -42,15 +39,6 @@ def verified(directory: Path) -> ChainReport:
     report = verify_directory(directory)
     assert report.ok, report
     return report.chains[0]
-
-
-def wait_until(condition: Any) -> None:
-    """The bound is only for a test that has failed."""
-    for _ in range(1000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    pytest.fail("it did not come to be")
 
 
 def spawn(program: str, *arguments: object) -> subprocess.Popen[str]:

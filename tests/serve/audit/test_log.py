@@ -26,6 +26,7 @@ from shoal.serve.audit.log import AuditConfig
 from shoal.serve.audit.note import AuditError
 from shoal.serve.audit.verify import verify_directory
 from tests.serve.audit.logs import completed, events_of, lines_of, open_log, records_of, spawn, verified
+from tests.serve.running import wait_until
 
 
 def test_one_record_a_request(tmp_path: Path) -> None:
@@ -111,12 +112,12 @@ def test_checkpoints_by_number_and_by_time(tmp_path: Path) -> None:
     quick = open_log(tmp_path / "quick", checkpoint_seconds=0.05)
     assert quick.flush()
     quick.record(completed(1))
-    for _ in range(200):
-        if verified(tmp_path / "quick").unsigned == 0 and verified(tmp_path / "quick").records == 2:
-            break
-        threading.Event().wait(0.02)
-    else:
-        pytest.fail("no checkpoint came of itself")
+
+    def is_signed() -> bool:
+        found = verified(tmp_path / "quick")
+        return (found.unsigned, found.records) == (0, 2)
+
+    wait_until(is_signed, "a checkpoint of itself")
     quick.close()
 
 

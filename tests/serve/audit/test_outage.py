@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from shoal.serve.audit import writer as writer_module
 from shoal.serve.audit.chain import checkpoint_files
 from shoal.serve.audit.events import AuditGap, AuthenticationFailed, RequestCompleted
 from shoal.serve.audit.verify import verify_directory
-from tests.serve.audit.logs import completed, events_of, open_log, spawn, verified, wait_until
+from tests.serve.audit.logs import completed, events_of, open_log, spawn, verified
+from tests.serve.running import wait_until
 
 
 class FullDisk:
@@ -23,9 +25,13 @@ class FullDisk:
     def __init__(self) -> None:
         self.room: int | None = None
         self.refused = 0
+        self.moves = threading.Event()
+        """Writes wait for it."""
+        self.moves.set()
         self._write = os.write
 
     def __call__(self, descriptor: int, data: Any) -> int:
+        self.moves.wait()
         if self.room is None:
             return self._write(descriptor, data)
         if self.room == 0:
@@ -50,14 +56,14 @@ def test_a_full_disk_is_a_gap_once_there_is_room_again(tmp_path: Path, disk: Ful
     disk.room = room
     for number in range(80):
         log.record(completed(number))
-    wait_until(lambda: disk.refused >= 2)
+    wait_until(lambda: disk.refused >= 2, "a write to fail")
     assert "No space left on device" in log.state
     assert log.ready, "requests go on unless fail_closed is set"
     accepted = 80 - log.lost
     assert 50 <= accepted < 80
     disk.room = None
     assert log.flush()
-    wait_until(lambda: log.state == "ok")
+    wait_until(lambda: log.state == "ok", "the log to be well")
     log.record(completed(80))
     assert log.close()
     (gap,) = events_of(tmp_path, AuditGap)
@@ -73,7 +79,7 @@ def test_an_outage_without_loss_is_an_event_too(tmp_path: Path, disk: FullDisk) 
     assert log.flush()
     disk.room = 0
     log.record(completed(1))
-    wait_until(lambda: disk.refused)
+    wait_until(lambda: disk.refused, "a write to fail")
     disk.room = None
     assert log.close()
     (gap,) = events_of(tmp_path, AuditGap)
@@ -94,20 +100,22 @@ def test_fail_closed(tmp_path: Path, disk: FullDisk) -> None:
     assert log.flush() and log.ready and log.record(completed(1)) and log.flush()
     disk.room = 0
     log.record(completed(2))
-    wait_until(lambda: not log.ready)
+    wait_until(lambda: not log.ready, "the log to fail")
     assert not log.record(completed(3)), "written later all the same, but no reason to take a request"
     disk.room = None
     assert log.flush()
-    wait_until(lambda: log.ready)
+    wait_until(lambda: log.ready, "the log to be well")
     assert log.record(completed(4)) and log.close()
     assert len(events_of(tmp_path, RequestCompleted)) == 4
 
 
-def test_a_full_queue_refuses(tmp_path: Path) -> None:
+def test_a_full_queue_refuses(tmp_path: Path, disk: FullDisk) -> None:
     log = open_log(tmp_path, queue_records=3, fail_closed=True)
     assert log.flush()
+    disk.moves.clear()
     taken = [log.record(completed(number)) for number in range(20)]
     assert not all(taken) and log.lost > 0
+    disk.moves.set()
     assert log.close()
     gaps: Sequence[Any] = events_of(tmp_path, AuditGap)
     assert sum(gap.lost for gap in gaps) == log.lost == 20 - len(events_of(tmp_path, RequestCompleted))
@@ -172,13 +180,15 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from tests.serve.audit.logs import completed, open_log
+from tests.serve.running import wait_until
 log = open_log(Path(sys.argv[1]), queue_records=100)
 assert log.flush()
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
 for number in range(300):
     log.record(completed(number))
-assert not log.flush(1.0)
+assert not log.flush(0.1)
+wait_until(lambda: "File too large" in log.state, "the kernel's refusal")
 print(log.state, flush=True)
 assert log.lost > 0
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -209,7 +219,7 @@ def test_a_copy_that_cannot_be_written_is_shown(tmp_path: Path) -> None:
     (copy / log.chain.name).write_text("in the way")
     log = open_log(tmp_path / "log", copy_to=str(copy))
     assert log.flush()
-    wait_until(lambda: "File exists" in log.state)
+    wait_until(lambda: "File exists" in log.state, "the copy to fail")
     (copy / log.chain.name).unlink()
     (tmp_path / "kept").rename(copy / log.chain.name)
     log.record(completed(2))

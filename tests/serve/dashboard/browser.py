@@ -70,7 +70,7 @@ class Browser:
     def _find(self, selector: str) -> str:
         return str(self.call("element", using="css selector", value=selector)[_ELEMENT])
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
         """The timeout only bounds a hang."""
         end = time.monotonic() + seconds
         while not (found := condition()):

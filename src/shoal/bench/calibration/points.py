@@ -13,38 +13,42 @@ from shoal.core.types import Row
 
 
 class StepPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A mixed step: `decodes` sequences of `context` cached tokens each decode one, and one prompt gets `chunk` tokens
-    behind `behind` that are cached. Either part may be absent (0)."""
+    """A mixed step: `decodes` sequences of `context` cached tokens each decode one, and `prompts` prompts get `chunk`
+    tokens each behind `behind` that are cached. Either part may be absent (0)."""
 
     decodes: int = 0
     context: int = 0
     chunk: int = 0
     behind: int = 0
+    prompts: int = 1
+    """Where chunk is above 0. In a grid of points it is 1."""
 
     def shape(self) -> StepShape:
-        n = self.chunk
+        n, prompts = self.chunk, self.prompts if self.chunk else 0
         return StepShape(
-            prefill_tokens=n,
-            prefill_rows=int(n > 0),
-            prefill_pairs=n * (self.behind + (n + 1) / 2),
-            prefill_context=self.behind + n if n else 0,
+            prefill_tokens=prompts * n,
+            prefill_rows=prompts,
+            prefill_pairs=prompts * n * (self.behind + (n + 1) / 2),
+            prefill_context=prompts * (self.behind + n),
             decode_rows=self.decodes,
             decode_context=self.decodes * (self.context + 1),
-            sampled=self.decodes + int(n > 0),
+            sampled=self.decodes + prompts,
         )
 
     def rows(self) -> list[Row]:
-        """The prompt has slot 0; the sequences that decode have those behind it."""
-        rows = [Row(1 + number, self.context, 1, True, []) for number in range(self.decodes)]
-        return [*rows, Row(0, self.behind, self.chunk, True, [])] if self.chunk else rows
+        """Prompts have the first slots; the sequences that decode have those behind them."""
+        rows = [Row(self.prompts + number, self.context, 1, True, []) for number in range(self.decodes)]
+        prompts = [Row(number, self.behind, self.chunk, True, []) for number in range(self.prompts)]
+        return rows + prompts if self.chunk else rows
 
     def needs(self) -> list[int]:
         """Tokens of KV that each slot must have room for, slot 0 first."""
-        return [self.behind + self.chunk] + [self.context + 1] * self.decodes
+        return [self.behind + self.chunk] * self.prompts + [self.context + 1] * self.decodes
 
     def __str__(self) -> str:
         parts = [f"{self.decodes} decode at {self.context}"] if self.decodes else []
-        parts += [f"{self.chunk} tokens behind {self.behind}"] if self.chunk else []
+        times = f"{self.prompts} x " if self.prompts > 1 else ""
+        parts += [f"{times}{self.chunk} tokens behind {self.behind}"] if self.chunk else []
         return " + ".join(parts)
 
 
@@ -60,7 +64,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         return (
             max(point.needs()) < self.max_len
             and len(point.needs()) <= self.max_sequences
-            and point.chunk + point.decodes <= self.max_batch_tokens
+            and point.prompts * point.chunk + point.decodes <= self.max_batch_tokens
             and sum(point.needs()) <= self.cache_tokens
         )
 

@@ -61,7 +61,7 @@ class Visit(msgspec.Struct, frozen=True):
 
 
 class StepTiming:
-    """The slots and blocks of one engine: slot 0 is a prompt's, the others are of sequences that decode."""
+    """The slots and blocks of one engine: the first are of prompts, those behind them of sequences that decode."""
 
     def __init__(
         self,
@@ -121,6 +121,13 @@ class StepTiming:
             self._run(rows)
             seconds.append(time.perf_counter() - before)
         return Visit(statistics.median(seconds), 0.0 if foreign is None else foreign.cores())
+
+    def step(self, point: StepPoint) -> float:
+        """One step of this shape; seconds from its plan to its result."""
+        rows = point.rows()
+        before = time.perf_counter()
+        self._run(rows)
+        return time.perf_counter() - before
 
     def _run(self, rows: list[Row], assigned: list[SlotAssignment] | None = None) -> None:
         plan = StepPlan(self._next_plan, [], assigned or [], rows)

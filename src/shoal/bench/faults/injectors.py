@@ -145,9 +145,9 @@ class Slow:
         period = 0.1
         while True:
             _send(self._aim, signal.SIGSTOP)
+            self._stopped += await comes_true(lambda: self._target.state == "T", period)
             await asyncio.sleep(period * self._share)
             self._cycles += 1
-            self._stopped += self._target.state == "T"
             _send(self._aim, signal.SIGCONT)
             await asyncio.sleep(period * (1 - self._share))
 

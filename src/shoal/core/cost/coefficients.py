@@ -10,7 +10,14 @@ from collections.abc import Callable
 import msgspec
 
 from shoal.core.cost import collectives
-from shoal.core.cost.memory import attention_precision, expert_ranks, local_cache_elements, stage_share
+from shoal.core.cost.memory import (
+    attention_parameters,
+    attention_precision,
+    expert_ranks,
+    local_cache_bytes,
+    local_heads,
+    stage_share,
+)
 from shoal.core.cost.operators import (
     ATTENTION_KERNELS,
     BYTES,
@@ -25,6 +32,7 @@ from shoal.core.cost.operators import (
 )
 from shoal.core.cost.profiles import EngineProfile
 from shoal.core.cost.types import EngineShape, WeightPrecision
+from shoal.core.hardware import LinkSpec
 from shoal.core.model_shape import LayerShape
 
 
@@ -54,6 +62,8 @@ class AttentionCoefficients(msgspec.Struct, kw_only=True):
     """0: none."""
     bytes: float
     """Of cache, of one token, on one device."""
+    index_bytes: float
+    """The same, of an indexer's keys, which a query reads all of."""
     row_bytes: float
     pair_operations: float
     context_operations: float
@@ -96,17 +106,18 @@ class Coefficients(msgspec.Struct, kw_only=True):
     hidden_bytes: float
     exchange_ranks: int
     exchange_bytes: float
-    """That one device sends for one of its tokens, all layers."""
+    """That one device sends for one of its group's tokens, all layers."""
     collectives: Callable[[float], float]
+    sends: tuple[LinkSpec, ...]
+    """From each stage to the next."""
     send_latency: float
+    """Of all of them."""
     send_per_token: float
     step_seconds: float
     row_seconds: float
     token_seconds: float
 
 
-INDEX_HEADS = 64
-"""Of the indexer of sparse attention, as in DeepSeek-V3.2."""
 GEMMS_A_LAYER = 4
 SCAN = 40.0
 """Operations a token and element of the state of linear attention, at the rate of attention: four products of chunks,
@@ -125,12 +136,12 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients
     layers = model.num_layers * share
     head = model.vocab_size * model.hidden_size / ranks
     hidden_bytes = model.hidden_size * BYTES[plain]
-    link = engine.cluster.link(2, layout.ranks // layout.pp) if layout.pp > 1 else None
+    sends = _sends(engine)
     exchange_ranks = expert_ranks(engine) if engine.attention_dp > 1 and model.is_mixture else 1
     expert_layers = sum(layer.count for layer in model.layers if layer.mlp.num_experts) * share
     chosen = max((layer.mlp.num_experts_per_token for layer in model.layers), default=0)
     copies = distinct_experts(exchange_ranks, 1, chosen)
-    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 if exchange_ranks > 1 else 0.0
+    exchange_bytes = expert_layers * copies * model.hidden_size * 3.0 / ranks if exchange_ranks > 1 else 0.0
     return Coefficients(
         groups=engine.attention_dp,
         context_ranks=layout.cp,
@@ -158,23 +169,38 @@ def coefficients_of(engine: EngineShape, profile: EngineProfile) -> Coefficients
         exchange_ranks=exchange_ranks,
         exchange_bytes=exchange_bytes,
         collectives=_collectives(engine, profile, layers, expert_layers, hidden_bytes, exchange_ranks),
-        send_latency=link.latency if link else 0.0,
-        send_per_token=hidden_bytes / (link.bandwidth * link.reached) if link else 0.0,
+        sends=sends,
+        send_latency=sum(link.latency for link in sends),
+        send_per_token=sum(hidden_bytes / (link.bandwidth * link.reached) for link in sends),
         step_seconds=profile.step_seconds,
         row_seconds=profile.row_seconds,
         token_seconds=profile.token_seconds,
     )
 
 
+def _sends(engine: EngineShape) -> tuple[LinkSpec, ...]:
+    """Links from each pipeline stage to the next: the network's where one of its ranks sends to another node."""
+    cluster, each = engine.cluster, engine.layout.ranks // engine.layout.pp
+    return tuple(
+        cluster.scale_up
+        if (stage - 1) * each // cluster.devices_per_node == ((stage + 1) * each - 1) // cluster.devices_per_node
+        else cluster.link(engine.layout.ranks)
+        for stage in range(1, engine.layout.pp)
+    )
+
+
 def _products(engine: EngineShape) -> dict[WeightPrecision, float]:
     """Parameters of a stage's matrices on one device, without experts, by precision."""
-    model, share = engine.model, stage_share(engine) / engine.layout.tensor_ranks
+    model, share, ranks = engine.model, stage_share(engine), engine.layout.tensor_ranks
     found: dict[WeightPrecision, float] = {}
     for layer in model.layers:
         features = layer.mlp.shared_size if layer.mlp.num_experts else layer.mlp.intermediate_size
-        inner = (3 if layer.mlp.gated else 2) * model.hidden_size * features
+        inner = (3 if layer.mlp.gated else 2) * model.hidden_size * features / ranks
         for precision, count in (
-            (attention_precision(model, engine.weights), layer.attention.parameters),
+            (
+                attention_precision(model, engine.weights),
+                attention_parameters(model.hidden_size, layer.attention, ranks),
+            ),
             (engine.weights, inner),
         ):
             if count:
@@ -225,16 +251,18 @@ def _attention(
     a = layer.attention
     ranks = engine.layout.tensor_ranks
     per = CACHE_BYTES[engine.cache]
-    heads = max(1.0, a.num_heads / ranks)
+    heads = local_heads(a, ranks)[0]
     value = a.value_dim or a.head_dim
     bandwidth, rate = reached.attention_bandwidth(engine.cache), reached.attention_rate()
     if engine.cache in ("float8", "int8"):
         bandwidth *= profile.float8_attention
     index = a.index_dim * per
-    moved = local_cache_elements(a, ranks) * per - index
-    pair = 2 * heads * (a.head_dim + value)
+    moved = local_cache_bytes(a, ranks, engine.cache) - index
+    pair: float = 2 * heads * (a.head_dim + value)
     # Absorbed: a query of latent_dim numbers, and a value of the part that is not rotated, by head and cached token.
     context = 2 * heads * (2 * a.latent_dim - a.rope_dim) if a.latent_dim else pair
+    if a.kind == "sparse":
+        pair = context  # every query has tokens of its own, which are not expanded for it
     state = token = 0.0
     if a.kind == "linear":
         moved = pair = context = 0.0
@@ -244,6 +272,7 @@ def _attention(
         count=layer.count * stage_share(engine),
         window=(a.window or 0) if a.kind in ("windowed", "sparse") else 0,
         bytes=moved,
+        index_bytes=index,
         row_bytes=state,
         pair_operations=pair,
         context_operations=context,
@@ -251,7 +280,7 @@ def _attention(
         decode_compute=context / rate / split,
         prefill_compute=pair / rate / split,
         index_stream=index / bandwidth / split,
-        index_compute=2 * a.index_dim * INDEX_HEADS / rate / split,
+        index_compute=2 * a.index_dim * a.index_heads / rate / split,
         row_stream=state / reached.copy(),
         token_compute=token / rate,
         launch=ATTENTION_KERNELS[a.kind] * kernel,
@@ -308,12 +337,17 @@ def context_exchange(engine: EngineShape, tokens: float) -> float:
     link = engine.cluster.link(context, ranks)
     total = 0.0
     for layer in engine.model.layers:
-        attention = layer.attention
-        if attention.kind == "linear":
-            continue
-        queries = attention.num_heads * attention.head_dim / ranks
-        gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
-        parts = 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)
+        gathered, parts = context_bytes(layer, tokens, ranks)
         there = collectives.all_gather(link, context, gathered)
         total += layer.count * (there + collectives.reduce_scatter(link, context, parts * context))
     return total
+
+
+def context_bytes(layer: LayerShape, tokens: float, ranks: int) -> tuple[float, float]:
+    """What is gathered in all, and one rank's parts of what is summed."""
+    attention = layer.attention
+    if attention.kind == "linear":
+        return 0.0, 0.0
+    queries = attention.num_heads * attention.head_dim / ranks
+    gathered = 2 * tokens * (queries + attention.cache_elements() / min(ranks, max(1, attention.num_kv_heads)))
+    return gathered, 4 * tokens * attention.num_heads / ranks * ((attention.value_dim or attention.head_dim) + 1)

@@ -83,19 +83,41 @@ def cluster_all_reduce(cluster: Cluster, ranks: int, stride: int, size: float) -
     or over the network alone, whichever is faster."""
     if ranks <= 1 or size <= 0:
         return 0.0
-    link = cluster.link(ranks, stride)
+    flat = all_reduce(cluster.link(ranks, stride), ranks, size)
+    by_node = _by_node(cluster, ranks, stride, size)
+    return flat if by_node is None else min(flat, by_node)
+
+
+def _by_node(cluster: Cluster, ranks: int, stride: int, size: float) -> float | None:
+    """None where all ranks are on one node, or each is on another."""
     local = cluster.ranks_per_node(ranks, stride)
-    if local >= ranks:
-        return all_reduce(link, ranks, size)
-    flat = all_reduce(link, ranks, size)
-    if local <= 1:
-        return flat
-    nodes = -(-ranks // local)
-    near = cluster.scale_up
-    inside = 2 * all_gather(near, local, size)
-    return min(flat, inside + all_reduce(link, nodes, size / local))
+    if not 1 < local < ranks:
+        return None
+    inside = 2 * all_gather(cluster.scale_up, local, size)
+    return inside + all_reduce(cluster.link(ranks, stride), -(-ranks // local), size / local)
+
+
+# --- bytes that one rank sends, by link, on the ways that the times above are of --------------------------------------
+
+
+def all_reduce_sent(cluster: Cluster, ranks: int, stride: int, size: float) -> dict[str, float]:
+    if ranks <= 1 or size <= 0:
+        return {}
+    link, by_node = cluster.link(ranks, stride), _by_node(cluster, ranks, stride, size)
+    if by_node is None or all_reduce(link, ranks, size) < by_node:
+        return {link.name: wire_bytes(ranks, size)}
+    local = cluster.ranks_per_node(ranks, stride)
+    return {cluster.scale_up.name: wire_bytes(local, size), link.name: wire_bytes(-(-ranks // local), size / local)}
+
+
+def all_to_all_sent(cluster: Cluster, ranks: int, stride: int, size: float) -> dict[str, float]:
+    local = cluster.ranks_per_node(ranks, stride)
+    sent = {cluster.scale_up.name: size * (local - 1) / ranks}
+    if local < ranks:
+        sent[cluster.link(ranks, stride).name] = size * (ranks - local) / ranks
+    return sent
 
 
 def wire_bytes(ranks: int, size: float) -> float:
-    """That one rank sends in an all-reduce by a ring or two shots."""
+    """By a ring or two shots."""
     return 2 * (ranks - 1) / ranks * size if ranks > 1 else 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 
 from shoal.core.cost.operators import BYTES, CACHE_BYTES
 from shoal.core.cost.profiles import EngineProfile
-from shoal.core.cost.types import EngineShape, MemoryBudget, WeightPrecision
+from shoal.core.cost.types import CachePrecision, EngineShape, MemoryBudget, WeightPrecision
 from shoal.core.model_shape import AttentionShape, LayerShape, ModelShape
+from shoal.core.sharding import split_heads
 
 
 def attention_precision(model: ModelShape, weights: WeightPrecision) -> WeightPrecision:
@@ -21,8 +23,40 @@ def local_cache_elements(attention: AttentionShape, ranks: int) -> float:
         return 0.0
     if attention.latent_dim:
         return attention.latent_dim + attention.index_dim
-    heads = ceil(attention.num_kv_heads / ranks)
-    return heads * (attention.head_dim + (attention.value_dim or attention.head_dim)) + attention.index_dim
+    each = attention.head_dim + (attention.value_dim or attention.head_dim)
+    return local_heads(attention, ranks)[1] * each + attention.index_dim
+
+
+@lru_cache(maxsize=1024)
+def local_heads(attention: AttentionShape, ranks: int) -> tuple[int, int]:
+    """Query heads, and key/value heads, of the tensor-parallel rank that has most of each."""
+    heads, kv = attention.num_heads, attention.num_kv_heads
+    if ranks > heads or heads % kv:
+        return ceil(heads / ranks), ceil(kv / ranks)
+    split = split_heads(heads, kv, ranks)
+    return max(len(one.query) for one in split), max(len(one.kv) for one in split)
+
+
+def attention_parameters(hidden_size: int, attention: AttentionShape, ranks: int) -> float:
+    """Of one layer's matrices, on the fullest of `ranks` tensor-parallel ranks: a key/value head is on each rank whose
+    queries read it, and what is not by heads is on all."""
+    split = attention.parameters - attention.whole
+    if attention.kind == "linear" or attention.latent_dim:
+        return attention.whole + split / ranks
+    head = hidden_size * (attention.head_dim + (attention.value_dim or attention.head_dim))
+    kv = attention.num_kv_heads * head
+    return attention.whole + (split - kv) / ranks + local_heads(attention, ranks)[1] * head
+
+
+def local_cache_bytes(attention: AttentionShape, ranks: int, cache: CachePrecision) -> float:
+    """Of a token on one rank, with its scales, which are float32: int8 has one for each head's key and value. Of a
+    latent in 8 bits the rotated part stays in 16, and there is one scale a token."""
+    per, elements = CACHE_BYTES[cache], local_cache_elements(attention, ranks)
+    if cache not in ("float8", "int8") or attention.kind == "linear":
+        return elements * per
+    if attention.latent_dim:
+        return elements * per + attention.rope_dim * (2 - per) + 4
+    return elements * per + (8 * local_heads(attention, ranks)[1] if cache == "int8" else 0)
 
 
 def stage_share(engine: EngineShape) -> float:
@@ -37,7 +71,7 @@ def layer_weight_bytes(engine: EngineShape, layer: LayerShape) -> float:
     mlp, hidden = layer.mlp, engine.model.hidden_size
     per = BYTES[engine.weights]
     plain = 4.0 if engine.weights == "float32" else 2.0
-    attention = layer.attention.parameters / ranks * BYTES[attention_precision(model, engine.weights)]
+    attention = attention_parameters(hidden, layer.attention, ranks) * BYTES[attention_precision(model, engine.weights)]
     small = (layer.attention.vectors + layer.norms) * plain
     per_feature = (3 if mlp.gated else 2) * hidden
     if not mlp.num_experts:
@@ -80,20 +114,18 @@ def activation_bytes(engine: EngineShape) -> int:
 
 def cache_bytes_per_token(engine: EngineShape) -> float:
     """On the fullest device. A windowed layer's tokens leave the cache: see sequence_bytes."""
-    per = CACHE_BYTES[engine.cache]
-    ranks = engine.layout.tensor_ranks
-    elements = sum(
-        layer.count * local_cache_elements(layer.attention, ranks)
+    kept = sum(
+        layer.count * local_cache_bytes(layer.attention, engine.layout.tensor_ranks, engine.cache)
         for layer in engine.model.layers
         if layer.attention.kind != "windowed"
     )
-    return elements * per * stage_share(engine) / engine.layout.cp
+    return kept * stage_share(engine) / engine.layout.cp
 
 
 def sequence_bytes(engine: EngineShape, tokens: float) -> float:
     """Cache of one sequence of so many tokens: what every token keeps, windows as far as they are filled, states of
     linear attention (float32), and half a block of every layer that keeps all tokens."""
-    per, ranks = CACHE_BYTES[engine.cache], engine.layout.tensor_ranks
+    ranks = engine.layout.tensor_ranks
     total = 0.0
     for layer in engine.model.layers:
         attention = layer.attention
@@ -101,7 +133,7 @@ def sequence_bytes(engine: EngineShape, tokens: float) -> float:
             total += layer.count * attention.state_elements / ranks * 4
         elif attention.kind == "windowed":
             kept = min(tokens, attention.window or 0) + engine.block_size / 2
-            total += layer.count * kept * local_cache_elements(attention, ranks) * per / engine.layout.cp
+            total += layer.count * kept * local_cache_bytes(attention, ranks, engine.cache) / engine.layout.cp
     return total * stage_share(engine) + cache_bytes_per_token(engine) * (tokens + engine.block_size / 2)
 
 

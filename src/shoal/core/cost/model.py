@@ -12,13 +12,12 @@ import msgspec
 
 from shoal.core.cost import memory
 from shoal.core.cost.calibration import Calibration, weakest
-from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of
-from shoal.core.cost.collectives import wire_bytes
+from shoal.core.cost.coefficients import Coefficients, ExpertCoefficients, coefficients_of, context_bytes
+from shoal.core.cost.collectives import all_reduce_sent, all_to_all_sent
 from shoal.core.cost.operators import busiest, distinct_experts, roofline
 from shoal.core.cost.profiles import EngineProfile, profile
 from shoal.core.cost.residuals import UNCALIBRATED
 from shoal.core.cost.types import EngineShape, MemoryBudget, Part, StepCost, StepShape
-from shoal.core.hardware import LinkSpec
 
 Bound = Literal["compute", "bandwidth", "latency", "link", "host"]
 
@@ -31,7 +30,8 @@ class CostModel:
         self._c: Coefficients = coefficients_of(self.engine, self.profile)
         self._factors = self.calibration.factors
         self._sharpness = 3.0 if self.calibration.sharpness is None else self.calibration.sharpness
-        self._reduce_cache: dict[int, float] = {}
+        self._known: dict[tuple[int, int, int, int], tuple[float, ...]] = {}
+        """What of a step's parts does not depend on its contexts, by its counts."""
 
     def seconds(self, shape: StepShape) -> float:
         """Of a step through all stages, from its plan to its tokens."""
@@ -93,17 +93,17 @@ class CostModel:
     # --- the parts, in the order of PARTS -----------------------------------------------------------------------------
 
     def _times(self, shape: StepShape) -> tuple[float, ...]:
-        c, factors, sharpness = self._c, self._factors, self._sharpness
-        tokens = self._tokens(shape)
+        c, factors = self._c, self._factors
+        key = (shape.prefill_tokens, shape.prefill_rows, shape.decode_rows, shape.sampled)
+        known = self._known.get(key)
+        if known is None:
+            known = self._without_contexts(shape)
+            if len(self._known) < MOST_KNOWN:
+                self._known[key] = known
+        tokens, linear, experts, collectives, kernels, head, host = known
         if tokens <= 0:
             return (0.0,) * len(PARTS)
-        linear = sum(roofline(stream, compute * tokens, sharpness) for stream, compute in c.linear) + c.linear_launch
-        experts = self._experts(shape) if c.experts else 0.0
         attention = self._attention(shape)
-        collectives = self._collectives(tokens, shape.tokens)
-        kernels = c.kernels + c.elementwise * tokens
-        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
-        host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
         if shape.prefill_tokens:
             # What the device does while the host is still launching costs nothing more.
             kernels += max(0.0, c.eager - linear - experts - attention - collectives - kernels)
@@ -118,8 +118,18 @@ class CostModel:
         pipeline = 0.0
         if c.stages > 1:
             others = (linear + experts + attention + collectives + kernels) * (c.all_stages - 1)
-            pipeline = others + (c.stages - 1) * (c.send_latency + c.send_per_token * tokens)
+            pipeline = others + c.send_latency + c.send_per_token * tokens
         return linear, experts, attention, collectives, head, kernels, pipeline, host
+
+    def _without_contexts(self, shape: StepShape) -> tuple[float, ...]:
+        """A device's tokens, and the seconds of linear layers, experts, collectives, kernels, head and host."""
+        c, sharpness = self._c, self._sharpness
+        tokens = self._tokens(shape)
+        linear = sum(roofline(stream, compute * tokens, sharpness) for stream, compute in c.linear) + c.linear_launch
+        experts = self._experts(shape) if c.experts else 0.0
+        head = roofline(c.head_stream, c.head_compute * shape.sampled / c.groups, sharpness) if shape.sampled else 0.0
+        host = c.step_seconds + c.row_seconds * shape.rows / c.groups + c.token_seconds * shape.tokens
+        return tokens, linear, experts, c.collectives(tokens), c.kernels + c.elementwise * tokens, head, host
 
     def _tokens(self, shape: StepShape) -> float:
         """That one device computes the linear layers of: the one of the group that has most of them."""
@@ -178,16 +188,6 @@ class CostModel:
             total += kind.count * (prefill + decode)
         return total
 
-    def _collectives(self, tokens: float, all_tokens: int) -> float:
-        """Two all-reduces a layer (after attention, after the MLP) or what experts over several groups exchange."""
-        key = all_tokens
-        found = self._reduce_cache.get(key)
-        if found is None:
-            found = self._c.collectives(tokens)
-            if len(self._reduce_cache) < 65536:
-                self._reduce_cache[key] = found
-        return found
-
     # --- what an explanation adds ------------------------------------------------------------------------------------
 
     def _experts_work(self, shape: StepShape) -> tuple[float, float]:
@@ -202,13 +202,15 @@ class CostModel:
         moved = operations = 0.0
         groups = self._c.groups
         for kind in self._c.attention:
-            context = float(shape.decode_context + shape.prefill_context)
+            decode, prefill = float(shape.decode_context), float(shape.prefill_context)
             pairs = shape.prefill_pairs
             if kind.window:
-                context = min(context, float((shape.rows) * kind.window) + shape.prefill_tokens)
+                decode = min(decode, float(shape.decode_rows * kind.window))
+                prefill = min(prefill, float(shape.prefill_rows * kind.window) + shape.prefill_tokens)
                 pairs = min(pairs, float(shape.prefill_tokens) * kind.window)
-            moved += kind.count * (context * kind.bytes + shape.rows * kind.row_bytes) / groups
-            operations += kind.count * (pairs * kind.pair_operations + context * kind.context_operations) / groups
+            indexed = (shape.decode_context + shape.prefill_context) * kind.index_bytes
+            moved += kind.count * ((decode + prefill) * kind.bytes + indexed + shape.rows * kind.row_bytes) / groups
+            operations += kind.count * (pairs * kind.pair_operations + decode * kind.context_operations) / groups
         return moved, operations
 
     def _bound(self, name: str, shape: StepShape) -> Bound:
@@ -228,7 +230,7 @@ class CostModel:
         if name == "attention":
             return "compute" if shape.prefill_tokens > shape.decode_rows else "bandwidth"
         if name == "collectives":
-            return "latency" if self._collectives(tokens, shape.tokens) < 2 * c.collectives(1e-9) else "link"
+            return "latency" if c.collectives(tokens) < 2 * c.collectives(1e-9) else "link"
         others: dict[str, Bound] = {"head": "bandwidth", "kernels": "latency", "pipeline": "link", "host": "host"}
         return others[name]
 
@@ -236,20 +238,29 @@ class CostModel:
         return sum(self._link_bytes(shape).values())
 
     def _link_bytes(self, shape: StepShape) -> dict[str, float]:
-        c, tokens = self._c, self._tokens(shape)
+        c, tokens, cluster, layout = self._c, self._tokens(shape), self.engine.cluster, self.engine.layout
         sent: dict[str, float] = {}
-        if c.ranks > 1:
-            link: LinkSpec = self.engine.cluster.link(c.ranks)
-            sent[link.name] = c.reduces * wire_bytes(c.ranks, tokens * c.hidden_bytes)
+
+        def add(more: dict[str, float], times: float = 1.0) -> None:
+            for name, size in more.items():
+                if size * times:
+                    sent[name] = sent.get(name, 0.0) + size * times
+
+        add(all_reduce_sent(cluster, c.ranks, 1, tokens * c.hidden_bytes), c.reduces)
         if c.exchange_ranks > 1:
-            link = self.engine.cluster.link(c.exchange_ranks)
-            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.exchange_bytes
-        if c.stages > 1:
-            link = self.engine.cluster.link(2, self.engine.layout.ranks // c.stages)
-            sent[link.name] = sent.get(link.name, 0.0) + tokens * c.hidden_bytes
+            add(all_to_all_sent(cluster, c.exchange_ranks * layout.tp, 1, tokens * c.exchange_bytes))
+        if c.context_ranks > 1:
+            link = cluster.link(c.context_ranks, c.ranks)
+            for layer in self.engine.model.layers:
+                gathered, parts = context_bytes(layer, tokens * c.context_ranks, c.ranks)
+                others = (c.context_ranks - 1) / c.context_ranks
+                add({link.name: gathered * others + parts * c.context_ranks * others}, layer.count / c.all_stages)
+        add({link.name: tokens * c.hidden_bytes for link in c.sends})
         return sent
 
 
+MOST_KNOWN = 65536
+"""Steps by their counts whose times are kept."""
 PARTS = ("linear", "experts", "attention", "collectives", "head", "kernels", "pipeline", "host")
 
 

@@ -125,7 +125,7 @@ EXPERT_STREAM = {"float32": 0.78, "bfloat16": 0.78, "float8": 0.78, "float4": 0.
 EXPERT_KERNELS = {"float32": 12.0, "bfloat16": 12.0, "int8": 18.0, "float8": 18.0, "float4": 9.0, "int4": 18.0}
 """Of a layer of experts, by weights: choosing, sorting, quantising, two products, activation, and the sum. Those for
 float4 are fused."""
-ATTENTION_KERNELS = {"full": 3.0, "windowed": 3.0, "latent": 10.0, "sparse": 30.0, "linear": 10.0}
+ATTENTION_KERNELS = {"full": 3.0, "windowed": 3.0, "latent": 9.0, "sparse": 30.0, "linear": 10.0}
 """Of a layer's attention besides the projections, by kind."""
 
 

@@ -38,6 +38,8 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence begins only when the cache can hold its longest output; else it grows, and may be preempted."""
     mixes_prefill: bool = True
     """Chunks of prompts share steps with rows that decode; else they have steps of their own, first."""
+    even_batches: bool = False
+    """Those under way in a pipeline take as long as each other; else a longer one leaves stages idle."""
     front_seconds: float = 5e-3
     """Hidden in a measured TTFT: HTTP, the way to the engine and the first chunk's way back."""
     front_request_seconds: float = 0.3e-3
@@ -83,9 +85,25 @@ PROFILES: dict[str, EngineProfile] = {
             float8_attention=1.1,
             reduce_seconds=-1e-6,
             reserves_output=True,
+            even_batches=True,  # Its measured rows of pp2 to pp8 show no such idling.
             front_seconds=25e-3,
             front_request_seconds=3e-3,
             front_token_seconds=3e-6,
+        ),
+        # TensorRT-LLM's C++ executor with engines built for one workload, as MLPerf's submitters run it: the host is
+        # hidden behind the device, there is no HTTP, and the experts' kernels are those that were fastest on it.
+        EngineProfile(
+            name="tensorrt-executor",
+            step_seconds=0.2e-3,
+            row_seconds=1e-6,
+            layer_kernels=3,
+            expert_compute=0.65,
+            float8_attention=1.1,
+            reduce_seconds=-1e-6,
+            reserves_output=True,
+            even_batches=True,
+            front_seconds=5e-3,
+            front_request_seconds=0.1e-3,
         ),
         # vLLM as it was in 2023: no graphs, NCCL launched from Python, Ray between the ranks, norms that are not fused.
         EngineProfile(

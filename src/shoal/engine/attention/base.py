@@ -72,6 +72,25 @@ class HeadSharing:
         return 0 <= self.skipped < self.group and most - self.group < num_heads <= most
 
 
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of one layer's blocks, as (blocks, tokens of a block, key/value heads, head size), whatever
+    order they lie in; the features of a head are adjacent.
+
+    float8_e4m3fn and int8 have scales, float32: stored * scale is the value. (M) has one for each head, given;
+    (blocks, tokens, M) one for each head of each token, written with it.
+    """
+
+    keys_KPMD: Tensor
+    values_KPMD: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+
+    @property
+    def per_token_scales(self) -> bool:
+        return self.key_scale is not None and self.key_scale.dim() == 3
+
+
 class KVCache(Protocol):
     """Blocks of every layer, in whatever layout their backend reads best."""
 
@@ -79,9 +98,23 @@ class KVCache(Protocol):
     block_size: int
     nbytes: int
 
+    def paged(self, layer: int) -> PagedKV | None:
+        """Where a kernel other than the backend's own may write; None where only the backend knows the layout."""
+
+
+class ScaledKVCache(KVCache, Protocol):
+    """One whose float8 numbers have a scale for each layer and key/value head."""
+
+    def set_scales(self, layer: int, keys_M: Tensor, values_M: Tensor) -> None:
+        """What keys and values are multiplied by as they are read, 1 unless set. Before anything is written."""
+
 
 class AttentionBackend(Protocol):
     name: str
+    capturable: bool
+    """Launches depend on sizes alone and nothing is read back, so that a CUDA graph can hold them."""
+    serves_latents: bool
+    """Whether its `forward` takes a cache of latents, keys and values at once."""
 
     def allocate(
         self,
@@ -115,3 +148,9 @@ class AttentionBackend(Protocol):
         context, gets 0 and a log-sum-exp of minus infinity. q, k and v may be strided views of one fused tensor: the
         last two dimensions are contiguous, the first has any stride.
         """
+
+
+def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Of one layer, keys and values; of int8 with the float32 scale that each token and head has."""
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * num_kv_heads * (head_dim * dtype.itemsize + scale)

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from shoal.engine.attention.base import AttentionBatch, HeadSharing
+from shoal.engine.attention.base import AttentionBatch, HeadSharing, PagedKV
 from shoal.engine.native import AttentionCall
 from shoal.engine.native_ops import NativeOps
 
@@ -34,9 +34,15 @@ class NativeCache:
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
         self.addresses = [(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)]
 
+    def paged(self, layer: int) -> PagedKV | None:
+        """None: keys lie by feature."""
+        return None
+
 
 class NativeAttention:
     name = "native"
+    capturable = False
+    serves_latents = False
 
     def __init__(self, ops: NativeOps, sharing: HeadSharing | None = None) -> None:
         """`sharing` None: key/value heads are shared by equally many query heads each."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from shoal.engine.attention.base import AttentionBatch, HeadSharing
+from shoal.engine.attention.base import AttentionBatch, HeadSharing, PagedKV
+from shoal.engine.attention.latent_cache import LatentCache
 
 _MAX_ELEMENTS = 1 << 25
 """Of one temporary tensor, gathered keys or scores: 128 MiB in float32. Longer work is cut into several."""
@@ -25,8 +26,24 @@ class PortableCache:
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         self.keys_KPMD = keys
         self.values_KPMD = values
-        self.num_blocks, self.block_size = keys[0].shape[:2]
+        self.num_blocks, self.block_size, self.num_kv_heads, self.row_dim = keys[0].shape
         self.nbytes = sum(tensor.nbytes for tensor in keys + values)
+
+    def paged(self, layer: int) -> PagedKV | None:
+        return PagedKV(self.keys_KPMD[layer], self.values_KPMD[layer])
+
+    def store(self, layer: int, k_TMD: Tensor, v_TMD: Tensor, slots_T: Tensor) -> None:
+        """At `slots_T`, int64."""
+        for stored, x_TMD in ((self.keys_KPMD[layer], k_TMD), (self.values_KPMD[layer], v_TMD)):
+            stored.flatten(0, 1)[slots_T] = x_TMD.to(stored.dtype)
+
+    def gather(self, layer: int, tables_SB: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (S, B, P, M, D) of whole blocks, in memory of their own."""
+        return self.keys_KPMD[layer][tables_SB], self.values_KPMD[layer][tables_SB]
+
+
+GatheredCache = PortableCache | LatentCache
+"""What this backend attends to: rows of blocks, gathered before they are computed with."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,8 @@ class _Group:
 
 class PortableAttention:
     name = "portable"
+    capturable = False
+    serves_latents = True
 
     def __init__(self, sharing: HeadSharing | None = None) -> None:
         """`sharing` None: key/value heads are shared by equally many query heads each."""
@@ -69,15 +88,12 @@ class PortableAttention:
         make = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * num_layers)]
         return PortableCache(make[::2], make[1::2])
 
-    def write(self, cache: PortableCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
-        slots = batch.slot_mapping_T.long()
-        keys, values = cache.keys_KPMD[layer], cache.values_KPMD[layer]
-        keys.flatten(0, 1)[slots] = k_TMD.to(keys.dtype)
-        values.flatten(0, 1)[slots] = v_TMD.to(values.dtype)
+    def write(self, cache: GatheredCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
+        cache.store(layer, k_TMD, v_TMD, batch.slot_mapping_T.long())
 
     def forward(
         self,
-        cache: PortableCache,
+        cache: GatheredCache,
         layer: int,
         q_TND: Tensor,
         batch: AttentionBatch,
@@ -90,7 +106,7 @@ class PortableAttention:
         first, end = 0, q_TND.shape[1]
         if self._sharing is not None:
             first, end = self._sharing.skipped, self._sharing.skipped + end
-            whole = cache.keys_KPMD[layer].shape[2] * self._sharing.group
+            whole = cache.num_kv_heads * self._sharing.group
             q_TND = pad(q_TND, [0, 0, first, whole - end])  # whole groups, of which some heads are thrown away again
         num_tokens, num_heads, head_dim = q_TND.shape
         out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
@@ -123,10 +139,10 @@ class PortableAttention:
         return min(unseen[token + tile.start] for token in group.first_tokens), stop
 
 
-def _groups(batch: AttentionBatch, seen: list[int], cache: PortableCache) -> Iterator[_Group]:
+def _groups(batch: AttentionBatch, seen: list[int], cache: GatheredCache) -> Iterator[_Group]:
     starts = batch.query_starts_S1.tolist()
     lens = [seen[end - 1] if end > start else 0 for start, end in zip(starts, starts[1:], strict=False)]
-    per_position = cache.keys_KPMD[0][0, 0].numel()
+    per_position = cache.num_kv_heads * cache.row_dim
     # Sorted, so that a call pads sequences to the length of their likes.
     order = sorted(
         (i for i in range(len(lens)) if starts[i + 1] > starts[i]), key=lambda i: (_queries(starts, i), lens[i])
@@ -147,7 +163,7 @@ def _queries(starts: list[int], i: int) -> int:
 
 
 def _group(
-    members: list[int], starts: list[int], lens: list[int], batch: AttentionBatch, cache: PortableCache
+    members: list[int], starts: list[int], lens: list[int], batch: AttentionBatch, cache: GatheredCache
 ) -> _Group:
     device = batch.seen_T.device
     longest = max(lens[i] for i in members)
@@ -172,12 +188,11 @@ def _query_tiles(group: _Group, num_heads: int) -> Iterator[slice]:
 
 
 def _gather(
-    cache: PortableCache, layer: int, group: _Group, start: int, stop: int, lens_S1: Tensor
+    cache: GatheredCache, layer: int, group: _Group, start: int, stop: int, lens_S1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Keys and values (S, L, M, D) of positions [start, stop), start a block's first; zeros behind a sequence's end."""
     tables = group.tables_SB[:, start // cache.block_size : -(-stop // cache.block_size)]
-    keys = cache.keys_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
-    values = cache.values_KPMD[layer][tables].flatten(1, 2)[:, : stop - start]
+    keys, values = (x.flatten(1, 2)[:, : stop - start] for x in cache.gather(layer, tables))
     # A block that pads the table may hold another sequence's NaN, which a weight of 0 would not stop.
     foreign_SL = torch.arange(start, stop, device=values.device) >= lens_S1
     return keys, values.masked_fill_(foreign_SL[:, :, None, None], 0.0)

@@ -29,6 +29,9 @@ class Comm(Protocol):
     rank: int
     """Of the group."""
     size: int
+    capturable: bool
+    """Collectives only enqueue work on the device's current stream, so that a CUDA graph can hold them: on all ranks or
+    on none (`engine/graphs.py`). `send` and `receive_` are not captured."""
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place. Ranks are added in order 0, 1, ...: every rank gets the same bits."""
@@ -96,6 +99,7 @@ class NullComm:
     name = "null"
     rank = 0
     size = 1
+    capturable = True
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         return x

@@ -30,6 +30,7 @@ from shoal.engine.comm.base import (
     require_other,
     require_rank,
 )
+from shoal.engine.comm.one_shot import Group, OneShotSums, open_sums
 
 c10d: Any = torch.distributed
 """Its type stubs leave out what is not torch.distributed's public face."""
@@ -47,14 +48,27 @@ Parts = list[tuple[int, Tensor]]
 
 
 def open_group(
-    backend: str, rank: int, size: int, store: Any, *, name: str, host: str, timeout: float
+    backend: str,
+    rank: int,
+    size: int,
+    store: Any,
+    *,
+    name: str,
+    host: str,
+    timeout: float,
+    device: torch.device | None = None,
+    one_shot_bytes: int | None = 0,
 ) -> ProcessGroupComm:
     """A Comm over a group of its own: see `make_group`. Sums are in the order of ranks over gloo, NCCL adds in its own.
 
-    Raises CommError.
+    With NCCL, sums of up to `one_shot_bytes` on `device` go through memory that all ranks map, where there is such a
+    thing (None: as many bytes as suit the number of ranks). Raises CommError.
     """
     group = make_group(backend, rank, size, store, name=name, host=host, timeout=timeout)
-    return ProcessGroupComm(group, backend, timeout=timeout, deterministic=backend == "gloo")
+    small: OneShotSums | None = None
+    if backend == "nccl" and device is not None and one_shot_bytes != 0:
+        small = open_sums(Group(group, store, name, rank, size, device), one_shot_bytes)
+    return ProcessGroupComm(group, backend, timeout=timeout, deterministic=backend == "gloo", small=small)
 
 
 def make_group(backend: str, rank: int, size: int, store: Any, *, name: str, host: str, timeout: float) -> Any:
@@ -95,16 +109,22 @@ class ProcessGroupComm:
     """A c10d backend (ProcessGroupGloo, ProcessGroupNCCL) as a Comm.
 
     `deterministic` all-reduces move every rank's values and add them in the order of ranks. Without it the backend
-    reduces on the way, in an order of its own and bfloat16 in its own precision.
+    reduces on the way, in an order of its own and bfloat16 in its own precision; so does `small`, which has the sums
+    that it takes.
     """
 
-    def __init__(self, group: Any, name: str, *, timeout: float, deterministic: bool = True) -> None:
+    def __init__(
+        self, group: Any, name: str, *, timeout: float, deterministic: bool = True, small: OneShotSums | None = None
+    ) -> None:
         self.name = name
+        # Of its collectives: `wait` makes the stream wait, not the host. gloo computes on the host.
+        self.capturable = name == "nccl"
         self.rank: int = group.rank()
         self.size: int = group.size()
         self._group = group
         self._timeout = timeout
         self._deterministic = deterministic
+        self._small = small
         self._unsent: deque[tuple[str, Any, Tensor]] = deque()
         self._broken: str | None = None
 
@@ -112,9 +132,12 @@ class ProcessGroupComm:
         self._accept(x)
         if self.size == 1:
             return x
+        if self._small is not None and self._small.takes(x):
+            with self._errors("all-reduce"):
+                return self._small.all_reduce_(x)
         if not self._deterministic:
             with self._errors("all-reduce"):
-                self._group.allreduce([x]).wait()
+                _finish(self._group.allreduce([x], _in_order(c10d.AllreduceOptions())))
             return x
         if self.size == 2 or x.nbytes <= _SHARED_BYTES:
             return x.copy_(_ordered_sum(self.all_gather(x)))
@@ -144,10 +167,10 @@ class ProcessGroupComm:
         if self.size == 1:
             return x
         if self.name == "nccl":
-            options = c10d.BroadcastOptions()
+            options = _in_order(c10d.BroadcastOptions())
             options.rootRank = source
             with self._errors("broadcast"):
-                self._group.broadcast([x], options).wait()
+                _finish(self._group.broadcast([x], options))
         elif self.rank == source:
             self._transfer([(r, x) for r in range(self.size) if r != source], [], "broadcast")
         else:
@@ -171,7 +194,9 @@ class ProcessGroupComm:
         self._accept(x)
         if x.numel():
             with self._errors(f"receiving from rank {source} of {self.size}"):
-                self._group.recv([x], source, _MESSAGES).wait(PATIENT)
+                work = self._group.recv([x], source, _MESSAGES)
+                # With a timeout NCCL has the host wait for what the device computes before; without, the stream does.
+                _ = work.wait() if self.name == "nccl" else work.wait(PATIENT)
         return x
 
     def close(self) -> None:
@@ -182,7 +207,9 @@ class ProcessGroupComm:
         except CommError:
             pass
         self._unsent.clear()
-        self._group = None
+        if self._small is not None:
+            self._small.close()
+        self._group = self._small = None
         self._broken = "this group was closed"
 
     def _accept(self, x: Tensor) -> None:
@@ -211,7 +238,7 @@ class ProcessGroupComm:
         """outgoing[r] goes to rank r, incoming[r] comes from it."""
         if self.name == "nccl":
             with self._errors(what):
-                self._group.alltoall(incoming, outgoing).wait()
+                _finish(self._group.alltoall(incoming, outgoing, _in_order(c10d.AllToAllOptions())))
             return
         own = self.rank
         if incoming[own].data_ptr() != outgoing[own].data_ptr():
@@ -260,6 +287,18 @@ class ProcessGroupComm:
         except CommError as error:
             self._broken = str(error)
             raise
+
+
+def _in_order(options: Any) -> Any:
+    """On the current stream, as any kernel: no other stream, and no events between the two."""
+    options.asyncOp = False
+    return options
+
+
+def _finish(work: Any) -> None:
+    """What is done in order has no work to wait for, in some versions of torch."""
+    if work is not None:
+        work.wait()
 
 
 def _ordered_sum(parts_RX: Tensor) -> Tensor:

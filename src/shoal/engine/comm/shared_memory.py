@@ -46,6 +46,7 @@ class SharedMemoryComm:
     """
 
     name = "shared memory"
+    capturable = False
 
     def __init__(self, path: str, rank: int, size: int, *, timeout: float = 5.0) -> None:
         require_rank(rank, size)

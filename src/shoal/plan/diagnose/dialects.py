@@ -30,6 +30,7 @@ class Quantity(msgspec.Struct, frozen=True):
 
 QUANTITIES: dict[str, Quantity] = {
     "running": Quantity("gauge", "sum", "sequences in the batch"),
+    "slots": Quantity("gauge", "sum", "sequences that the batches have room for"),
     "waiting": Quantity("gauge", "sum", "sequences that wait for a place in it"),
     "deferred": Quantity("gauge", "sum", "of those that wait, they who wait for an adapter or a KV transfer"),
     "queued_ahead": Quantity("gauge", "sum", "requests that a gateway holds back from the engines"),
@@ -108,6 +109,7 @@ SHOAL = Dialect(
     # An engine's own; where a gateway has only servers of others behind it, what they tell it.
     names=_defined(
         running=(defined.RUNNING, defined.ENDPOINT_RUNNING, defined.FLEET_RUNNING),
+        slots=(defined.SLOTS,),
         waiting=(defined.WAITING, defined.ENDPOINT_WAITING),
         queued_ahead=(defined.FLEET_WAITING,),
         kv_usage=(defined.KV_USAGE, defined.ENDPOINT_KV_USAGE),

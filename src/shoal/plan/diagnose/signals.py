@@ -46,8 +46,10 @@ def has_queue(reading: Reading) -> bool:
 
 
 def places(reading: Reading, targets: Targets) -> int | None:
-    """Sequences that the batches of all replicas have room for; None where it was not said."""
-    return targets.max_sequences and targets.max_sequences * max(1, len(reading.parts))
+    """Sequences that the batches of all replicas have room for, as the user or the engine says; None if neither."""
+    if targets.max_sequences:
+        return targets.max_sequences * max(1, len(reading.parts))
+    return int(reading.gauge("slots") or 0) or None
 
 
 def is_half_empty(reading: Reading, targets: Targets) -> bool:
@@ -217,7 +219,7 @@ def _compute_is_idle(reading: Reading, targets: Targets) -> tuple[bool, bool, li
         Evidence(f"{running:.1f} sequences run and {queue[0]:.1f} wait", running, reading.metric("running"))
     )
     has_room = queue[0] < limit.WAITING and (usage is None or usage < limit.COMPUTE_IDLE)
-    if targets.max_sequences or ahead >= limit.WAITING:
+    if places(reading, targets) or ahead >= limit.WAITING:
         has_room = has_room and is_half_empty(reading, targets)
     return has_room, False, evidence
 
@@ -292,7 +294,7 @@ def batching_limit(reading: Reading, targets: Targets) -> Finding:
     return Finding(
         signal="batching_limit",
         state="present",
-        certainty="shown" if is_held and (is_flat or targets.max_sequences or found.readings > 2) else "indicated",
+        certainty="shown" if is_held and (is_flat or places(reading, targets) or found.readings > 2) else "indicated",
         summary=_limit(reading, is_held, is_flat),
         evidence=tuple(evidence),
         try_first=_more_batch(reading, is_held=is_held, is_flat=is_flat),

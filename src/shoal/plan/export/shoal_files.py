@@ -16,7 +16,7 @@ RANKS_PORT = 29500
 ENGINE_KEY = "@ENGINE_KEY@"
 """Stands in files for the key that gateways show to engines, until it is put in where they run."""
 _DTYPES = ("float32", "bfloat16", "int8")
-_KV_DTYPES = ("auto", "float32", "bfloat16")
+_KV_DTYPES = ("auto", "float32", "bfloat16", "float8", "int8")
 
 
 def require_shoal(d: Deployable, target: str) -> None:
@@ -41,6 +41,8 @@ def require_shoal(d: Deployable, target: str) -> None:
             f"kv_dtype: {d.kv_dtype} is none of shoal's engine, which has {', '.join(_KV_DTYPES)}; take one of them, "
             f"or export to {others}"
         )
+    if d.kv_dtype in ("float8", "int8") and not d.is_gpu:
+        raise ExportError(f"kv_dtype: shoal's engine keeps {d.kv_dtype} on GPUs alone; take bfloat16")
     if d.device.vendor == "intel":
         raise ExportError(f"device: shoal's engine does not run on {d.device.name}; export to vllm")
 

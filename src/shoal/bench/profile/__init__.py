@@ -1,0 +1,1 @@
+"""Where a step's time goes: a profiler's trace taken apart, and each part beside what it must do at the least."""
