@@ -28,28 +28,7 @@ def burn() -> None:
     subprocess.run([sys.executable, "-c", BURN], check=True)
 
 
-def not_own_seconds() -> float:
-    return busy_seconds() - sum(os.times()[:4])
-
-
 def test_a_child_that_was_waited_for_belongs_to_the_measurement() -> None:
-<<<<<<< HEAD
-    """All that was busy, less what this process and its child used: read right before and right after, since any time
-    may pass between two lines."""
-    ticks = 0.15  # seconds: busy time is counted in hundredths, for each core and kind
-    for measured in (None, os.getpid()):
-        own = sum(os.times()[:4])
-        outer, outer_began = not_own_seconds(), time.monotonic()
-        foreign = ForeignLoad(measured)
-        inner, inner_began = not_own_seconds(), time.monotonic()
-        burn()
-        least, shortest = not_own_seconds() - inner, time.monotonic() - inner_began
-        cores = foreign.cores()
-        most, longest = not_own_seconds() - outer, time.monotonic() - outer_began
-        assert sum(os.times()[:4]) - own > 0.3, "the child burned nothing"
-        assert cores * longest >= least - ticks
-        assert cores * shortest <= most + ticks
-=======
     """What is counted lies between what was busy within the count and what was busy around it, less what is its own:
     so others may do what they like meanwhile."""
     for measured in (None, os.getpid()):
@@ -63,7 +42,6 @@ def test_a_child_that_was_waited_for_belongs_to_the_measurement() -> None:
         cores = foreign.cores()
         around, longest = others_seconds() - around, time.monotonic() - earliest
         assert (within - TICKS) / longest <= cores <= (around + TICKS) / shortest
->>>>>>> merge6
 
 
 def test_a_tree_holds_a_process_that_still_runs_and_its_children() -> None:
