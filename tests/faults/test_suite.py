@@ -13,7 +13,8 @@ import yaml
 
 from shoal.bench.faults.deployment import Deployment, DeploymentError, Server
 from shoal.bench.faults.report import Report
-from shoal.bench.faults.suite import Options, run_suite
+from shoal.bench.faults.suite import OPENED_AHEAD, Options, run_suite
+from shoal.serve.http_client import SPARE_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.faults.stub_fleet"]
@@ -130,3 +131,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         Deployment(file)
     with pytest.raises(DeploymentError, match="cannot be read"):
         Deployment(tmp_path / "absent.yaml")
+
+
+def test_connections_that_a_gateway_opens_ahead_are_no_leak() -> None:
+    assert OPENED_AHEAD == SPARE_CONNECTIONS

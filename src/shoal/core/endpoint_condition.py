@@ -5,6 +5,8 @@ Live and simulated fleets keep one of these for each endpoint, and do what it sa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import msgspec
 
 from shoal.core.fleet_types import EndpointState
@@ -18,7 +20,7 @@ class Judgement(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
-class EndpointCondition:
+class EndpointCondition(ABC):
     def __init__(self, name: str, health: HealthConfig, now: float, *, spare: bool = False) -> None:
         self.name = name
         self.health = health
@@ -36,9 +38,9 @@ class EndpointCondition:
         self.breaker = CircuitBreaker(health)
 
     @property
+    @abstractmethod
     def most_sequences(self) -> int:
         """That it runs at once, about: what waits beyond that waits in the gateway, where its turn is decided."""
-        raise NotImplementedError
 
     def enter(self, state: EndpointState, now: float, reason: str | None = None) -> None:
         self.state, self.reason, self.since = state, reason, now

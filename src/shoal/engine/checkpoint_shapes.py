@@ -9,7 +9,7 @@ from shoal.core.model_spec import ModelSpec
 from shoal.engine.latent_attention import latent_shapes
 from shoal.engine.moe import mlp_shapes
 from shoal.engine.quantization.stored import CACHE_SCALES, IGNORED_TENSORS, is_quantized, stored_kinds, stored_shapes
-from shoal.engine.weights import WeightSource
+from shoal.engine.weights import TensorSource
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -50,7 +50,7 @@ _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv"
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
-def check_shapes(source: WeightSource, spec: ModelSpec) -> None:
+def check_shapes(source: TensorSource, spec: ModelSpec) -> None:
     """Raise CheckpointError for the first tensor that is missing, has another shape, or has no place in the model."""
     scheme, present = spec.quantization, dict.fromkeys(source.names())
     plain = expected_shapes(spec)

@@ -36,7 +36,7 @@ from shoal.engine.rope import cos_sin_table
 from shoal.engine.token_split import token_split
 from shoal.engine.weight_plan import WeightPlan
 from shoal.engine.weight_reader import Fetch, WeightReader
-from shoal.engine.weights import Part, WeightSource
+from shoal.engine.weights import Part, TensorSource, WeightSource
 
 
 class Layer:
@@ -127,7 +127,9 @@ class Decoder:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def load(self, source: WeightSource, progress: Callable[[int, int], None] | None = None) -> ReadFigures:
+    def load(
+        self, source: WeightSource | RandomWeights, progress: Callable[[int, int], None] | None = None
+    ) -> ReadFigures:
         """Read ahead, convert and pack, a layer at a time. `progress` is called with the bytes taken so far and all.
 
         Raises CheckpointError for a missing tensor, a wrong shape or a tensor that the model has no place for before
@@ -136,7 +138,7 @@ class Decoder:
         check_shapes(source, self.spec)
         tables = self._angles()
         if isinstance(source, RandomWeights):  # made where they are wanted: there is nothing to read ahead
-            made = self._reader(source, self.ops, self.device, source.fetch)
+            made = self._reader(source, self.ops, self.device, None)
             self._build(made, tables)
             self.num_weight_bytes = made.num_bytes
             return ReadFigures(0, 0.0, 0.0)
@@ -164,7 +166,7 @@ class Decoder:
             tables[spec.window] = cos_sin_table(spec.rope_local, spec.rope_dim, self.max_len).to(self.device)
         return tables
 
-    def _reader(self, source: WeightSource, ops: Ops, device: torch.device, fetch: Fetch) -> WeightReader:
+    def _reader(self, source: TensorSource, ops: Ops, device: torch.device, fetch: Fetch | None) -> WeightReader:
         plus_one = self.spec.norm_plus_one
         return WeightReader(
             source,

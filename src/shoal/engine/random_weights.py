@@ -15,15 +15,14 @@ from torch import Tensor
 from shoal.core.model_spec import ModelSpec
 from shoal.core.sharding import Span
 from shoal.engine.checkpoint_shapes import expected_shapes
-from shoal.engine.read_ahead import Extent
-from shoal.engine.weights import FLOATS, Part
+from shoal.engine.weights import FLOATS
 
 DEVIATION = 0.02
 """Of matrices, as models are initialised: activations keep a size that no precision overflows at."""
 
 
 class RandomWeights:
-    """A WeightSource. Equal names give equal values on one kind of device, whichever rows of them are asked for."""
+    """A TensorSource. Equal names give equal values on one kind of device, whichever rows of them are asked for."""
 
     def __init__(self, path: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         """`path` is of the configuration, for messages. `dtype` is what tensors are made in."""
@@ -37,16 +36,6 @@ class RandomWeights:
 
     def shape(self, name: str, kinds: tuple[str, ...] = FLOATS) -> tuple[int, ...]:
         return self._shapes[name]
-
-    def extent(self, part: Part) -> Extent:
-        raise NotImplementedError("random weights lie in no file: ask for tensors")
-
-    def decoded(self, part: Part, data: Tensor) -> Tensor:
-        raise NotImplementedError("random weights lie in no file: ask for tensors")
-
-    def fetch(self, parts: list[Part]) -> list[Tensor]:
-        """What a WeightReader calls."""
-        return [self.tensor(*part) for part in parts]
 
     def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         shape = self._shapes[name]

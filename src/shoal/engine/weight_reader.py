@@ -26,7 +26,7 @@ from shoal.engine.quantization.stored import (
     matrix_size,
     tensor_names,
 )
-from shoal.engine.weights import ANY_KIND, Part, WeightSource, read_part
+from shoal.engine.weights import ANY_KIND, Part, TensorSource
 
 Matrix = Tensor | FileMatrix
 """As a file has it: in floats, or in few bits."""
@@ -39,7 +39,7 @@ Fetch = Callable[[list[Part]], list[Tensor]]
 class WeightReader:
     def __init__(
         self,
-        source: WeightSource,
+        source: TensorSource,
         ops: Ops,
         precision: WeightPrecision,
         *,
@@ -58,7 +58,7 @@ class WeightReader:
         self.num_bytes = 0
         """Of what was made."""
         self._source = source
-        self._fetch = fetch or (lambda parts: [read_part(source, part) for part in parts])
+        self._fetch = fetch or (lambda parts: [source.tensor(*part) for part in parts])
         self._precision = precision
         self.device = device
         self._dtype = dtype

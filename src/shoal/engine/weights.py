@@ -38,7 +38,9 @@ class Part(NamedTuple):
     columns: Span | None = None
 
 
-class WeightSource(Protocol):
+class TensorSource(Protocol):
+    """Tensors of a checkpoint by name, wherever they come from."""
+
     path: Path
 
     def names(self) -> list[str]: ...
@@ -46,16 +48,20 @@ class WeightSource(Protocol):
     def shape(self, name: str, kinds: tuple[str, ...] = FLOATS) -> tuple[int, ...]:
         """Raises CheckpointError if the tensor's element type is none of these, so that this is known beforehand."""
 
+    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        """Made or read now, by itself. Raises CheckpointError."""
+
+    def close(self) -> None: ...
+
+
+class WeightSource(TensorSource, Protocol):
+    """Tensors that lie in files, so that they can be read ahead."""
+
     def extent(self, part: Part) -> Extent:
         """The bytes to read for it. Of columns that is all that lies between the first and the last of them."""
 
     def decoded(self, part: Part, data: Tensor) -> Tensor:
         """A tensor in whatever precision it is stored, of the bytes of its extent: a view of them or new."""
-
-    def tensor(self, name: str, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        """Read it now, by itself. Raises CheckpointError."""
-
-    def close(self) -> None: ...
 
 
 def read_part(source: WeightSource, part: Part) -> Tensor:

@@ -465,7 +465,7 @@ def _load(decoder: Decoder, path: Path, is_random: bool, report: Progress) -> Re
             reported = done / total
             report(StartProgress("loading the weights", reported, done, total))
 
-    source: WeightSource = (
+    source: WeightSource | RandomWeights = (
         RandomWeights(path, decoder.spec, decoder.device, decoder.dtype) if is_random else open_weights(path)
     )
     try:

@@ -21,7 +21,7 @@ in time (only of `fetch`)."""
 
 _MAX_KEPT = 32
 """Idle connections; more are closed."""
-_SPARE = 2
+SPARE_CONNECTIONS = 2
 """Idle connections that a client in use keeps ready: requests come together, and none should wait for a handshake."""
 _MAX_HEAD_BYTES = 64 << 10
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
@@ -90,7 +90,7 @@ class HttpClient:
         exchange = Exchange(self, head.encode() + (body or b""), receiver)
         self._exchanges[exchange] = None
         exchange.start()
-        if len(self._kept) < _SPARE and self._opening is None:
+        if len(self._kept) < SPARE_CONNECTIONS and self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open_spares())
         return exchange
 
@@ -138,7 +138,7 @@ class HttpClient:
     async def _open_spares(self) -> None:
         """Whether the server can be reached is for requests to find out."""
         try:
-            while len(self._kept) < _SPARE:
+            while len(self._kept) < SPARE_CONNECTIONS:
                 self.keep(await self.connect())
         except HttpError:
             pass

@@ -26,6 +26,9 @@ from shoal.core.fleet_types import EndpointStatus
 
 _PHASES: tuple[Phase, ...] = ("queued", "prefill", "first_token", "decode", "last_token")
 
+OPENED_AHEAD = 2
+"""Idle connections to an endpoint that a gateway keeps ready: SPARE_CONNECTIONS of serve/http_client.py, by a test."""
+
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     version: str
@@ -361,9 +364,10 @@ class Suite:
             )
         row.kv_left = self._watch.kv_usage
 
-        # Connections to endpoints that speak HTTP are kept to be used again: of each as many as clients were at it.
+        # Connections to endpoints that speak HTTP are kept to be used again: of each as many as clients were at it, and
+        # those that are opened ahead.
         by_http = sum(endpoint.kind == "openai" for endpoint in self._watch.endpoints.values())
-        pooled = self._options.streams * by_http
+        pooled = (self._options.streams + OPENED_AHEAD) * by_http
 
         def grown() -> dict[str, int]:
             after = self._deployment.footprint()

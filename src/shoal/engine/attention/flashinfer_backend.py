@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.attention.base import AttentionBatch, HeadSharing
-from shoal.engine.attention.portable import PortableAttention, PortableCache
+from shoal.engine.attention.portable import PortableCache, PortablePages
 
 _WORKSPACE_BYTES = 128 << 20
 """What its documentation advises; the wrappers of a step take turns with it."""
@@ -41,7 +41,7 @@ class _Kind(NamedTuple):
     soft_cap: float | None
 
 
-class FlashInferAttention:
+class FlashInferAttention(PortablePages):
     """Cache and writes are those of portable attention: (blocks, tokens, heads, features), called NHD there."""
 
     name = "flashinfer"
@@ -54,27 +54,11 @@ class FlashInferAttention:
             raise ValueError(f"attention: flashinfer is not there: {reason}")
         if sharing is not None and sharing.skipped:
             raise ValueError(f"attention: flashinfer takes whole groups of query heads; {sharing.skipped} are cut off")
-        self._pages = PortableAttention()
         self._workspace: Tensor | None = None
         self._wrappers: dict[_Kind, Any] = {}
         # Of the step in progress: layers of one kind share its plan.
         self._batch: AttentionBatch | None = None
         self._planned: set[_Kind] = set()
-
-    def allocate(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> PortableCache:
-        return self._pages.allocate(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
-
-    def write(self, cache: PortableCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
-        self._pages.write(cache, layer, k_TMD, v_TMD, batch)
 
     def forward(
         self,

@@ -59,19 +59,8 @@ class _Group:
     """Of what any of them sees."""
 
 
-class PortableAttention:
-    name = "portable"
-    capturable = False
-    serves_latents = True
-
-    def __init__(self, sharing: HeadSharing | None = None) -> None:
-        """`sharing` None: key/value heads are shared by equally many query heads each."""
-        self._sharing = sharing
-        # Of the step in progress: every layer asks for the same, and finding it waits for the device.
-        self._batch: AttentionBatch | None = None
-        self._groups: list[_Group] = []
-        self._seen: list[int] = []
-        self._unseen: dict[int, list[int]] = {}
+class PortablePages:
+    """Keys and values as (blocks, tokens, heads, features): what several backends allocate and write alike."""
 
     def allocate(
         self,
@@ -90,6 +79,21 @@ class PortableAttention:
 
     def write(self, cache: GatheredCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
         cache.store(layer, k_TMD, v_TMD, batch.slot_mapping_T.long())
+
+
+class PortableAttention(PortablePages):
+    name = "portable"
+    capturable = False
+    serves_latents = True
+
+    def __init__(self, sharing: HeadSharing | None = None) -> None:
+        """`sharing` None: key/value heads are shared by equally many query heads each."""
+        self._sharing = sharing
+        # Of the step in progress: every layer asks for the same, and finding it waits for the device.
+        self._batch: AttentionBatch | None = None
+        self._groups: list[_Group] = []
+        self._seen: list[int] = []
+        self._unseen: dict[int, list[int]] = {}
 
     def forward(
         self,

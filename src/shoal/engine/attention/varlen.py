@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.attention.base import AttentionBatch, HeadSharing
-from shoal.engine.attention.portable import PortableAttention, PortableCache
+from shoal.engine.attention.portable import PortableCache, PortablePages
 
 
 def missing_reason() -> str | None:
@@ -29,7 +29,7 @@ def missing_reason() -> str | None:
     return None
 
 
-class VarlenAttention:
+class VarlenAttention(PortablePages):
     """Cache and writes are those of portable attention: (blocks, tokens, heads, features)."""
 
     name = "varlen"
@@ -42,22 +42,6 @@ class VarlenAttention:
             raise ValueError(f"attention: varlen is not there: {reason}")
         if sharing is not None and sharing.skipped:
             raise ValueError(f"attention: varlen takes whole groups of query heads; {sharing.skipped} are cut off")
-        self._pages = PortableAttention()
-
-    def allocate(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> PortableCache:
-        return self._pages.allocate(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
-
-    def write(self, cache: PortableCache, layer: int, k_TMD: Tensor, v_TMD: Tensor, batch: AttentionBatch) -> None:
-        self._pages.write(cache, layer, k_TMD, v_TMD, batch)
 
     def forward(
         self,
